@@ -1,0 +1,51 @@
+"""Checksums of files and of whole folders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from durable_files.publish import read_json, write_json
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class FolderManifest:
+    """Size in bytes and SHA-256 of every file of a folder, kept inside it as MANIFEST.json."""
+
+    files: dict[str, tuple[int, str]]
+
+    FILE_NAME = "MANIFEST.json"
+
+    @classmethod
+    def write(cls, folder: Path) -> FolderManifest:
+        """Hash every file below `folder` and store the manifest in it."""
+        files = {
+            str(path.relative_to(folder)): (path.stat().st_size, sha256_file(path))
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != cls.FILE_NAME
+        }
+        write_json(folder / cls.FILE_NAME, {name: list(entry) for name, entry in files.items()})
+        return cls(files)
+
+    @classmethod
+    def read(cls, folder: Path) -> FolderManifest:
+        content = read_json(folder / cls.FILE_NAME)
+        return cls({name: (int(size), str(digest)) for name, (size, digest) in content.items()})
+
+    def problems(self, folder: Path) -> Iterable[str]:
+        """One sentence per file that is missing, of another size, or of another content."""
+        for name, (size, digest) in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                yield f"{path} is missing"
+            elif path.stat().st_size != size:
+                yield f"{path} has {path.stat().st_size} bytes instead of {size}"
+            elif sha256_file(path) != digest:
+                yield f"{path} does not match its checksum"

@@ -1,0 +1,114 @@
+"""Atomic publication of files and folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_MARK = ".unfinished-"
+
+
+def temporary_sibling(target: Path) -> Path:
+    """A fresh name beside `target` (same file system, so that a rename is atomic)."""
+    return target.with_name(f"{target.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+
+
+def _fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file below `folder`, and the folders themselves, to the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _fsync_path(Path(root) / name)
+        _fsync_path(Path(root))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either what it held before or all of `content`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(path)
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_path(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse `path`; ValueError names the file and the mend when it is missing, empty or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; check the folder, or run the step that writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it or delete it and rerun") from None
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Make a finished folder visible under its final name: fsync all of it, rename, fsync the parent.
+
+    An older folder of the same name is replaced; at no moment does `final` name a half-written folder.
+    """
+    fsync_tree(temporary)
+    if final.exists():
+        retired = temporary_sibling(final)
+        os.rename(final, retired)
+        os.rename(temporary, final)
+        shutil.rmtree(retired)
+    else:
+        os.rename(temporary, final)
+    _fsync_path(final.parent)
+
+
+def publish_once(path: Path, content: Any) -> bool:
+    """Write JSON to `path` exactly once, even when several writers race; True for the one that won.
+
+    A hard link to a fsynced temporary file fails if the name exists, also over NFS, where O_EXCL and flock have a
+    worse record.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(path)
+    write_json(temporary, content)
+    try:
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+        _fsync_path(path.parent)
+
+
+def discard_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed writers left directly in `folder`; returns what was removed."""
+    removed = []
+    for entry in sorted(folder.glob(f"*{TEMPORARY_MARK}*")) if folder.is_dir() else []:
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+        removed.append(entry)
+    return removed

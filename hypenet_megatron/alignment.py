@@ -1,0 +1,54 @@
+"""HALO stage 1 inside a layer: the teacher's attention and the student's mixer fed the same normalised input."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import Tensor
+
+from hypenet_megatron.config import HypeNetConfig
+
+
+class Route(Enum):
+    """What an AlignedSelfAttention does with its input."""
+
+    TEACHER = "teacher"  # the teacher's attention alone
+    STUDENT = "student"  # the student's mixer alone: layer i of M(i) in the selection sweep
+    ALIGN = "align"  # the teacher's output flows on; the student's distance to it is kept
+
+
+class AlignedSelfAttention(MegatronModule):
+    """Drop-in `self_attention`: teacher softmax attention (frozen) and Lightning student over one input.
+
+    On the ALIGN route `loss` holds the mean squared distance of the student's output to the teacher's, over tokens and
+    channels (fp32 scalar with gradient to the student only); the residual stream stays the teacher's.
+    """
+
+    def __init__(
+        self, config: HypeNetConfig, submodules: dict[str, ModuleSpec], layer_number: int, **options: Any
+    ) -> None:
+        super().__init__(config)
+        options = {**options, "layer_number": layer_number, "attn_mask_type": AttnMaskType.causal}
+        self.teacher = build_module(submodules["teacher"], config=config, **options)
+        self.student = build_module(submodules["student"], config=config.lightning_config(), **options)
+        self.teacher.requires_grad_(False)
+        self.route = Route.TEACHER
+        self.loss: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, d], the layer's normalised input; returns (mixer output [s, b, d], no bias)."""
+        if self.route is Route.STUDENT:
+            return self.student(hidden_states, *args, **options)
+        with torch.no_grad():
+            target, bias = self.teacher(hidden_states, *args, **options)
+        if self.route is Route.ALIGN:
+            with torch.enable_grad():
+                output, _ = self.student(hidden_states.detach(), *args, **options)
+                self.loss = F.mse_loss(output.float(), target.float())
+        return target, bias

@@ -1,0 +1,36 @@
+"""Softmax attention core: PyTorch's fused attention, grouped kv heads, and HyPE's logits scaling at inference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from hypenet_megatron.config import HypeNetConfig
+
+
+def logits_scale(length: int, base: float, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """s_t = log(t + a) / log(a) for t = 0 .. length - 1, [length]."""
+    position = torch.arange(length, device=device, dtype=torch.float32)
+    return (torch.log(position + base) / math.log(base)).to(dtype)
+
+
+class SoftmaxAttentionCore(MegatronModule):
+    """`core_attention` of an attention layer on the local path: query [s, b, heads, dh], key and value
+    [s, b, kv groups, dh], result [s, b, heads * dh]. Causal, no padding (training windows are full)."""
+
+    def __init__(self, config: HypeNetConfig, **_: Any):
+        super().__init__(config)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        base = self.config.logits_scaling_base
+        if base is not None and not self.training:
+            scale = logits_scale(query.shape[0], base, device=query.device, dtype=query.dtype)
+            query = query * scale[:, None, None, None]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return output.permute(2, 0, 1, 3).flatten(2)

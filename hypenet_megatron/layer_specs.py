@@ -1,0 +1,122 @@
+"""Which Megatron modules a layer is built from: stock TransformerLayer and SelfAttention; only the core differs.
+
+The norms stay separate from the linear layers after them also with Transformer Engine: alignment taps the normalised
+input, and the checkpoint keys are then the same on both paths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from hypenet_megatron.alignment import AlignedSelfAttention
+from hypenet_megatron.attention import SoftmaxAttentionCore
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.mixers import LightningCore
+from hypenet_megatron.norms import RMSNorm
+from hypenet_megatron.presets import MixerType
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The building blocks that Transformer Engine can replace."""
+
+    norm: Any
+    column_linear: Any
+    row_linear: Any
+    softmax_core: Any
+
+
+LOCAL_BACKEND = Backend(RMSNorm, ColumnParallelLinear, RowParallelLinear, SoftmaxAttentionCore)
+
+
+def backend_for(config: HypeNetConfig) -> Backend:
+    """Modules for `config.transformer_impl`: "local" or "transformer_engine" (which must be installed)."""
+    if config.transformer_impl == "local":
+        return LOCAL_BACKEND
+    try:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TEDotProductAttention,
+            TENorm,
+            TERowParallelLinear,
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"transformer_impl is {config.transformer_impl} but Transformer Engine is not installed; "
+            "install it or set transformer_impl: local"
+        ) from error
+    return Backend(TENorm, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
+
+
+def mixer_spec(mixer: MixerType, backend: Backend) -> ModuleSpec:
+    """SelfAttention (qkv projection, q/k norm, RoPE, gate, output projection) around one mixer's core."""
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_linear,
+            core_attention=LightningCore if mixer == "lightning" else backend.softmax_core,
+            linear_proj=backend.row_linear,
+            q_layernorm=backend.norm,
+            k_layernorm=backend.norm,
+        ),
+    )
+
+
+def aligned_mixer_spec(backend: Backend) -> ModuleSpec:
+    """Teacher attention and its Lightning student side by side (HALO stage 1)."""
+    return ModuleSpec(
+        module=AlignedSelfAttention,
+        submodules={"teacher": mixer_spec("attn", backend), "student": mixer_spec("lightning", backend)},
+    )
+
+
+def _layer_spec(self_attention: ModuleSpec, backend: Backend) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.norm,
+            self_attention=self_attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=backend.norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_spec(
+    config: HypeNetConfig, *, pp_rank: int, vp_stage: int | None = None, aligned: bool = False
+) -> TransformerBlockSubmodules:
+    """Specs of the layers that pipeline rank `pp_rank` (and virtual stage) builds."""
+    if config.pipeline_model_parallel_layout is not None:
+        layers = config.pipeline_model_parallel_layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    else:
+        first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+        layers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
+    backend = backend_for(config)
+    mixers = [
+        aligned_mixer_spec(backend) if aligned else mixer_spec(config.mixer_types[layer], backend) for layer in layers
+    ]
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(mixer, backend) for mixer in mixers], layer_norm=backend.norm
+    )

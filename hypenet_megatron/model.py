@@ -1,0 +1,130 @@
+"""The decoder: embedding, Megatron's TransformerBlock over our layer specs, output head.
+
+A thin LanguageModule of our own instead of GPTModel, which is deprecated and computes full logits: here `forward` ends
+at the final hidden states, because every loss of ours works from those in chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from hypenet_megatron.alignment import AlignedSelfAttention, Route
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.layer_specs import block_spec
+
+
+class HypeNetModel(LanguageModule):
+    """Teacher, hybrid or (with `aligned`) the teacher with a student mixer beside each attention.
+
+    `forward` takes token ids [b, s] and returns, on the last pipeline stage, final-norm hidden states [s, b, d].
+    """
+
+    def __init__(self, config: HypeNetConfig, *, aligned: bool = False, vp_stage: int | None = None) -> None:
+        super().__init__(config=config)
+        self.vp_stage = vp_stage
+        self.aligned = aligned
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.share_embeddings_and_output_weights = config.tied_embeddings
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=config.vocab_size,
+                max_sequence_length=config.max_positions,
+                position_embedding_type="rope",
+                tp_group=self.pg_collection.tp,
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=config.rope_theta,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_spec(config, pp_rank=self.pg_collection.pp.rank(), vp_stage=vp_stage, aligned=aligned),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        if self.post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                config.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.pre_process and config.tied_embeddings,
+                tp_group=self.pg_collection.tp,
+            )
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Hidden states from the previous pipeline stage (called by Megatron's schedules)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids [b, s] to the residual stream before layer 0, [s, b, d]."""
+        return self.embedding(input_ids=input_ids, position_ids=None)
+
+    def rotary(self, sequence_length: int) -> Tensor:
+        """RoPE angles [s, 1, 1, dh], fp32."""
+        return self.rotary_pos_emb(sequence_length)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids) if self.pre_process else None
+        sequence_length = input_ids.shape[1] * self.pg_collection.cp.size()
+        return self.decoder(
+            hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary(sequence_length)
+        )
+
+    def head_weight(self) -> Tensor:
+        """Output head [vocab / tp, d], the embedding when tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Final hidden states over the whole sequence: undoes the sequence-parallel split, if any."""
+        if self.config.sequence_parallel:
+            # The chunked losses already sum the hidden gradient over vocabulary slices, hence no second reduction here.
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., d] to this rank's logits [..., vocab / tp]."""
+        return hidden @ self.head_weight().t()
+
+    def aligned_mixers(self) -> list[AlignedSelfAttention]:
+        """The teacher/student pairs of this stage, in layer order (aligned models only)."""
+        return [layer.self_attention for layer in self.decoder.layers]
+
+    def set_route(self, route: Route) -> None:
+        for mixer in self.aligned_mixers():
+            mixer.route = route
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)  # empty; kept out so that keys equal the local path's
+        return state
+
+
+def count_parameters(model: torch.nn.Module, *, trainable_only: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)

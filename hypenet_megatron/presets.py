@@ -1,0 +1,107 @@
+"""Shapes of the dense Qwen3 teachers and the three published HypeNet conversions.
+
+Sources: the Qwen3 model cards (config.json of each size) and, for the attention layers and the logits-scaling
+base `a`, the configs released with arXiv 2601.22156.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MixerType = Literal["attn", "lightning"]
+
+QWEN3_VOCABULARY = 151_936
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a Qwen3 decoder; a HypeNet hybrid has the shape of its teacher.
+
+    `head_dim` is independent of `hidden_size / query_heads` (it is 128 in every published Qwen3).
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    query_heads: int
+    kv_groups: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    rope_theta: float = 1e6
+    norm_epsilon: float = 1e-6
+    max_positions: int = 40_960
+
+    def __post_init__(self) -> None:
+        if self.query_heads % self.kv_groups:
+            raise ValueError(
+                f"shape {self.name}: query_heads {self.query_heads} is not a multiple of kv_groups {self.kv_groups}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"shape {self.name}: head_dim {self.head_dim} must be even for RoPE")
+
+    @property
+    def queries_per_group(self) -> int:
+        return self.query_heads // self.kv_groups
+
+    def teacher_mixers(self) -> tuple[MixerType, ...]:
+        """The teacher is softmax attention in every layer."""
+        return ("attn",) * self.num_layers
+
+    def hybrid_mixers(self, attention_layers: tuple[int, ...] | list[int]) -> tuple[MixerType, ...]:
+        """Softmax attention at the given 0-based layers, Lightning Attention elsewhere."""
+        outside = [layer for layer in attention_layers if not 0 <= layer < self.num_layers]
+        if outside:
+            raise ValueError(f"attention layers {outside} do not exist in {self.name} with {self.num_layers} layers")
+        chosen = set(attention_layers)
+        return tuple("attn" if layer in chosen else "lightning" for layer in range(self.num_layers))
+
+
+def _qwen3(size: str, layers: int, hidden: int, ffn: int, query_heads: int, tied: bool) -> ModelShape:
+    return ModelShape(
+        name=f"qwen3-{size}",
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        query_heads=query_heads,
+        kv_groups=8,
+        head_dim=128,
+        vocab_size=QWEN3_VOCABULARY,
+        tied_embeddings=tied,
+    )
+
+
+QWEN3_SHAPES: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        _qwen3("0.6b", 28, 1024, 3072, 16, tied=True),
+        _qwen3("1.7b", 28, 2048, 6144, 16, tied=True),
+        _qwen3("4b", 36, 2560, 9728, 32, tied=True),
+        _qwen3("8b", 36, 4096, 12_288, 32, tied=False),
+        _qwen3("14b", 40, 5120, 17_408, 40, tied=False),
+        _qwen3("32b", 64, 5120, 25_600, 64, tied=False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class HypeNetPreset:
+    """A published conversion: which layers stay attention, and the base `a` of s_t = log(t + a) / log(a)."""
+
+    name: str
+    shape: ModelShape
+    attention_layers: tuple[int, ...]
+    logits_scaling_base: float
+
+
+HYPENET_PRESETS: dict[str, HypeNetPreset] = {
+    preset.name: preset
+    for preset in (
+        HypeNetPreset("hypenet-2b", QWEN3_SHAPES["qwen3-1.7b"], (2, 3, 6, 8, 9, 21, 25), 500.0),
+        # The paper's own formula on the published scores gives 34 where the released config has 31; released wins.
+        HypeNetPreset("hypenet-5b", QWEN3_SHAPES["qwen3-4b"], (0, 1, 7, 14, 15, 22, 24, 31, 33), 600.0),
+        HypeNetPreset("hypenet-9b", QWEN3_SHAPES["qwen3-8b"], (1, 2, 4, 6, 7, 10, 24, 33, 34), 900.0),
+    )
+}

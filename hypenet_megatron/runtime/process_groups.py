@@ -1,0 +1,68 @@
+"""Start and end of a Megatron process: backend, process groups, seeds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hypenet_megatron.runtime import cpu_backend
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How many ranks share a layer (tensor), the layers (pipeline) and the sequence (context)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+
+
+def _join_world() -> None:
+    """Join the world that torchrun or Slurm described in the environment, or be a world of one without any socket."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def reset_seeds(seed: int) -> None:
+    """Seed every generator that a stage may draw from; model-parallel ranks get Megatron's per-rank offsets."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+@contextmanager
+def model_parallel(layout: ParallelLayout = ParallelLayout(), *, seed: int = 0) -> Iterator[torch.device]:
+    """Process groups for `layout` for the duration of the block; yields the device that models live on."""
+    cpu_backend.install()
+    from megatron.core import parallel_state
+
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    _join_world()
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
+        )
+        reset_seeds(seed)
+        yield torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,138 @@
+"""Cross entropy and KL divergence straight from hidden states, a chunk of tokens at a time.
+
+Teacher and student logits over the vocabulary exist only for `chunk_tokens` tokens at once. The gradients are formed in
+the forward pass, while a chunk's logits are there, and only scaled in the backward pass: no logits are recomputed.
+
+Shapes: hidden [tokens, hidden_size]; weight [vocab / tp, hidden_size]; labels, token_weights [tokens]. With a
+tensor-parallel `group`, every rank holds a slice of the vocabulary (rank r: rows r * vocab / tp ...) and ranks combine
+by one max and one sum of a few numbers per token. Results are fp32 scalars: sum over tokens of token_weight * loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_TOKENS = 2048
+
+
+def _reduce(values: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if group is not None and group.size() > 1:
+        dist.all_reduce(values, op=op, group=group)
+    return values
+
+
+class _SoftmaxParts:
+    """exp(logits - max) of this rank's vocabulary slice, and the max and the sum over the whole vocabulary, fp32."""
+
+    def __init__(self, logits: Tensor, group: dist.ProcessGroup | None):
+        logits = logits.float()
+        self.shift = _reduce(logits.amax(-1), group, dist.ReduceOp.MAX)
+        self.shifted = logits - self.shift[:, None]
+        self.exponential = self.shifted.exp()
+        self.total = _reduce(self.exponential.sum(-1), group, dist.ReduceOp.SUM)
+
+    def probabilities(self) -> Tensor:
+        return self.exponential / self.total[:, None]
+
+
+def _cross_entropy_chunk(
+    logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Per-token loss [chunk] and its gradient with respect to this rank's logits."""
+    parts = _SoftmaxParts(logits, group)
+    offset = group.rank() * logits.shape[-1] if group is not None else 0
+    local = labels - offset
+    mine = (local >= 0) & (local < logits.shape[-1])
+    index = local.clamp(0, logits.shape[-1] - 1)[:, None]
+    target = parts.shifted.gather(-1, index)[:, 0] * mine
+    loss = parts.total.log() - _reduce(target, group, dist.ReduceOp.SUM)
+    gradient = parts.probabilities()
+    gradient.scatter_add_(-1, index, -mine.float()[:, None])
+    return loss, gradient
+
+
+def _kl_chunk(logits: Tensor, teacher_logits: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Per-token KL(teacher || student) [chunk] and its gradient with respect to this rank's student logits."""
+    student, teacher = _SoftmaxParts(logits, group), _SoftmaxParts(teacher_logits, group)
+    cross = (teacher.exponential * (teacher.shifted - student.shifted)).sum(-1)
+    mean_gap = _reduce(cross, group, dist.ReduceOp.SUM) / teacher.total
+    loss = mean_gap - teacher.total.log() + student.total.log()
+    return loss, student.probabilities() - teacher.probabilities()
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Shared driver: walks over token chunks, accumulates the loss and, when wanted, both gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        teacher_weight: Tensor | None,
+        token_weights: Tensor,
+        chunk_tokens: int,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        wants_gradient = any(ctx.needs_input_grad[:2])
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_gradient = torch.empty_like(hidden) if wants_gradient else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = hidden[part] @ weight.t()
+            if teacher_weight is None:
+                loss, gradient = _cross_entropy_chunk(logits, target[part], group)
+            else:
+                loss, gradient = _kl_chunk(logits, target[part] @ teacher_weight.t(), group)
+            total += (loss * token_weights[part]).sum()
+            if hidden_gradient is not None and weight_gradient is not None:
+                gradient = gradient.mul_(token_weights[part, None]).to(hidden.dtype)
+                hidden_gradient[part] = _reduce(gradient @ weight, group, dist.ReduceOp.SUM)
+                weight_gradient += gradient.t() @ hidden[part]
+        if hidden_gradient is not None and weight_gradient is not None:
+            ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        scale = upstream[0]
+        return (
+            hidden_gradient * scale.to(hidden_gradient.dtype),
+            weight_gradient * scale.to(weight_gradient.dtype),
+            *(None,) * 5,
+        )
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """sum_t token_weights[t] * -log softmax(hidden[t] weight^T)[labels[t]]; labels int64, result an fp32 scalar."""
+    return _ChunkedLoss.apply(hidden, weight, labels, None, token_weights, chunk_tokens, group)
+
+
+def chunked_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weights: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """sum_t token_weights[t] * KL(teacher_t || student_t), temperature 1; no gradient flows to the teacher."""
+    return _ChunkedLoss.apply(
+        hidden, weight, teacher_hidden.detach(), teacher_weight.detach(), token_weights, chunk_tokens, group
+    )
