@@ -1,6 +1,7 @@
 """Cross entropy and KL divergence straight from hidden states, a chunk of tokens at a time.
 
-Teacher and student logits over the vocabulary exist only for `chunk_tokens` tokens at once. The gradients are formed in
+Teacher and student logits over the vocabulary exist only for `chunk_tokens` tokens at once (None: a size that suits the
+device). The gradients are formed in
 the forward pass, while a chunk's logits are there, and only scaled in the backward pass: no logits are recomputed.
 
 Shapes: hidden [tokens, hidden_size]; weight [vocab / tp, hidden_size]; labels, token_weights [tokens]. With a
@@ -16,7 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_TOKENS = 2048
+# Logits alive at once. On CPU a chunk should stay in the cache (1M fp32 = 4 MB, several times faster than 64 MB); on a GPU
+# it should fill the chip and may be large.
+_CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
+
+
+def default_chunk_tokens(hidden: Tensor, vocabulary: int) -> int:
+    """Tokens per chunk for this device and (local) vocabulary size, at least 64."""
+    return max(64, _CHUNK_LOGITS[hidden.device.type] // vocabulary)
 
 
 def _reduce(values: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -26,17 +34,21 @@ def _reduce(values: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.R
 
 
 class _SoftmaxParts:
-    """exp(logits - max) of this rank's vocabulary slice, and the max and the sum over the whole vocabulary, fp32."""
+    """logits - max and its exponential for this rank's vocabulary slice, and the whole vocabulary's sum of those, fp32.
+
+    The max is over the whole vocabulary. Takes over the memory of `logits` when those are fp32.
+    """
 
     def __init__(self, logits: Tensor, group: dist.ProcessGroup | None):
         logits = logits.float()
-        self.shift = _reduce(logits.amax(-1), group, dist.ReduceOp.MAX)
-        self.shifted = logits - self.shift[:, None]
+        shift = _reduce(logits.amax(-1), group, dist.ReduceOp.MAX)
+        self.shifted = logits.sub_(shift[:, None])
         self.exponential = self.shifted.exp()
         self.total = _reduce(self.exponential.sum(-1), group, dist.ReduceOp.SUM)
 
-    def probabilities(self) -> Tensor:
-        return self.exponential / self.total[:, None]
+    def take_probabilities(self) -> Tensor:
+        """softmax, in the memory of `exponential`, which is gone afterwards."""
+        return self.exponential.mul_(self.total.reciprocal()[:, None])
 
 
 def _cross_entropy_chunk(
@@ -50,7 +62,7 @@ def _cross_entropy_chunk(
     index = local.clamp(0, logits.shape[-1] - 1)[:, None]
     target = parts.shifted.gather(-1, index)[:, 0] * mine
     loss = parts.total.log() - _reduce(target, group, dist.ReduceOp.SUM)
-    gradient = parts.probabilities()
+    gradient = parts.take_probabilities()
     gradient.scatter_add_(-1, index, -mine.float()[:, None])
     return loss, gradient
 
@@ -58,10 +70,11 @@ def _cross_entropy_chunk(
 def _kl_chunk(logits: Tensor, teacher_logits: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Per-token KL(teacher || student) [chunk] and its gradient with respect to this rank's student logits."""
     student, teacher = _SoftmaxParts(logits, group), _SoftmaxParts(teacher_logits, group)
-    cross = (teacher.exponential * (teacher.shifted - student.shifted)).sum(-1)
+    gap = teacher.shifted.sub_(student.shifted)
+    cross = gap.mul_(teacher.exponential).sum(-1)
     mean_gap = _reduce(cross, group, dist.ReduceOp.SUM) / teacher.total
     loss = mean_gap - teacher.total.log() + student.total.log()
-    return loss, student.probabilities() - teacher.probabilities()
+    return loss, student.take_probabilities().sub_(teacher.take_probabilities())
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -75,9 +88,10 @@ class _ChunkedLoss(torch.autograd.Function):
         target: Tensor,
         teacher_weight: Tensor | None,
         token_weights: Tensor,
-        chunk_tokens: int,
+        chunk_tokens: int | None,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
+        chunk_tokens = chunk_tokens or default_chunk_tokens(hidden, weight.shape[0])
         wants_gradient = any(ctx.needs_input_grad[:2])
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty_like(hidden) if wants_gradient else None
@@ -116,7 +130,7 @@ def chunked_cross_entropy(
     token_weights: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """sum_t token_weights[t] * -log softmax(hidden[t] weight^T)[labels[t]]; labels int64, result an fp32 scalar."""
     return _ChunkedLoss.apply(hidden, weight, labels, None, token_weights, chunk_tokens, group)
@@ -130,7 +144,7 @@ def chunked_kl_divergence(
     token_weights: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """sum_t token_weights[t] * KL(teacher_t || student_t), temperature 1; no gradient flows to the teacher."""
     return _ChunkedLoss.apply(
