@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
@@ -34,7 +33,7 @@ class AlignedSelfAttention(MegatronModule):
         self, config: HypeNetConfig, submodules: dict[str, ModuleSpec], layer_number: int, **options: Any
     ) -> None:
         super().__init__(config)
-        options = {**options, "layer_number": layer_number, "attn_mask_type": AttnMaskType.causal}
+        options = {**options, "layer_number": layer_number}
         self.teacher = build_module(submodules["teacher"], config=config, **options)
         self.student = build_module(submodules["student"], config=config.lightning_config(), **options)
         self.teacher.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""HALO itself: recipes, stages, the trainer, layer selection, evaluation, reports and the `halo` command."""

@@ -1,0 +1,155 @@
+"""Megatron distributed checkpoints, published whole: temporary folder, checksums, fsync, rename.
+
+A training checkpoint holds weights, optimizer and step; the data order and the learning rate are functions of the step
+and no random number is drawn while training, so that is all there is to resume from. A weights folder (what a stage
+hands on) holds weights alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from durable_files import FolderManifest, discard_leftovers, publish_folder, temporary_sibling
+from hypenet_megatron.model import HypeNetModel
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+KeyFilter = Callable[[str], bool]
+_STEP_PREFIX = "step-"
+_METADATA_FORMAT = "fully_reshardable"
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": _METADATA_FORMAT,
+    }
+
+
+def sharded_weights(model: HypeNetModel, keep: KeyFilter | None = None) -> dict[str, Any]:
+    """The model's sharded state dict, restricted to the keys that `keep` accepts."""
+    state = model.sharded_state_dict(metadata=_metadata())
+    return {key: value for key, value in state.items() if keep is None or keep(key)}
+
+
+def _save(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` under a temporary name and publish it as `folder`."""
+    discard_leftovers(folder.parent)
+    temporary = temporary_sibling(folder)
+    temporary.mkdir(parents=True)
+    try:
+        dist_checkpointing.save(state, str(temporary))
+        FolderManifest.write(temporary)
+        publish_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check(folder: Path) -> None:
+    """ValueError naming the first damaged file of a checkpoint."""
+    for problem in FolderManifest.read(folder).problems(folder):
+        raise ValueError(f"{problem}; delete {folder} and rerun to make it again")
+
+
+def save_weights(folder: Path, model: HypeNetModel, keep: KeyFilter | None = None) -> None:
+    _save(folder, sharded_weights(model, keep))
+
+
+def load_weights(folder: Path, model: HypeNetModel, *, rename: Callable[[str], str] | None = None) -> None:
+    """Load a weights folder into `model`, strictly. `rename` maps a model key to the stored key; keys that it maps to
+    "" are left as they are in the model."""
+    _check(folder)
+    state = sharded_weights(model)
+    wanted: dict[str, Any] = {}
+    for key, entry in state.items():
+        stored = rename(key) if rename else key
+        if stored and isinstance(entry, ShardedTensor):
+            entry.key = stored
+            wanted[key] = entry
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    missing, unexpected = model.load_state_dict(loaded, strict=False)
+    assert not unexpected, f"keys of our own making: {unexpected}"
+    assert all(key not in wanted for key in missing), f"asked for but not loaded: {missing}"
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a weights folder, whole, on the CPU (one process)."""
+    _check(folder)
+    return {key: tensor.cpu() for key, tensor in dist_checkpointing.load_plain_tensors(str(folder)).items()}
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """A weights folder from whole tensors (one process), readable like any other."""
+    _save(folder, {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()})
+
+
+def load_full_tensors(model: HypeNetModel, tensors: dict[str, Tensor]) -> None:
+    """Whole tensors into a single-process model, in the model's dtype; ValueError on a key or shape that differs."""
+    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    own = {key: value for key, value in own.items() if not key.endswith("_extra_state")}
+    different = sorted(own.keys() ^ tensors.keys())
+    if different:
+        raise ValueError(f"weights and model differ in tensor {different[0]} ({len(different)} in all)")
+    with torch.no_grad():
+        for key, value in own.items():
+            if value.shape != tensors[key].shape:
+                raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}")
+            value.copy_(tensors[key])
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoints:
+    """The `checkpoints` folder of a training stage: step-00000100, ...; the newest valid one counts."""
+
+    folder: Path
+    keep_last: int = 2
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name.removeprefix(_STEP_PREFIX)) for path in self.folder.glob(f"{_STEP_PREFIX}????????"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{_STEP_PREFIX}{step:08d}"
+
+    def _state(
+        self, model: HypeNetModel, optimizer: MegatronOptimizer, keep: KeyFilter | None, is_loading: bool
+    ) -> dict[str, Any]:
+        weights = sharded_weights(model, keep)
+        return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading)}
+
+    def save(
+        self, step: int, model: HypeNetModel, optimizer: MegatronOptimizer, extra: dict[str, Any], keep: KeyFilter | None
+    ) -> None:
+        """Publish the state after `step` finished steps and drop all but the newest `keep_last`."""
+        state = self._state(model, optimizer, keep, is_loading=False)
+        _save(self.path(step), {**state, "training": {"step": step, **extra}})
+        for old in self.steps()[: -self.keep_last]:
+            shutil.rmtree(self.path(old))
+
+    def newest_valid(self) -> tuple[int | None, list[str]]:
+        """Newest checkpoint whose files match their checksums, and what is wrong with the newer ones."""
+        damage: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                _check(self.path(step))
+                return step, damage
+            except ValueError as problem:
+                damage.append(str(problem))
+        return None, damage
+
+    def load(
+        self, step: int, model: HypeNetModel, optimizer: MegatronOptimizer, keep: KeyFilter | None
+    ) -> dict[str, Any]:
+        """Restore weights and optimizer in place; returns what `save` was given as extra, with the step."""
+        state = self._state(model, optimizer, keep, is_loading=True)
+        loaded = dist_checkpointing.load({**state, "training": {}}, str(self.path(step)))
+        model.load_state_dict(loaded["model"], strict=False)
+        optimizer.load_state_dict(loaded["optimizer"])
+        return loaded["training"]
