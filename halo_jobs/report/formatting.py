@@ -1,0 +1,62 @@
+"""Numbers and names as readers see them, in the report and in model cards."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+ABSENT = "-"
+
+_METHOD_LABELS = {
+    "halo": "HALO",
+    "jet_nemotron": "Jet-Nemotron",
+    "kl": "KL",
+    "uniform": "Uniform",
+    "last_half": "Last half",
+    "all_rnn": "All RNN",
+}
+_MODEL_LABELS = {"teacher": "Teacher", "hybrid": "Hybrid"}
+
+
+def model_label(model: str) -> str:
+    """Name of the teacher, the hybrid or a baseline; a baseline is named after its selection method."""
+    return _MODEL_LABELS.get(model) or method_label(model)
+
+
+def method_label(method: str) -> str:
+    """Name of a selection method."""
+    return _METHOD_LABELS.get(method, method)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return ABSENT if share is None else f"{100 * share:.{digits}f}%"
+
+
+def decimals(number: float | None, digits: int = 2) -> str:
+    return ABSENT if number is None else f"{number:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 48 s, 3 min 05 s, 2 h 07 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def moment(time: datetime) -> str:
+    """2026-02-03 10:11 UTC."""
+    return time.strftime("%Y-%m-%d %H:%M %Z").rstrip()
+
+
+def count(number: float, kilo: int = 1000) -> str:
+    """512, 8K, 1.5M; `kilo` 1024 for context lengths."""
+    for unit, suffix in ((kilo**3, "B"), (kilo**2, "M"), (kilo, "K")):
+        if number >= unit:
+            scaled = number / unit
+            return (
+                f"{scaled:.0f}{suffix}" if scaled >= 100 or scaled == int(scaled) else f"{scaled:.3g}{suffix}"
+            )
+    return f"{number:g}"

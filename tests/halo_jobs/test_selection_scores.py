@@ -1,0 +1,110 @@
+"""Layer rankings: the published scores give the published layers; each formula does what its name says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halo_jobs.selection.scores import (
+    HALO_CAP,
+    LayerScore,
+    LayerSweep,
+    all_choices,
+    choose_attention_layers,
+    halo_importance,
+    jet_nemotron_importance,
+    sweep_from_published,
+)
+
+PUBLISHED_SCORES = Path(__file__).resolve().parents[3] / "shared" / "data" / "sweep_scores.json"
+
+
+def sweep_of(recall: list[float], commonsense: list[float], kl: list[float] | None = None) -> LayerSweep:
+    layers = tuple(
+        LayerScore(index, recall[index], commonsense[index], None if kl is None else kl[index])
+        for index in range(len(recall))
+    )
+    return LayerSweep(layers, teacher_recall=0.9, teacher_commonsense=0.6)
+
+
+def flat_sweep(num_layers: int) -> LayerSweep:
+    return sweep_of([0.5] * num_layers, [0.5] * num_layers, [0.1] * num_layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "attention_layers"),
+    [
+        ("2b", (2, 3, 6, 8, 9, 21, 25)),  # as released in hypenet-2b
+        ("4b", (0, 1, 7, 14, 15, 22, 24, 33, 34)),  # hypenet-5b was released with 31 in place of 34
+        ("8b", (1, 2, 4, 6, 7, 10, 24, 33, 34)),  # as released in hypenet-9b
+    ],
+)
+def test_published_sweeps_give_published_layers(model: str, attention_layers: tuple[int, ...]) -> None:
+    if not PUBLISHED_SCORES.is_file():
+        pytest.skip(f"the authors' published sweep scores are not at {PUBLISHED_SCORES}")
+    assert choose_attention_layers("halo", sweep_from_published(PUBLISHED_SCORES, model)) == attention_layers
+
+
+def test_halo_importance_by_hand() -> None:
+    sweep = sweep_of(recall=[0.8, 0.6, 0.7, 0.4], commonsense=[0.50, 0.45, 0.60, 0.20])
+    expected = [0.0, 0.2 / (0.15 + 1e-6), HALO_CAP, 0.4 / (0.4 + 1e-6)]
+    assert halo_importance(sweep) == pytest.approx(expected, rel=1e-9)
+    assert choose_attention_layers("halo", sweep) == (2,)
+    assert choose_attention_layers("halo", sweep, 2) == (1, 2)
+
+
+def test_the_teacher_does_not_enter_the_maxima() -> None:
+    layers = (LayerScore(0, 0.5, 0.5), LayerScore(1, 0.25, 0.25))
+    sweeps = [LayerSweep(layers, teacher, teacher) for teacher in (0.0, 1.0)]
+    assert halo_importance(sweeps[0]) == halo_importance(sweeps[1])
+    assert jet_nemotron_importance(sweeps[1]) == (0.0, 0.25)
+
+
+def test_jet_nemotron_and_kl_rank_by_their_own_score() -> None:
+    sweep = sweep_of([0.9, 0.1, 0.5, 0.8], [0.5, 0.1, 0.5, 0.5], [0.3, 0.2, 0.1, 0.4])
+    assert choose_attention_layers("jet_nemotron", sweep, 2) == (1, 2)
+    assert choose_attention_layers("kl", sweep, 2) == (0, 3)
+
+
+def test_ties_go_to_the_lower_layer() -> None:
+    assert choose_attention_layers("halo", flat_sweep(8), 3) == (0, 1, 2)
+    assert choose_attention_layers("kl", flat_sweep(8)) == (0, 1)
+
+
+def test_fixed_patterns() -> None:
+    assert choose_attention_layers("uniform", flat_sweep(28)) == (3, 7, 11, 15, 19, 23, 27)
+    assert choose_attention_layers("last_half", flat_sweep(28)) == (15, 17, 19, 21, 23, 25, 27)
+    assert choose_attention_layers("uniform", flat_sweep(10), 3) == (2, 5, 9)
+    assert choose_attention_layers("last_half", flat_sweep(9), 2) == (5, 8)
+    assert choose_attention_layers("all_rnn", flat_sweep(28), 7) == ()
+
+
+def test_all_choices_leave_out_kl_where_it_was_not_measured() -> None:
+    measured = all_choices(flat_sweep(8))
+    assert list(measured) == ["halo", "jet_nemotron", "kl", "uniform", "last_half", "all_rnn"]
+    assert "kl" not in all_choices(sweep_of([0.5] * 8, [0.5] * 8))
+
+
+def test_user_errors_are_sentences() -> None:
+    with pytest.raises(ValueError, match="unknown selection method 'haloo'; choose one of halo"):
+        choose_attention_layers("haloo", flat_sweep(8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"last_half cannot choose 5 attention layers: .* 0 to 4 of 8"):
+        choose_attention_layers("last_half", flat_sweep(8), 5)
+    with pytest.raises(ValueError, match="no KL for layer 0"):
+        choose_attention_layers("kl", sweep_of([0.5] * 4, [0.5] * 4))
+    with pytest.raises(ValueError, match="not finite"):
+        sweep_of([float("nan")] * 4, [0.5] * 4)
+    with pytest.raises(ValueError, match="once each"):
+        LayerSweep((LayerScore(1, 0.5, 0.5),), 0.9, 0.6)
+
+
+def test_published_file_errors_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    scores = {"recall": {"ruler_qa_squad": 0.5, "fda": 0.5}, "csr": {}}
+    path.write_text(json.dumps({"models": {"2b": {"teacher": scores, "layers": [scores]}}}))
+    with pytest.raises(ValueError, match=r"scores\.json lacks 'swde'"):
+        sweep_from_published(path, "2b")
+    with pytest.raises(ValueError, match="has no model '3b'; choose one of 2b"):
+        sweep_from_published(path, "3b")
