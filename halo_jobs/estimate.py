@@ -1,0 +1,110 @@
+"""What a recipe will cost, before it runs: parameters, memory and time per training stage.
+
+Operations are counted (2 per weight and token forward, 4 backward, attention scores included); the machine's speed is
+measured by a short matrix product and discounted by what training usually reaches of it. Good to a factor of two.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from hypenet_megatron.presets import ModelShape
+
+from halo_jobs.models import DTYPES
+from halo_jobs.recipe import ConversionRecipe, Recipe, TrainingSection
+
+ATTAINED_SHARE = {"cpu": 0.35, "cuda": 0.12}
+_PRODUCT_SIZE = {"cpu": 768, "cuda": 8192}
+_LIVE_ACTIVATIONS_PER_LAYER = 34  # values of hidden size kept per token and layer for the backward pass
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Trainable and total parameters, bytes of weights + optimizer + activations, tokens, and seconds."""
+
+    stage: str
+    trainable: int
+    parameters: int
+    memory_bytes: int
+    tokens: int
+    seconds: float
+
+
+def mixer_parameters(shape: ModelShape, *, lightning: bool, gated: bool) -> int:
+    queries = shape.query_heads * shape.head_dim
+    keys = queries if lightning else shape.kv_groups * shape.head_dim
+    norms = 2 * shape.head_dim + (queries if lightning else 0)
+    return shape.hidden_size * (2 * queries + 2 * keys + (queries if gated else 0)) + norms
+
+
+def model_parameters(shape: ModelShape, attention_layers: int | None) -> int:
+    """Parameters of the teacher (None) or of a hybrid with so many attention layers."""
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    mlp = 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
+    if attention_layers is None:
+        mixers = shape.num_layers * mixer_parameters(shape, lightning=False, gated=False)
+    else:
+        mixers = attention_layers * mixer_parameters(shape, lightning=False, gated=True)
+        mixers += (shape.num_layers - attention_layers) * mixer_parameters(shape, lightning=True, gated=True)
+    return embeddings + shape.num_layers * mlp + mixers + shape.hidden_size
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds times two per second of one square matrix product."""
+    size = _PRODUCT_SIZE[device.type]
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    for _ in range(2):
+        a @ a
+    repeats = 5
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        a @ a
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return repeats * 2.0 * size**3 / (time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Rates:
+    shape: ModelShape
+    weight_bytes: int
+    flops_per_second: float
+
+
+def _training_cost(stage: str, section: TrainingSection, rates: _Rates, teacher: int, trainable: int) -> StageCost:
+    """`teacher` parameters run forward only, `trainable` ones forward and backward with optimizer state."""
+    shape, weight_bytes = rates.shape, rates.weight_bytes
+    tokens = section.steps * section.tokens_per_step
+    flops_per_token = 2 * teacher + 6 * trainable
+    optimizer = trainable * (weight_bytes + 4 + 4 + 8)  # weights, fp32 gradient, fp32 master weights, two moments
+    micro_tokens = section.micro_batch * section.context_length
+    activations = micro_tokens * shape.num_layers * shape.hidden_size * _LIVE_ACTIVATIONS_PER_LAYER * weight_bytes
+    return StageCost(
+        stage,
+        trainable,
+        teacher + trainable,
+        teacher * weight_bytes + optimizer + activations,
+        tokens,
+        tokens * flops_per_token / rates.flops_per_second,
+    )
+
+
+def training_costs(recipe: Recipe, shape: ModelShape, device: torch.device) -> list[StageCost]:
+    """One row per training stage; baselines repeat distil and finetune."""
+    dtype = DTYPES[recipe.precision]
+    speed = measured_flops(device, dtype) * ATTAINED_SHARE[device.type]
+    teacher = model_parameters(shape, None)
+    rates = _Rates(shape, dtype.itemsize, speed)
+    if not isinstance(recipe, ConversionRecipe):
+        return [_training_cost("pretrain", recipe.pretrain, rates, 0, teacher)]
+    students = shape.num_layers * mixer_parameters(shape, lightning=True, gated=True)
+    hybrid = model_parameters(shape, shape.num_layers // 4)
+    rows = [_training_cost("align", recipe.align, rates, teacher, students)]
+    for variant in ("hybrid", *recipe.select.baselines):
+        rows.append(_training_cost(f"distil.{variant}", recipe.distil, rates, teacher, hybrid))
+        rows.append(_training_cost(f"finetune.{variant}", recipe.finetune, rates, 0, hybrid))
+    return rows

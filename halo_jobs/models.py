@@ -1,0 +1,100 @@
+"""Teacher, aligned pair and hybrid as built by the stages: shape, weights folders, device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from durable_files import read_json, write_json
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.presets import ModelShape
+from hypenet_tools import hybrid_tensors
+
+from halo_jobs.training.checkpoints import load_full_tensors, load_weights, read_weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPE_FILE = "shape.json"
+
+
+def write_shape(folder: Path, shape: ModelShape) -> Path:
+    write_json(folder / SHAPE_FILE, asdict(shape))
+    return folder / SHAPE_FILE
+
+
+def read_shape(folder: Path) -> ModelShape:
+    return ModelShape(**read_json(folder / SHAPE_FILE))
+
+
+def is_student_key(key: str) -> bool:
+    return ".self_attention.student." in key
+
+
+def _teacher_key(key: str) -> str:
+    """Where a key of the aligned model lies in the teacher's weights; "" for students."""
+    return "" if is_student_key(key) else key.replace(".self_attention.teacher.", ".self_attention.")
+
+
+def _student_key(key: str) -> str:
+    return key if is_student_key(key) else ""
+
+
+@dataclass(frozen=True)
+class ModelBuilder:
+    """Builds the models of a run in one dtype on one device."""
+
+    shape: ModelShape
+    dtype: torch.dtype
+    device: torch.device
+
+    def _build(self, config: HypeNetConfig, *, aligned: bool = False) -> HypeNetModel:
+        return HypeNetModel(config, aligned=aligned).to(self.device)
+
+    def _teacher_config(self) -> HypeNetConfig:
+        return HypeNetConfig.from_shape(self.shape, self.shape.teacher_mixers(), hybrid=False, dtype=self.dtype)
+
+    def fresh_teacher(self) -> HypeNetModel:
+        """A randomly initialised Qwen3-architecture model (pretraining)."""
+        return self._build(self._teacher_config())
+
+    def teacher(self, weights: Path) -> HypeNetModel:
+        model = self.fresh_teacher()
+        load_weights(weights, model)
+        return model
+
+    def aligned(self, teacher_weights: Path, student_weights: Path) -> HypeNetModel:
+        """Teacher with a student mixer in every layer, from the two weights folders."""
+        model = self._build(self._teacher_config(), aligned=True)
+        load_weights(teacher_weights, model, rename=_teacher_key)
+        load_weights(student_weights, model, rename=_student_key)
+        return model
+
+    def _hybrid(self, attention_layers: Collection[int], logits_scaling_base: float | None) -> HypeNetModel:
+        mixers = self.shape.hybrid_mixers(tuple(attention_layers))
+        return self._build(
+            HypeNetConfig.from_shape(
+                self.shape, mixers, hybrid=True, dtype=self.dtype, logits_scaling_base=logits_scaling_base
+            )
+        )
+
+    def hybrid(
+        self, weights: Path, attention_layers: Collection[int], logits_scaling_base: float | None = None
+    ) -> HypeNetModel:
+        model = self._hybrid(attention_layers, logits_scaling_base)
+        load_weights(weights, model)
+        return model
+
+    def hybrid_from_parts(
+        self, teacher_weights: Path, student_weights: Path, attention_layers: Collection[int], seed: int
+    ) -> HypeNetModel:
+        """The hybrid that distillation starts from: teacher, aligned students, fresh gates in attention layers."""
+        model = self._hybrid(attention_layers, None)
+        tensors = hybrid_tensors(
+            read_weights(teacher_weights), read_weights(student_weights), self.shape, attention_layers, seed
+        )
+        load_full_tensors(model, tensors)
+        return model
+
+

@@ -1,0 +1,76 @@
+"""What a stage is given: the recipe, its own folder, the folders of the stages before it, a console, a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from halo_cluster import StageResult
+from rich.console import Console
+from tokenized_data import BlendedSampler, TokenStore, WindowSampler
+
+from halo_jobs.models import DTYPES, ModelBuilder, read_shape
+from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection
+from halo_jobs.training.batches import BatchCursor, Sampler
+from halo_jobs.training.checkpoints import KeyFilter
+from halo_jobs.training.objectives import Objective
+from halo_jobs.training.trainer import Trainer
+
+TRAIN_STORE, HELD_OUT_STORE = "train", "held_out"
+
+
+def recall_store_name(context_length: int) -> str:
+    """Episodes are cut to one context length, so there is a store per length in use."""
+    return f"recall-{context_length}"
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """`inputs` maps the names of earlier stages to their finished folders."""
+
+    name: str
+    recipe: Recipe
+    folder: Path
+    inputs: Mapping[str, Path]
+    console: Console
+    device: torch.device
+
+    @property
+    def conversion(self) -> ConversionRecipe:
+        assert isinstance(self.recipe, ConversionRecipe)
+        return self.recipe
+
+    @property
+    def pretraining(self) -> PretrainRecipe:
+        assert isinstance(self.recipe, PretrainRecipe)
+        return self.recipe
+
+    def teacher_folder(self) -> Path:
+        """The stage that holds the teacher: imported by init, or trained by pretrain."""
+        return self.inputs["init" if isinstance(self.recipe, ConversionRecipe) else "pretrain"]
+
+    def builder(self) -> ModelBuilder:
+        return ModelBuilder(read_shape(self.teacher_folder()), DTYPES[self.recipe.precision], self.device)
+
+    def store(self, name: str) -> TokenStore:
+        return TokenStore.open(self.inputs["tokenize"] / name)
+
+    def sampler(self, section: TrainingSection) -> Sampler:
+        """Windows of prose, mixed with recall episodes as the section asks."""
+        prose = WindowSampler(self.store(TRAIN_STORE), section.context_length, self.recipe.seed)
+        if section.recall_share == 0.0:
+            return prose
+        store = self.store(recall_store_name(section.context_length))
+        recall = WindowSampler(store, section.context_length, self.recipe.seed)
+        shares = [1.0 - section.recall_share, section.recall_share]
+        return BlendedSampler([prose, recall], shares, self.recipe.seed)
+
+    def train(self, section: TrainingSection, objective: Objective, keep_keys: KeyFilter | None = None) -> Trainer:
+        """A trainer for this stage, not yet run."""
+        cursor = BatchCursor(self.sampler(section), section.global_batch, section.micro_batch, self.device)
+        return Trainer(self.name, section, objective, cursor, self.folder, self.console, keep_keys)
+
+
+__all__ = ["StageContext", "StageResult", "recall_store_name"]

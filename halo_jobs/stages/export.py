@@ -1,0 +1,103 @@
+"""export: the finished model as a Hugging Face folder that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from durable_files import read_json
+from hypenet_tools import write_hf_folder, write_qwen3_folder
+from hypenet_tools.hf_config import hypenet_config, qwen3_config
+
+from halo_jobs.model_card import DataSource, hybrid_model_card, teacher_model_card
+from halo_jobs.models import DTYPES
+from halo_jobs.recipe import resolve_path
+from halo_jobs.report import load_run
+from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
+from halo_jobs.stages.data import tokenizer_folder
+from halo_jobs.stages.measure import logits_scaling_base_of
+from halo_jobs.stages.selected import MAIN_VARIANT
+from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
+from halo_jobs.training.checkpoints import read_weights
+
+EXPORT_FOLDER = "hypenet"
+TEACHER_FOLDER = "teacher"
+CORPUS_FACTS = "corpus.json"
+
+
+def _data_sources(context: StageContext) -> list[DataSource]:
+    """One line per corpus source; a corpus.json beside the text names packages and licences."""
+    tokens = context.store(TRAIN_STORE).num_tokens
+    sources = []
+    for source in context.recipe.corpus.train:
+        facts_file = resolve_path(source) / CORPUS_FACTS
+        facts: dict[str, Any] = read_json(facts_file) if facts_file.is_file() else {}
+        sources.append(DataSource(source, facts.get("licence", "see source"), tokens, facts.get("note", "")))
+    return sources
+
+
+def _command(context: StageContext) -> str:
+    return f"halo run {context.recipe.name}"
+
+
+def run_export(context: StageContext) -> StageResult:
+    """The main hybrid in the released HypeNet layout, logits scaling on, modelling code beside the weights."""
+    recipe = context.conversion
+    shape = context.builder().shape
+    selection = read_json(context.inputs["select"] / "selection.json")
+    mixers = shape.hybrid_mixers(selection["attention_layers"])
+    base = logits_scaling_base_of(context.inputs[f"calibrate.{MAIN_VARIANT}"])
+    tensors = read_weights(context.inputs[f"finetune.{MAIN_VARIANT}"] / HYBRID_WEIGHTS)
+    dtype = DTYPES[recipe.precision]
+    config = hypenet_config(shape, mixers, base, str(dtype).removeprefix("torch."))
+    card = hybrid_model_card(
+        load_run(context.folder, context.inputs),
+        title=f"HypeNet from {Path(recipe.teacher.rpartition(':')[2]).name}",
+        base_model=Path(recipe.teacher.rpartition(":")[2]).name,
+        config=config,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        licence="other",
+        data=_data_sources(context),
+        command=_command(context),
+    )
+    write_hf_folder(
+        context.folder / EXPORT_FOLDER,
+        tensors,
+        shape,
+        mixers,
+        logits_scaling_base=base,
+        tokenizer_folder=tokenizer_folder(recipe),
+        dtype=dtype,
+        model_card=card,
+        max_shard_bytes=recipe.export.max_shard_megabytes * 10**6,
+    )
+    return StageResult([context.folder / EXPORT_FOLDER], {"folder": EXPORT_FOLDER, "logits_scaling_base": base})
+
+
+def run_export_teacher(context: StageContext) -> StageResult:
+    """A pretrained teacher as a plain Qwen3 folder."""
+    recipe = context.pretraining
+    shape = context.builder().shape
+    tensors = read_weights(context.inputs["pretrain"] / TEACHER_WEIGHTS)
+    dtype = DTYPES[recipe.precision]
+    evaluation = read_json(context.inputs["evaluate.teacher"] / "evaluation.json")
+    card = teacher_model_card(
+        load_run(context.folder, context.inputs),
+        title=recipe.name,
+        config=qwen3_config(shape, str(dtype).removeprefix("torch.")),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        licence="other",
+        data=_data_sources(context),
+        command=_command(context),
+        ngram_perplexity=evaluation.get("ngram_perplexity"),
+    )
+    write_qwen3_folder(
+        context.folder / TEACHER_FOLDER,
+        tensors,
+        shape,
+        tokenizer_folder=tokenizer_folder(recipe),
+        dtype=dtype,
+        model_card=card,
+    )
+    held_out = context.store(HELD_OUT_STORE).num_tokens
+    return StageResult([context.folder / TEACHER_FOLDER], {"folder": TEACHER_FOLDER, "held_out_tokens": held_out})

@@ -1,0 +1,151 @@
+"""calibrate and evaluate: what a finished hybrid can do, and with which logits scaling."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from durable_files import read_json, write_json
+from hypenet_kernels import chunked_cross_entropy
+from hypenet_megatron.model import HypeNetModel
+from rich.progress import track
+from tokenized_data import WindowSampler
+
+from halo_jobs.corpora.ngram import NGramBaseline
+from halo_jobs.evaluation.megatron_scorer import MegatronScorer
+from halo_jobs.evaluation.runner import TaskMetrics, evaluate, niah_grid
+from halo_jobs.evaluation.suites import evaluation_suite
+from halo_jobs.recipe import ConversionRecipe, PretrainRecipe
+from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
+from halo_jobs.stages.select import TOKENS_PER_BATCH, held_out_material
+from halo_jobs.stages.selected import attention_layers_of, variant_of
+from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
+from halo_jobs.training.progress import ProgressReporter
+
+NGRAM_TOKENS = 40_000_000
+TEACHER = "teacher"
+
+
+@torch.no_grad()
+def _mean_loss(model: HypeNetModel, windows: list[torch.Tensor]) -> float:
+    """Next-token loss in nats per token over windows [context_length + 1]."""
+    model.eval()
+    losses = []
+    for window in windows:
+        hidden = model(window[None, :-1]).flatten(0, 1)
+        share = torch.full((hidden.shape[0],), 1.0 / hidden.shape[0], device=hidden.device)
+        losses.append(float(chunked_cross_entropy(hidden, model.head_weight(), window[1:], share)))
+    return float(np.mean(losses))
+
+
+def run_calibrate(context: StageContext) -> StageResult:
+    """Choose `a` by the loss on long held-out windows; None (scaling off) is measured for the record only."""
+    section = context.conversion.calibrate
+    sampler = WindowSampler(context.store(HELD_OUT_STORE), section.context_length, context.recipe.seed)
+    count = min(section.windows, sampler.num_windows)
+    windows = [torch.from_numpy(sampler.window(n).tokens).to(context.device) for n in range(count)]
+    weights = context.inputs[f"finetune.{variant_of(context)}"] / HYBRID_WEIGHTS
+    load = partial(context.builder().hybrid, weights, attention_layers_of(context))
+    candidates = [
+        {"base": base, "loss": _mean_loss(load(base), windows)}
+        for base in track([None, *section.candidates], context.name, console=context.console)
+    ]
+    best = min((c for c in candidates if c["base"] is not None), key=lambda c: (c["loss"], c["base"]))
+    write_json(context.folder / "calibration.json", {"base": best["base"], "candidates": candidates})
+    return StageResult([context.folder / "calibration.json"], {"base": best["base"], "loss": best["loss"]})
+
+
+def logits_scaling_base_of(calibration: Path) -> float:
+    return float(read_json(calibration / "calibration.json")["base"])
+
+
+def _model_under_test(context: StageContext) -> HypeNetModel:
+    variant = variant_of(context)
+    builder = context.builder()
+    if variant == TEACHER:
+        return builder.teacher(context.teacher_folder() / TEACHER_WEIGHTS)
+    return builder.hybrid(
+        context.inputs[f"finetune.{variant}"] / HYBRID_WEIGHTS,
+        attention_layers_of(context),
+        logits_scaling_base_of(context.inputs[f"calibrate.{variant}"]),
+    )
+
+
+def _suite_metrics(context: StageContext, scorer: MegatronScorer, training_context: int) -> TaskMetrics:
+    """The proxy suite at the training context; each task's metrics are kept in a file for a killed run."""
+    section = context.recipe.evaluate
+    tasks = evaluation_suite(
+        held_out_material(context),
+        context_length=training_context,
+        items=section.suite_items,
+        seed=context.recipe.seed,
+    )
+    reporter = ProgressReporter(f"{context.name} suite", len(tasks), context.console)
+    metrics: TaskMetrics = {}
+    with reporter.live():
+        for done, task in enumerate(tasks, start=1):
+            kept = context.folder / "tasks" / f"{task.name}.json"
+            if not kept.exists():
+                numbers = evaluate([task], scorer, TOKENS_PER_BATCH[context.device.type])[task.name]
+                write_json(kept, {"group": task.group, **numbers})
+            metrics[task.name] = read_json(kept)
+            reporter.update(done, f"{task.name} {metrics[task.name]['score']:.2f}")
+    return metrics
+
+
+def _needle_grid(context: StageContext, scorer: MegatronScorer) -> list[dict[str, Any]]:
+    """Rows of the needle grid, kept per context length."""
+    section = context.recipe.evaluate
+    rows: list[dict[str, Any]] = []
+    reporter = ProgressReporter(f"{context.name} needles", len(section.contexts), context.console)
+    with reporter.live():
+        for done, context_length in enumerate(section.contexts, start=1):
+            kept = context.folder / "needles" / f"{context_length}.json"
+            if not kept.exists():
+                grid = niah_grid(
+                    held_out_material(context).materials,
+                    scorer,
+                    contexts=[context_length],
+                    depths=section.depths,
+                    items=section.needle_items,
+                    seed=context.recipe.seed,
+                    tokens_per_batch=TOKENS_PER_BATCH[context.device.type],
+                )
+                write_json(kept, grid)
+            part = read_json(kept)
+            rows += part
+            reporter.update(done, f"{context_length} tokens {np.mean([row['score'] for row in part]):.2f}")
+    return rows
+
+
+def run_evaluate(context: StageContext) -> StageResult:
+    """Local proxy tasks for one model: needle grid, key-value recall, last word, next sentence, perplexity."""
+    recipe = context.recipe
+    training_context = (recipe.distil if isinstance(recipe, ConversionRecipe) else recipe.pretrain).context_length
+    scorer = MegatronScorer(_model_under_test(context), context.device)
+    tasks = _suite_metrics(context, scorer, training_context)
+    grid = _needle_grid(context, scorer)
+    perplexity = next((m["perplexity"] for m in tasks.values() if "perplexity" in m), None)
+    result = {
+        "model": variant_of(context),
+        "training_context": training_context,
+        "tasks": tasks,
+        "niah": grid,
+        "perplexity": perplexity,
+    }
+    if isinstance(recipe, PretrainRecipe):
+        result["ngram_perplexity"] = _ngram_perplexity(context)
+    write_json(context.folder / "evaluation.json", result)
+    summary = {"needles": float(np.mean([row["score"] for row in grid])), "perplexity": perplexity}
+    return StageResult([context.folder / "evaluation.json"], summary)
+
+
+def _ngram_perplexity(context: StageContext) -> float:
+    """Held-out perplexity of a trigram model of the same training text: what a network has to beat."""
+    train, held_out = context.store(TRAIN_STORE), context.store(HELD_OUT_STORE)
+    tokens = train.read(0, min(train.num_tokens, NGRAM_TOKENS))
+    baseline = NGramBaseline.fit(tokens, order=3, vocab_size=train.tokenizer.vocab_size)
+    return baseline.perplexity(held_out.read(0, min(held_out.num_tokens, NGRAM_TOKENS)))

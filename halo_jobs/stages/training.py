@@ -1,0 +1,69 @@
+"""The training stages: pretrain, align, distil, finetune."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.runtime import reset_seeds
+
+from halo_jobs.models import DTYPES, ModelBuilder, is_student_key, write_shape
+from halo_jobs.recipe import TrainingSection
+from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
+from halo_jobs.stages.selected import attention_layers_of, variant_of
+from halo_jobs.training.checkpoints import KeyFilter, save_weights
+from halo_jobs.training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective, Objective
+
+TEACHER_WEIGHTS, STUDENT_WEIGHTS, HYBRID_WEIGHTS = "teacher", "students", "hybrid"
+
+
+def _train_and_publish(
+    context: StageContext,
+    section: TrainingSection,
+    objective: Objective,
+    weights: str,
+    keep_keys: KeyFilter | None = None,
+) -> StageResult:
+    """Train to the end, hand on the weights, and drop the checkpoints that nobody will resume from."""
+    summary: dict[str, Any] = context.train(section, objective, keep_keys).run()
+    model: HypeNetModel = objective.ddp.module
+    folder = context.folder / weights
+    save_weights(folder, model, keep_keys)
+    shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
+    return StageResult([folder, context.folder / "metrics.jsonl"], summary)
+
+
+def run_pretrain(context: StageContext) -> StageResult:
+    recipe = context.pretraining
+    vocabulary = context.store(TRAIN_STORE).tokenizer.vocab_size
+    shape = ModelShape(name=recipe.name, vocab_size=vocabulary, **recipe.shape.model_dump())
+    reset_seeds(recipe.seed)
+    model = ModelBuilder(shape, DTYPES[recipe.precision], context.device).fresh_teacher()
+    result = _train_and_publish(context, recipe.pretrain, NextTokenObjective(model), TEACHER_WEIGHTS)
+    return StageResult([*result.outputs, write_shape(context.folder, shape)], result.summary)
+
+
+def run_align(context: StageContext) -> StageResult:
+    start = context.inputs["init"]
+    model = context.builder().aligned(start / TEACHER_WEIGHTS, start / STUDENT_WEIGHTS)
+    objective = AlignmentObjective(model)
+    return _train_and_publish(context, context.conversion.align, objective, STUDENT_WEIGHTS, is_student_key)
+
+
+def run_distil(context: StageContext) -> StageResult:
+    builder = context.builder()
+    teacher_weights = context.inputs["init"] / TEACHER_WEIGHTS
+    layers = attention_layers_of(context)
+    student = builder.hybrid_from_parts(
+        teacher_weights, context.inputs["align"] / STUDENT_WEIGHTS, layers, context.recipe.seed
+    )
+    objective = DistillationObjective(student, builder.teacher(teacher_weights))
+    return _train_and_publish(context, context.conversion.distil, objective, HYBRID_WEIGHTS)
+
+
+def run_finetune(context: StageContext) -> StageResult:
+    distilled = context.inputs[f"distil.{variant_of(context)}"] / HYBRID_WEIGHTS
+    model = context.builder().hybrid(distilled, attention_layers_of(context))
+    return _train_and_publish(context, context.conversion.finetune, NextTokenObjective(model), HYBRID_WEIGHTS)
