@@ -1,0 +1,68 @@
+"""Tiny random models and a tiny tokenizer for the conversion tests."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.dynamic_module_utils
+from torch import Tensor
+
+from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_tools.mapping import conversion_plan, megatron_shapes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """trust_remote_code copies code to a folder of the user's; here it must be a fresh one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+        )
+        yield
+
+
+RandomTensors = Callable[..., dict[str, Tensor]]
+
+
+@pytest.fixture
+def random_tensors() -> RandomTensors:
+    """Megatron tensors of a random model: matrices of a scale that keeps logits lively, norms around one."""
+
+    def make(shape: ModelShape, mixers: tuple[MixerType, ...], gated: bool) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        tensors = {}
+        for name, size in megatron_shapes(conversion_plan(shape, mixers, gated)).items():
+            noise = torch.randn(size, generator=generator)
+            tensors[name] = 1 + 0.1 * noise if len(size) == 1 else 0.15 * noise
+        return tensors
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A word-level tokenizer of 90 words, the last of which ends a text."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocabulary = {f"w{i}": i for i in range(88)} | {"<unk>": 88}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": 89,
+                "content": "<end>",
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        ],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -1,0 +1,214 @@
+"""config.json of Qwen3 and HypeNet folders: which keys we write, and how we read them back.
+
+The HypeNet keys are those of the released models (arXiv 2601.22156). Settings that the layout allows but
+our model has no code for are refused when read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from durable_files import read_json
+from hypenet_megatron.presets import MixerType, ModelShape
+
+QWEN3, HYPENET = "qwen3", "hypenet"
+MIXER_NAMES: dict[MixerType, str] = {"attn": "attn", "lightning": "lightning-attn"}
+MIXERS_BY_NAME: dict[str, MixerType] = {
+    "attn": "attn",
+    "lightning-attn": "lightning",
+    "lightning_attn": "lightning",
+}
+
+# What the code behind a model type does; any other value would be another model.
+DECODER_SETTINGS: dict[str, Any] = {"attention_bias": False, "hidden_act": "silu"}
+HYPENET_SETTINGS: dict[str, Any] = {
+    "attn_use_rope": False,
+    "attn_use_output_gate": True,
+    "lightning_use_rope": True,
+    "lightning_use_qk_norm": True,
+    "lightning_use_output_norm": True,
+    "lightning_use_output_gate": True,
+    "lightning_scale": "1/sqrt(d)",
+}
+ABSENT_OR: dict[str, Any] = {
+    "use_sliding_window": False,
+    "quantization_config": None,
+    "lightning_use_short_conv": False,
+    "lightning_rope_scaling": None,
+}
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a config.json says. `mixer_types` is None for a Qwen3 teacher."""
+
+    shape: ModelShape
+    mixer_types: tuple[MixerType, ...] | None
+    logits_scaling_base: float | None
+
+
+def qwen3_config(shape: ModelShape, dtype: str) -> dict[str, Any]:
+    return {"architectures": ["Qwen3ForCausalLM"], "model_type": QWEN3, **_decoder_keys(shape, dtype)}
+
+
+def hypenet_config(
+    shape: ModelShape, mixer_types: Sequence[MixerType], logits_scaling_base: float | None, dtype: str
+) -> dict[str, Any]:
+    return {
+        "architectures": ["HypeNetForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_hypenet.HypeNetConfig",
+            "AutoModel": "modeling_hypenet.HypeNetModel",
+            "AutoModelForCausalLM": "modeling_hypenet.HypeNetForCausalLM",
+        },
+        "model_type": HYPENET,
+        **_decoder_keys(shape, dtype),
+        "mixer_types": [MIXER_NAMES[mixer] for mixer in mixer_types],
+        **HYPENET_SETTINGS,
+        "lightning_nh": shape.query_heads,
+        "lightning_nkv": shape.query_heads,
+        "lightning_head_dim": shape.head_dim,
+        "attn_logits_scaling": None if logits_scaling_base is None else f"hype {logits_scaling_base:.17g}",
+    }
+
+
+def _decoder_keys(shape: ModelShape, dtype: str) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.query_heads,
+        "num_key_value_heads": shape.kv_groups,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.max_positions,
+        "rms_norm_eps": shape.norm_epsilon,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": shape.tied_embeddings,
+        **DECODER_SETTINGS,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": dtype,
+    }
+
+
+def read_config(path: Path) -> ModelDescription:
+    """Parse a config.json; ValueError names the file, the key and the mend."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object; restore the config.json of the model")
+    model_type = config.get("model_type")
+    if model_type == "qwen3_moe":
+        raise ValueError(
+            f"{path}: mixture-of-experts models ({model_type}) are not supported yet; use a dense Qwen3"
+        )
+    if model_type not in (QWEN3, HYPENET):
+        raise ValueError(
+            f"{path}: model_type is {model_type!r}, but only {QWEN3!r} and {HYPENET!r} can be read"
+        )
+    reader = _Reader(path, config)
+    reader.require_settings({key: config.get(key, value) for key, value in ABSENT_OR.items()}, ABSENT_OR)
+    reader.require_settings(
+        {key: config.get(key, value) for key, value in DECODER_SETTINGS.items()}, DECODER_SETTINGS
+    )
+    shape = reader.shape()
+    if model_type == QWEN3:
+        return ModelDescription(shape, None, None)
+    heads = {
+        "lightning_nh": shape.query_heads,
+        "lightning_nkv": shape.query_heads,
+        "lightning_head_dim": shape.head_dim,
+    }
+    reader.require_settings(config, {**HYPENET_SETTINGS, **heads})
+    return ModelDescription(shape, reader.mixer_types(shape.num_layers), reader.logits_scaling_base())
+
+
+@dataclass(frozen=True)
+class _Reader:
+    path: Path
+    config: dict[str, Any]
+
+    def require_settings(self, found: dict[str, Any], supported: dict[str, Any]) -> None:
+        for key, value in supported.items():
+            if found.get(key) != value:
+                raise ValueError(f"{self.path}: {key} is {found.get(key)!r}, but only {value!r} is supported")
+
+    def number(self, key: str, kind: type[int] | type[float]) -> Any:
+        value = self.config.get(key)
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+            raise ValueError(
+                f"{self.path}: {key} is {value!r} instead of a positive number; restore the config"
+            )
+        return value
+
+    def shape(self) -> ModelShape:
+        tied = self.config.get("tie_word_embeddings")
+        if not isinstance(tied, bool):
+            raise ValueError(
+                f"{self.path}: tie_word_embeddings is {tied!r} instead of true or false; restore the config"
+            )
+        try:
+            return ModelShape(
+                name=self.path.absolute().parent.name,
+                num_layers=self.number("num_hidden_layers", int),
+                hidden_size=self.number("hidden_size", int),
+                ffn_hidden_size=self.number("intermediate_size", int),
+                query_heads=self.number("num_attention_heads", int),
+                kv_groups=self.number("num_key_value_heads", int),
+                head_dim=self.number("head_dim", int),
+                vocab_size=self.number("vocab_size", int),
+                tied_embeddings=tied,
+                rope_theta=self.rope_theta(),
+                norm_epsilon=self.number("rms_norm_eps", float),
+                max_positions=self.number("max_position_embeddings", int),
+            )
+        except ValueError as error:
+            message = str(error)
+            raise ValueError(message if str(self.path) in message else f"{self.path}: {message}") from None
+
+    def rope_theta(self) -> float:
+        """RoPE's base; transformers 5 keeps it in `rope_parameters`, earlier ones beside the other keys."""
+        scaling = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise ValueError(
+                f"{self.path}: RoPE scaling of type {kind!r} is not supported; remove rope_scaling"
+            )
+        if "rope_theta" in scaling:
+            return _Reader(self.path, scaling).number("rope_theta", float)
+        return self.number("rope_theta", float)
+
+    def mixer_types(self, num_layers: int) -> tuple[MixerType, ...]:
+        names = self.config.get("mixer_types")
+        if not isinstance(names, list) or len(names) != num_layers:
+            raise ValueError(
+                f"{self.path}: mixer_types must list one mixer for each of the {num_layers} layers"
+            )
+        unknown = sorted({str(name) for name in names if name not in MIXERS_BY_NAME})
+        if unknown:
+            raise ValueError(
+                f"{self.path}: mixer_types holds {', '.join(unknown)}, but only "
+                f"{', '.join(MIXER_NAMES.values())} are supported"
+            )
+        return tuple(MIXERS_BY_NAME[name] for name in names)
+
+    def logits_scaling_base(self) -> float | None:
+        value = self.config.get("attn_logits_scaling")
+        if value is None:
+            return None
+        try:
+            method, base = str(value).split()
+            if method == "hype" and 1 < float(base) < math.inf:
+                return float(base)
+        except ValueError:
+            pass
+        raise ValueError(
+            f'{self.path}: attn_logits_scaling is {value!r}; write null or "hype <a>" with a number a above 1'
+        )

@@ -1,0 +1,218 @@
+"""Hugging Face tensors <-> Megatron tensors: one table, read in both directions.
+
+A row of the table names one Megatron tensor and the Hugging Face tensors its rows come from. With
+`per_group` the parts are interleaved: for each key/value group first its rows of part one, then its rows of
+part two, and so on, which is Megatron's fused [q | gate | k | v] layout. Otherwise they are stacked. A row
+with one part is a plain copy.
+
+`conversion_plan` fills the table in for a model; each of its entries converts on its own, so callers may
+stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypenet_megatron.presets import MixerType, ModelShape
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Hugging Face tensor and its shape in the symbols of `_sizes`."""
+
+    name: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Row:
+    megatron: str
+    parts: tuple[Part, ...]
+    per_group: bool = False
+
+
+EMBEDDING = Row("embedding.word_embeddings.weight", (Part("model.embed_tokens.weight", "vocab hidden"),))
+FINAL_NORM = Row("decoder.final_layernorm.weight", (Part("model.norm.weight", "hidden"),))
+UNTIED_HEAD = Row("output_layer.weight", (Part("lm_head.weight", "vocab hidden"),))
+
+MEGATRON_LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
+EVERY_LAYER = (
+    Row("input_layernorm.weight", (Part("input_layernorm.weight", "hidden"),)),
+    Row("self_attention.q_layernorm.weight", (Part("self_attn.q_norm.weight", "head"),)),
+    Row("self_attention.k_layernorm.weight", (Part("self_attn.k_norm.weight", "head"),)),
+    Row("self_attention.linear_proj.weight", (Part("self_attn.o_proj.weight", "hidden queries"),)),
+    Row("pre_mlp_layernorm.weight", (Part("post_attention_layernorm.weight", "hidden"),)),
+    Row(
+        "mlp.linear_fc1.weight",
+        (Part("mlp.gate_proj.weight", "ffn hidden"), Part("mlp.up_proj.weight", "ffn hidden")),
+    ),
+    Row("mlp.linear_fc2.weight", (Part("mlp.down_proj.weight", "hidden ffn"),)),
+)
+
+_QUERY = Part("self_attn.q_proj.weight", "queries hidden")
+_KEY = Part("self_attn.k_proj.weight", "keys hidden")
+_VALUE = Part("self_attn.v_proj.weight", "keys hidden")
+_ATTENTION_GATE = Part("self_attn.o_gate.weight", "queries hidden")
+_LIGHTNING_GATE = Part("self_attn.z_proj.weight", "queries hidden")
+_QKV = "self_attention.linear_qkv.weight"
+
+# (mixer type, has an output gate) -> rows that only such layers have
+MIXERS: dict[tuple[MixerType, bool], tuple[Row, ...]] = {
+    ("attn", False): (Row(_QKV, (_QUERY, _KEY, _VALUE), per_group=True),),
+    ("attn", True): (Row(_QKV, (_QUERY, _ATTENTION_GATE, _KEY, _VALUE), per_group=True),),
+    ("lightning", True): (
+        Row(_QKV, (_QUERY, _LIGHTNING_GATE, _KEY, _VALUE), per_group=True),
+        Row("self_attention.core_attention.o_norm.weight", (Part("self_attn.o_norm.weight", "queries"),)),
+    ),
+}
+
+
+def key_value_groups(shape: ModelShape, mixer: MixerType) -> int:
+    """Key/value heads of a layer: the teacher's in attention, one per query head in Lightning."""
+    return shape.kv_groups if mixer == "attn" else shape.query_heads
+
+
+def _sizes(shape: ModelShape, mixer: MixerType) -> dict[str, int]:
+    return {
+        "vocab": shape.vocab_size,
+        "hidden": shape.hidden_size,
+        "ffn": shape.ffn_hidden_size,
+        "head": shape.head_dim,
+        "queries": shape.query_heads * shape.head_dim,
+        "keys": key_value_groups(shape, mixer) * shape.head_dim,
+    }
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One Megatron tensor, its Hugging Face parts (name -> shape), and the groups they interleave in."""
+
+    megatron: str
+    parts: dict[str, tuple[int, ...]]
+    groups: int
+
+    @property
+    def megatron_shape(self) -> tuple[int, ...]:
+        shapes = list(self.parts.values())
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def fuse(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The Megatron tensor from its parts, in the order of `parts`."""
+        for (name, shape), tensor in zip(self.parts.items(), tensors, strict=True):
+            _require_shape(name, tensor, shape)
+        if len(tensors) == 1:
+            return tensors[0]
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            found = ", ".join(
+                f"{name} {tensor.dtype}" for name, tensor in zip(self.parts, tensors, strict=True)
+            )
+            raise ValueError(
+                f"{self.megatron} is made of tensors of different dtypes ({found}); save them in one dtype"
+            )
+        return torch.cat([tensor.unflatten(0, (self.groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The parts from the Megatron tensor; parts of a fused tensor are copies."""
+        _require_shape(self.megatron, tensor, self.megatron_shape)
+        if len(self.parts) == 1:
+            return dict.fromkeys(self.parts, tensor)
+        rows = [shape[0] // self.groups for shape in self.parts.values()]
+        pieces = tensor.unflatten(0, (self.groups, -1)).split(rows, dim=1)
+        copies = [piece.clone(memory_format=torch.contiguous_format).flatten(0, 1) for piece in pieces]
+        return dict(zip(self.parts, copies, strict=True))
+
+
+def conversion_plan(
+    shape: ModelShape, mixer_types: Sequence[MixerType], gated: bool
+) -> tuple[TensorPlan, ...]:
+    """The table filled in for a model: every tensor of either side exactly once."""
+    if len(mixer_types) != shape.num_layers:
+        raise ValueError(
+            f"{shape.name} has {shape.num_layers} layers but {len(mixer_types)} mixer types were given"
+        )
+    plans = [_fill(EMBEDDING, shape)]
+    for layer, mixer in enumerate(mixer_types):
+        if (mixer, gated) not in MIXERS:
+            known = sorted({name for name, has_gate in MIXERS if has_gate == gated})
+            raise ValueError(
+                f"layer {layer} is of mixer type {mixer!r}; with gated={gated} only {known} exist"
+            )
+        plans += [_fill(row, shape, layer, mixer) for row in (*EVERY_LAYER, *MIXERS[mixer, gated])]
+    plans.append(_fill(FINAL_NORM, shape))
+    if not shape.tied_embeddings:
+        plans.append(_fill(UNTIED_HEAD, shape))
+    names = [name for plan in plans for name in (plan.megatron, *plan.parts)]
+    assert len(names) == len(set(names)), "the mapping table names a tensor twice"
+    return tuple(plans)
+
+
+def _fill(row: Row, shape: ModelShape, layer: int | None = None, mixer: MixerType = "attn") -> TensorPlan:
+    sizes = _sizes(shape, mixer)
+    of_layer = "" if layer is None else MEGATRON_LAYER.format(layer=layer)
+    hf_of_layer = "" if layer is None else HF_LAYER.format(layer=layer)
+    parts = {
+        hf_of_layer + part.name: tuple(sizes[symbol] for symbol in part.shape.split()) for part in row.parts
+    }
+    return TensorPlan(of_layer + row.megatron, parts, key_value_groups(shape, mixer) if row.per_group else 1)
+
+
+def hugging_face_shapes(plan: Iterable[TensorPlan]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for entry in plan for name, shape in entry.parts.items()}
+
+
+def megatron_shapes(plan: Iterable[TensorPlan]) -> dict[str, tuple[int, ...]]:
+    return {entry.megatron: entry.megatron_shape for entry in plan}
+
+
+def to_megatron(
+    hf_tensors: Mapping[str, Tensor], shape: ModelShape, mixer_types: Sequence[MixerType], gated: bool
+) -> dict[str, Tensor]:
+    """Megatron tensors (tensor-parallel size 1) from Hugging Face tensors.
+
+    `gated`: the hybrid, whose layers all have an output gate; False for the teacher. Tensors that are not
+    fused are passed on, not copied. ValueError names tensors that are missing, surplus, or of another shape.
+    """
+    plan = conversion_plan(shape, mixer_types, gated)
+    require_names(hf_tensors, hugging_face_shapes(plan), f"the Hugging Face weights of {shape.name}")
+    return {entry.megatron: entry.fuse([hf_tensors[name] for name in entry.parts]) for entry in plan}
+
+
+def to_hugging_face(
+    megatron_tensors: Mapping[str, Tensor], shape: ModelShape, mixer_types: Sequence[MixerType], gated: bool
+) -> dict[str, Tensor]:
+    """The inverse of `to_megatron`, bit for bit."""
+    plan = conversion_plan(shape, mixer_types, gated)
+    require_names(megatron_tensors, megatron_shapes(plan), f"the Megatron weights of {shape.name}")
+    return {
+        name: part for entry in plan for name, part in entry.split(megatron_tensors[entry.megatron]).items()
+    }
+
+
+def require_names(found: Collection[str], expected: Collection[str], holder: str) -> None:
+    """ValueError unless both name the same tensors."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    if missing or unexpected:
+        problems = [f"lack {_listing(missing)}"] if missing else []
+        problems += [f"hold the unexpected {_listing(unexpected)}"] if unexpected else []
+        raise ValueError(
+            f"{holder} {' and '.join(problems)}; check that the weights, the model config and the list "
+            "of attention layers belong together"
+        )
+
+
+def _listing(names: Sequence[str], shown: int = 4) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
+
+
+def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"tensor {name} has shape {list(tensor.shape)} where the model config calls for {list(shape)}; "
+            "use the weights and the config of the same model"
+        )
