@@ -1,0 +1,29 @@
+# What there is to run; `make` alone says so. Everything happens in .venv, which the first target that needs it makes.
+BIN := .venv/bin
+.PHONY: help demo test lint clean bootstrap
+
+help:
+	@echo "make demo   convert a small real model on this machine's CPU, with a report (12 minutes on 2 cores)"
+	@echo "make test   everything CI checks: lint, then the tests"
+	@echo "make lint   ruff, mypy and the import rules of the rooms"
+	@echo "make clean  remove .venv and caches; runs/ stays"
+
+bootstrap:
+	@scripts/bootstrap.sh
+
+demo: bootstrap
+	@$(BIN)/halo demo
+
+lint: bootstrap
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Tests are many small processes: threads of their own would only fight over the cores.
+test: export OMP_NUM_THREADS ?= 1
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

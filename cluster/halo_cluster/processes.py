@@ -1,0 +1,60 @@
+"""Who a process is, so that a pid in a file is not mistaken for a later process with the same number."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def _birth(pid: int) -> str | None:
+    """What tells process `pid` from others with its number; None when it has ended (a zombie has).
+
+    On Linux: the boot and the clock ticks since it, which do not move when somebody sets the clock.
+    """
+    if _BOOT_ID.exists():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        state, start_ticks = fields[0], fields[19]
+        return None if state in "ZX" else f"{_BOOT_ID.read_text().strip()}:{start_ticks}"
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.0f}"
+    except psutil.NoSuchProcess:
+        return None
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """One process of one host, for as long as that host keeps its name."""
+
+    host: str
+    pid: int
+    birth: str
+
+    @classmethod
+    def current(cls) -> ProcessIdentity:
+        birth = _birth(os.getpid())
+        assert birth is not None
+        return cls(socket.gethostname(), os.getpid(), birth)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ProcessIdentity:
+        return cls(str(content["host"]), int(content["pid"]), str(content["birth"]))
+
+    @property
+    def is_on_this_host(self) -> bool:
+        return self.host == socket.gethostname()
+
+    def has_ended(self) -> bool:
+        """True only when that is certain: of another host's processes nothing can be seen from here."""
+        return self.is_on_this_host and _birth(self.pid) != self.birth

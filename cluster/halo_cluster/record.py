@@ -1,0 +1,219 @@
+"""The state of record of one stage: files in runs/<run>/<stage>/<input hash>/, whatever a scheduler believes.
+
+A stage is done when its DONE.json exists. That file is published once, by hard link, after everything it names
+has reached the disk; so it can be believed after any crash, and two processes can never both publish it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from durable_files import discard_leftovers, fsync_tree, publish_once, read_json, sha256_file, write_json
+from halo_cluster.attempts import (
+    AttemptState,
+    AttemptStatus,
+    attempt_folders,
+    attempt_number,
+    close_abandoned,
+    utc_now,
+    write_exit,
+)
+from halo_cluster.heartbeat import Heartbeat
+from halo_cluster.processes import ProcessIdentity
+from halo_cluster.storage import storage_errors
+
+DONE_FILE = "DONE.json"
+_DONE_KEYS = (
+    "stage",
+    "input_hash",
+    "attempt",
+    "started",
+    "finished",
+    "seconds",
+    "outputs",
+    "bytes",
+    "summary",
+)
+
+
+def input_hash(content: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that change with anything in `content` (JSON values) but the order of keys."""
+    canonical = json.dumps(
+        content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage with one set of inputs. `folder` is runs/<run>/<stage>/<input hash>; it may not exist yet."""
+
+    folder: Path
+
+    @property
+    def stage(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def input_hash(self) -> str:
+        return self.folder.name
+
+    def done(self) -> dict[str, Any] | None:
+        """DONE.json, or None before it is published.
+
+        Checked on the way: it is about this stage and inputs, and every output is there with its size. Raises
+        ValueError naming the file otherwise; `verify` reads the contents too.
+        """
+        path = self.folder / DONE_FILE
+        if not path.exists():
+            return None
+        content: dict[str, Any] = read_json(path)
+        missing = [key for key in _DONE_KEYS if key not in content]
+        if missing:
+            raise ValueError(f"{path} lacks {missing[0]!r}; remove {self.folder} to run the stage again")
+        if (content["stage"], content["input_hash"]) != (self.stage, self.input_hash):
+            raise ValueError(
+                f"{path} is of {content['stage']}/{content['input_hash']}; "
+                f"move it back there, or remove {self.folder}"
+            )
+        for name, size in content["bytes"].items():
+            if problem := _size_problem(self.folder / name, size):
+                raise ValueError(f"{problem}; restore it, or remove {self.folder} to run the stage again")
+        return content
+
+    def verify(self) -> list[str]:
+        """Read every output again: one sentence for each that differs. ValueError before DONE.json."""
+        content = self.done()
+        if content is None:
+            raise ValueError(f"{self.folder / DONE_FILE} does not exist; run the stage first")
+        return [
+            f"{self.folder / name} does not match its checksum; restore it, or remove {self.folder}"
+            for name, digest in content["outputs"].items()
+            if sha256_file(self.folder / name) != digest
+        ]
+
+    def attempts(self) -> list[AttemptStatus]:
+        """Oldest first."""
+        return [AttemptStatus.read(folder) for folder in attempt_folders(self.folder)]
+
+    def begin_attempt(self) -> Attempt:
+        """Start the next attempt. The caller holds the run folder, so others without an end were killed."""
+        with storage_errors(self.folder):
+            earlier = attempt_folders(self.folder)
+            for folder in earlier:
+                close_abandoned(folder)
+            discard_leftovers(self.folder)
+            number = attempt_number(earlier[-1]) + 1 if earlier else 1
+            folder = self.folder / f"attempt.{number}"
+            folder.mkdir(parents=True)
+            return Attempt(self, folder)
+
+
+class Attempt:
+    """One try at a stage by this process. Everything it leaves is kept, whatever the end."""
+
+    def __init__(self, record: StageRecord, folder: Path) -> None:
+        """`folder` is new and empty. Time counts from here."""
+        self.record = record
+        self.folder = folder
+        self.log_path = folder / "log.txt"
+        self.started = utc_now()
+        process = asdict(ProcessIdentity.current())
+        write_json(
+            folder / "started.json", {**process, "command": shlex.join(sys.argv), "started": self.started}
+        )
+        self._heartbeat = Heartbeat(folder / "heartbeat")
+
+    @property
+    def number(self) -> int:
+        return attempt_number(self.folder)
+
+    def log(self, text: str) -> None:
+        with open(self.log_path, "a") as handle:
+            handle.write(f"{utc_now()} {text.rstrip()}\n")
+
+    @contextmanager
+    def captured_logging(self) -> Iterator[None]:
+        """Let log.txt have what libraries log."""
+        handler = logging.FileHandler(self.log_path, delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+    def publish(self, outputs: Sequence[Path], summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the stage done with `outputs`, files and folders inside the stage folder.
+
+        Returns the DONE.json that stands: another attempt's, if that one published first.
+        """
+        with storage_errors(self.record.folder):
+            files = _output_files(self.record.folder, outputs)
+            fsync_tree(self.record.folder)
+            attempts = self.record.attempts()
+            content = {
+                "stage": self.record.stage,
+                "input_hash": self.record.input_hash,
+                "attempt": self.number,
+                "started": min((a.started for a in attempts if a.started), default=self.started),
+                "finished": utc_now(),
+                "seconds": 0.0,
+                "outputs": {name: sha256_file(path) for name, path in files.items()},
+                "bytes": {name: path.stat().st_size for name, path in files.items()},
+                "summary": dict(summary),
+            }
+            earlier = sum(attempt.seconds for attempt in attempts if attempt.number != self.number)
+            content["seconds"] = round(earlier + self._heartbeat.seconds, 3)
+            if publish_once(self.record.folder / DONE_FILE, content):
+                self._end("done", "")
+            else:
+                self._end("interrupted", "another attempt published this stage first")
+        published = self.record.done()
+        assert published is not None
+        return published
+
+    def fail(self, reason: str) -> None:
+        self._end("failed", reason)
+
+    def interrupt(self, reason: str) -> None:
+        """End without a fault of the stage's: the user or the machine asked for it."""
+        self._end("interrupted", reason)
+
+    def _end(self, outcome: AttemptState, reason: str) -> None:
+        self._heartbeat.stop()
+        # A full disk must not hide the failure being recorded; this attempt is then counted by its heartbeat.
+        with suppress(OSError):
+            write_exit(self.folder, outcome, reason, self._heartbeat.seconds)
+
+
+def _size_problem(path: Path, size: int) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    found = path.stat().st_size
+    return None if found == size else f"{path} has {found} bytes instead of {size}"
+
+
+def _output_files(stage_folder: Path, outputs: Sequence[Path]) -> dict[str, Path]:
+    """Every file of `outputs`, folders opened up, by its path inside the stage folder."""
+    files: dict[str, Path] = {}
+    for output in outputs:
+        if not output.is_relative_to(stage_folder):
+            raise RuntimeError(f"output {output} is not in its stage's folder {stage_folder}")
+        found = (
+            [path for path in sorted(output.rglob("*")) if path.is_file()] if output.is_dir() else [output]
+        )
+        if not found or not found[0].is_file():
+            raise RuntimeError(f"the stage was to write {output} and did not")
+        files |= {str(path.relative_to(stage_folder)): path for path in found}
+    return files
