@@ -65,7 +65,7 @@ class StageContext:
         store = self.store(recall_store_name(section.context_length))
         recall = WindowSampler(store, section.context_length, self.recipe.seed)
         shares = [1.0 - section.recall_share, section.recall_share]
-        return BlendedSampler([prose, recall], shares, self.recipe.seed)
+        return BlendedSampler([prose, recall], shares)
 
     def train(self, section: TrainingSection, objective: Objective, keep_keys: KeyFilter | None = None) -> Trainer:
         """A trainer for this stage, not yet run."""
