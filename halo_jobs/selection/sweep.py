@@ -35,7 +35,6 @@ class LayerSwitch:
             yield hidden
         yield decoder.final_layernorm(hidden)
 
-    @torch.no_grad()
     def final_hidden(self, input_ids: Tensor) -> Iterator[Tensor]:
         """Final hidden states [s, b, d] of the teacher, then of M(0), M(1), ..., for token ids [b, s]."""
         self.model.eval()
@@ -51,10 +50,12 @@ class LayerSwitch:
             mixer.route = Route.TEACHER
             yield final
 
+    @torch.no_grad()
     def score(self, batch: ScoreBatch) -> list[TokenScores]:
         """Scores of the teacher, then of every M(i)."""
         return [score_hidden(self.model, hidden, batch) for hidden in self.final_hidden(to_device(batch, self.device))]
 
+    @torch.no_grad()
     def divergence(self, input_ids: Tensor) -> list[float]:
         """Mean KL(teacher || M(i)) in nats per token of `input_ids` [b, s], one per layer."""
         weight = self.model.head_weight().detach()
