@@ -17,7 +17,7 @@ demo: bootstrap
 lint: bootstrap
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 # Tests are many small processes: threads of their own would only fight over the cores.
 test: export OMP_NUM_THREADS ?= 1
