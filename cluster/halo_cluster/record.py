@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from durable_files import discard_leftovers, fsync_tree, publish_once, read_json, sha256_file, write_json
+from durable_files import discard_leftovers, publish_once, read_json, sha256_file, write_json
 from halo_cluster.attempts import (
     AttemptState,
     AttemptStatus,
@@ -160,7 +161,7 @@ class Attempt:
         """
         with storage_errors(self.record.folder):
             files = _output_files(self.record.folder, outputs)
-            fsync_tree(self.record.folder)
+            _flush(self.record.folder, files.values())
             attempts = self.record.attempts()
             content = {
                 "stage": self.record.stage,
@@ -217,3 +218,19 @@ def _output_files(stage_folder: Path, outputs: Sequence[Path]) -> dict[str, Path
             raise RuntimeError(f"the stage was to write {output} and did not")
         files |= {str(path.relative_to(stage_folder)): path for path in found}
     return files
+
+
+def _flush(stage_folder: Path, files: Iterable[Path]) -> None:
+    """Bring files to the disk, with every folder whose listing leads to them from the runs folder.
+
+    Nothing else in the stage folder: a rival attempt may be making and removing files there.
+    """
+    named = set(files)
+    listings = {stage_folder, *stage_folder.parents[:3]}
+    listings |= {folder for path in named for folder in path.parents if folder.is_relative_to(stage_folder)}
+    for path in sorted(named | listings):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
