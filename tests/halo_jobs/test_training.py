@@ -1,0 +1,190 @@
+"""The trainer: exact resume, damaged checkpoints, the divergence guard, independence of how a batch is cut."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.runtime import model_parallel, reset_seeds
+from rich.console import Console
+from tokenized_data import Window
+
+from halo_jobs.models import is_student_key
+from halo_jobs.recipe import TrainingSection
+from halo_jobs.training.batches import BatchCursor
+from halo_jobs.training.checkpoints import TrainingCheckpoints, load_weights, read_weights, save_weights
+from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
+from halo_jobs.training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
+from halo_jobs.training.trainer import Trainer
+
+SHAPE = ModelShape("tiny", 4, 32, 48, 4, 2, 8, 64, tied_embeddings=True)
+SECTION = TrainingSection(
+    steps=8, context_length=16, global_batch=8, micro_batch=4, learning_rate=1e-2, warmup_steps=2, checkpoint_every=3
+)
+
+
+class _Windows:
+    """Random windows; sample `poisoned` has loss weight NaN, as a broken store might."""
+
+    def __init__(self, poisoned: int | None = None):
+        self.poisoned = poisoned
+
+    def window(self, sample: int) -> Window:
+        rng = np.random.default_rng(sample)
+        weights = np.where(rng.random(16) < 0.5, 1.0, 4.0).astype(np.float32)
+        if sample == self.poisoned:
+            weights[:] = math.nan
+        return Window(rng.integers(0, 64, 17), weights, "random", sample)
+
+
+def _objective(kind: str, dtype: torch.dtype):
+    reset_seeds(3)
+    teacher = HypeNetConfig.from_shape(SHAPE, SHAPE.teacher_mixers(), hybrid=False, dtype=dtype)
+    hybrid = HypeNetConfig.from_shape(SHAPE, SHAPE.hybrid_mixers((1,)), hybrid=True, dtype=dtype)
+    if kind == "align":
+        return AlignmentObjective(HypeNetModel(teacher, aligned=True))
+    if kind == "distil":
+        return DistillationObjective(HypeNetModel(hybrid), HypeNetModel(teacher))
+    return NextTokenObjective(HypeNetModel(teacher if kind == "pretrain" else hybrid))
+
+
+def _trainer(folder: Path, kind: str, dtype=torch.float32, section=SECTION, windows=None) -> Trainer:
+    cursor = BatchCursor(windows or _Windows(), section.global_batch, section.micro_batch, torch.device("cpu"))
+    keep = is_student_key if kind == "align" else None
+    return Trainer("test", section, _objective(kind, dtype), cursor, folder, Console(quiet=True), keep)
+
+
+def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+@pytest.fixture
+def world():
+    with model_parallel(seed=1):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["align", "distil", "finetune", "pretrain"])
+def test_resume_is_bit_exact(world, tmp_path, kind, dtype):
+    whole = _trainer(tmp_path / "whole", kind, dtype)
+    whole.run()
+    # Stopped in the middle: the schedule is that of 8 steps, but a NaN in step 8's data ends the run at step 7.
+    stopped = _trainer(tmp_path / "stopped", kind, dtype, windows=_Windows(poisoned=60) if kind != "align" else None)
+    if kind == "align":
+        stopped.objective.accumulate = _stop_after(stopped.objective.accumulate, 7)
+    with pytest.raises((TrainingDiverged, KeyboardInterrupt)):
+        stopped.run()
+    resumed = _trainer(tmp_path / "stopped", kind, dtype)
+    resumed.run()
+    expected, found = _weights(whole), _weights(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    lines = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    reference = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in reference]
+
+
+def _stop_after(accumulate, steps: int):
+    calls = iter(range(steps + 1))
+
+    def wrapped(batches):
+        if next(calls) == steps:
+            raise KeyboardInterrupt
+        return accumulate(batches)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("kind", ["align", "distil", "finetune"])
+def test_micro_batches_do_not_change_the_step(world, tmp_path, kind):
+    """Also with loss weights that differ between micro-batches."""
+    losses = {}
+    for micro_batch in (2, 8):
+        section = SECTION.model_copy(update={"micro_batch": micro_batch, "learning_rate": 1e-3})
+        trainer = _trainer(tmp_path / str(micro_batch), kind, section=section)
+        trainer.run()
+        lines = (tmp_path / str(micro_batch) / "metrics.jsonl").read_text().splitlines()
+        losses[micro_batch] = [(json.loads(x)["loss"], json.loads(x)["gradient_norm"]) for x in lines]
+    for a, b in zip(losses[2], losses[8], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_distillation_starts_at_zero_for_equal_models(world):
+    reset_seeds(3)
+    config = HypeNetConfig.from_shape(SHAPE, SHAPE.teacher_mixers(), hybrid=False)
+    teacher, student = HypeNetModel(config), HypeNetModel(config)
+    student.load_state_dict(teacher.state_dict())
+    objective = DistillationObjective(student, teacher)
+    cursor = BatchCursor(_Windows(), 4, 2, torch.device("cpu"))
+    assert abs(float(objective.accumulate(cursor.batches(0)))) < 1e-6
+
+
+def test_alignment_trains_students_only(world, tmp_path):
+    trainer = _trainer(tmp_path, "align")
+    before = _weights(trainer)
+    trainer.run()
+    after = _weights(trainer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if is_student_key(name)}
+
+
+def test_damaged_checkpoint_is_skipped(world, tmp_path):
+    whole = _trainer(tmp_path / "whole", "finetune")
+    whole.run()
+    damaged = _trainer(tmp_path / "damaged", "finetune")
+    damaged.run()
+    newest = TrainingCheckpoints(tmp_path / "damaged" / "checkpoints").path(6)
+    victim = max(newest.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    step, damage = TrainingCheckpoints(tmp_path / "damaged" / "checkpoints").newest_valid()
+    assert step == 3
+    assert len(damage) == 1 and str(victim) in damage[0]
+    resumed = _trainer(tmp_path / "damaged", "finetune")
+    resumed.run()
+    assert all(torch.equal(a, b) for a, b in zip(_weights(whole).values(), _weights(resumed).values(), strict=True))
+
+
+def test_nan_stops_and_names_the_batch(world, tmp_path):
+    trainer = _trainer(tmp_path, "finetune", windows=_Windows(poisoned=29))
+    with pytest.raises(TrainingDiverged, match=r"loss is nan at step 4 \(samples 24 to 31\)"):
+        trainer.run()
+    bad = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert bad["step"] == 4
+    assert [window["sample"] for window in bad["windows"]] == list(range(24, 32))
+    assert TrainingCheckpoints(tmp_path / "checkpoints").newest_valid() == (3, [])
+
+
+def test_spike_stops():
+    guard = DivergenceGuard(spike_factor=5.0)
+    for step in range(50):
+        guard.check_loss(1.0 + 0.01 * step, step=step, samples=(step,))
+    with pytest.raises(TrainingDiverged, match="times the median"):
+        guard.check_loss(9.0, step=50, samples=(50,))
+
+
+def test_weights_folder_round_trip(world, tmp_path):
+    model = _objective("pretrain", torch.bfloat16).model
+    save_weights(tmp_path / "weights", model)
+    tensors = read_weights(tmp_path / "weights")
+    assert all(torch.equal(tensors[name], parameter) for name, parameter in model.named_parameters())
+    reset_seeds(99)
+    other = HypeNetModel(model.config)
+    load_weights(tmp_path / "weights", other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_sample_order_is_that_of_one_rank():
+    """Two data-parallel ranks together read the same samples per step as one."""
+    one = BatchCursor(_Windows(), 8, 2, torch.device("cpu"))
+    ranks = [BatchCursor(_Windows(), 8, 2, torch.device("cpu"), rank, 2) for rank in range(2)]
+    for step in range(3):
+        together = sorted(s for rank in ranks for samples in rank.step_samples(step) for s in samples)
+        assert together == sorted(s for samples in one.step_samples(step) for s in samples)
+    with pytest.raises(ValueError, match="data-parallel ranks"):
+        BatchCursor(_Windows(), 6, 2, torch.device("cpu"), 0, 2)
