@@ -1,0 +1,125 @@
+"""An interpolated Kneser-Ney n-gram model over token ids: what counting alone achieves on a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+_SCORED_AT_ONCE = 1 << 20  # positions; bounds the memory of perplexity()
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Counts of the n-grams of one length; an n-gram is one uint64 with the latest token in the lowest bits.
+
+    At the highest level counts are occurrences, below it the number of distinct tokens seen in front (Kneser-Ney).
+    """
+
+    keys: Array  # uint64 [n-grams], sorted
+    counts: Array  # int64 [n-grams]
+    contexts: Array  # uint64 [contexts], sorted: keys without their latest token
+    totals: Array  # int64 [contexts], sum of the counts of a context's n-grams
+    types: Array  # int64 [contexts], how many n-grams a context has
+    discount: float
+
+    @classmethod
+    def count(cls, sorted_grams: Array, bits: int) -> _Level:
+        keys, starts = _runs(sorted_grams)
+        counts = np.diff(starts, append=len(sorted_grams))
+        contexts, starts = _runs(keys >> np.uint64(bits))
+        totals = np.add.reduceat(counts, starts)
+        once, twice = np.count_nonzero(counts == 1), np.count_nonzero(counts == 2)
+        # The usual n1 / (n1 + 2 n2), with one imagined gram that occurred once and two that occurred twice, so that
+        # texts without such grams still leave something for unseen tokens.
+        discount = (once + 1) / (once + 2 * twice + 5)
+        return cls(keys, counts, contexts, totals, np.diff(starts, append=len(keys)), discount)
+
+    def interpolate(self, grams: Array, bits: int, lower: Array) -> Array:
+        """p(latest token | the tokens before it) float64; `lower`: the same from one level below."""
+        gram_at, gram_found = _find(self.keys, grams)
+        context_at, context_found = _find(self.contexts, grams >> np.uint64(bits))
+        counts = np.where(gram_found, self.counts[gram_at], 0)
+        totals = self.totals[context_at]
+        kept = np.maximum(counts - self.discount, 0.0)
+        mixed = (kept + self.discount * self.types[context_at] * lower) / totals
+        return np.where(context_found, mixed, lower)
+
+
+def _runs(values: Array) -> tuple[Array, Array]:
+    """The distinct values of a sorted array and where each begins."""
+    starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
+    return values[starts], starts
+
+
+def _find(table: Array, wanted: Array) -> tuple[Array, Array]:
+    at = np.minimum(np.searchsorted(table, wanted), len(table) - 1)
+    return at, table[at] == wanted
+
+
+def _pack(tokens: Array, order: int, bits: int) -> Array:
+    """All n-grams of `order` tokens: uint64 [tokens - order + 1]."""
+    grams = np.zeros(len(tokens) - order + 1, dtype=np.uint64)
+    for offset in range(order):
+        grams <<= np.uint64(bits)
+        grams |= tokens[offset : offset + len(grams)].astype(np.uint64)
+    return grams
+
+
+@dataclass(frozen=True)
+class NGramBaseline:
+    """p(token | the order - 1 tokens before it), Kneser-Ney with one discount a level, down to the uniform."""
+
+    order: int
+    vocab_size: int
+    levels: tuple[_Level, ...]  # n-grams of 1, 2, ... order tokens
+
+    @classmethod
+    def fit(cls, tokens: Array, order: int = 3, *, vocab_size: int) -> NGramBaseline:
+        """Count a stream of token ids (any integer dtype, [tokens]). About 60 bytes a token at the peak.
+
+        ValueError when an n-gram does not fit 64 bits, or ids and length do not suit.
+        """
+        bits = max((vocab_size - 1).bit_length(), 1)
+        if order < 1 or order * bits > 64:
+            raise ValueError(f"order {order} with {vocab_size} tokens does not fit 64 bits; lower the order.")
+        _check(tokens, order, vocab_size)
+        grams = _pack(tokens, order, bits)
+        levels: list[_Level] = []
+        for length in range(order, 0, -1):
+            grams.sort()
+            levels.insert(0, _Level.count(grams, bits))
+            grams = levels[0].keys & np.uint64((1 << bits * (length - 1)) - 1)
+        return cls(order, vocab_size, tuple(levels))
+
+    def log_probabilities(self, tokens: Array) -> Array:
+        """log p of tokens[order - 1:], float64."""
+        bits = max((self.vocab_size - 1).bit_length(), 1)
+        grams = _pack(tokens, self.order, bits)
+        probabilities: Array = np.full(len(grams), 1.0 / self.vocab_size)
+        for length, level in enumerate(self.levels, start=1):
+            shorter = grams & np.uint64((1 << bits * length) - 1)
+            probabilities = level.interpolate(shorter, bits, probabilities)
+        return np.log(probabilities)
+
+    def perplexity(self, tokens: Array) -> float:
+        """exp of the mean negative log probability of tokens[order - 1:]."""
+        _check(tokens, self.order, self.vocab_size)
+        total = 0.0
+        scored = len(tokens) - self.order + 1
+        for start in range(0, scored, _SCORED_AT_ONCE):
+            chunk = tokens[start : start + _SCORED_AT_ONCE + self.order - 1]
+            total += float(self.log_probabilities(chunk).sum())
+        return float(np.exp(-total / scored))
+
+
+def _check(tokens: Array, order: int, vocab_size: int) -> None:
+    if len(tokens) < order:
+        raise ValueError(f"{len(tokens)} tokens are too few for {order}-grams.")
+    if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
+        raise ValueError(
+            f"token ids reach from {tokens.min()} to {tokens.max()}; vocab_size is {vocab_size}."
+        )
