@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY_MARK = ".unfinished-"
+RETIRED_MARK = ".retired"
 
 
 def temporary_sibling(target: Path) -> Path:
@@ -70,11 +71,12 @@ def read_json(path: Path) -> Any:
 def publish_folder(temporary: Path, final: Path) -> None:
     """Make a finished folder visible under its final name: fsync all of it, rename, fsync the parent.
 
-    An older folder of the same name is replaced; at no moment does `final` name a half-written folder.
+    An older folder of the same name is replaced; at no moment does `final` name a half-written folder. Killed between
+    the two renames of a replacement, the old folder stays as `final`.retired and `discard_leftovers` brings it back.
     """
     fsync_tree(temporary)
     if final.exists():
-        retired = temporary_sibling(final)
+        retired = final.with_name(final.name + RETIRED_MARK)
         os.rename(final, retired)
         os.rename(temporary, final)
         shutil.rmtree(retired)
@@ -96,14 +98,24 @@ def publish_once(path: Path, content: Any) -> bool:
         os.link(temporary, path)
         return True
     except FileExistsError:
-        return False
+        # Over NFS the reply to a link that succeeded may be lost and the retry refused; the link count tells.
+        return os.stat(temporary).st_nlink == 2
     finally:
         temporary.unlink()
         _fsync_path(path.parent)
 
 
 def discard_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed writers left directly in `folder`; returns what was removed."""
+    """Remove what killed writers left directly in `folder`; returns what was removed.
+
+    A folder whose replacement was cut short is brought back first.
+    """
+    for retired in sorted(folder.glob(f"*{RETIRED_MARK}")) if folder.is_dir() else []:
+        original = retired.with_name(retired.name.removesuffix(RETIRED_MARK))
+        if original.exists():
+            shutil.rmtree(retired)
+        else:
+            os.rename(retired, original)
     removed = []
     for entry in sorted(folder.glob(f"*{TEMPORARY_MARK}*")) if folder.is_dir() else []:
         if entry.is_dir():

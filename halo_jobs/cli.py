@@ -17,16 +17,22 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[
-    Path, typer.Argument(help="A recipe file, or the name of a shipped one (demo, teacher-small, halo-small).")
+    Path,
+    typer.Argument(help="A recipe file, or the name of a shipped one (demo, teacher-small, halo-small)."),
 ]
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs; a run is a folder of its own in it.")]
-NameOption = Annotated[str | None, typer.Option("--run", help="Name of the run; by default the recipe's name.")]
+RunsOption = Annotated[
+    Path, typer.Option("--runs", help="Folder of all runs; a run is a folder of its own in it.")
+]
+NameOption = Annotated[
+    str | None, typer.Option("--run", help="Name of the run; by default the recipe's name.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one key, e.g. --set distil.steps=200. May be given several times."),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print stages, parameters, memory and time; run nothing, write nothing.")
+    bool,
+    typer.Option("--dry-run", help="Print stages, parameters, memory and time; run nothing, write nothing."),
 ]
 
 console = Console()
@@ -72,9 +78,7 @@ def run(
 
 
 @app.command()
-def demo(
-    runs: RunsOption = Path("runs"), settings: SetOption = None, dry_run: DryRunOption = False
-) -> None:
+def demo(runs: RunsOption = Path("runs"), settings: SetOption = None, dry_run: DryRunOption = False) -> None:
     """Convert the embedded 8M-parameter teacher on this machine, about ten minutes on two CPU cores.
 
     Ctrl-C at any time; the same command resumes.

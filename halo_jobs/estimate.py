@@ -10,10 +10,10 @@ import time
 from dataclasses import dataclass
 
 import torch
-from hypenet_megatron.presets import ModelShape
 
 from halo_jobs.models import DTYPES
 from halo_jobs.recipe import ConversionRecipe, Recipe, TrainingSection
+from hypenet_megatron.presets import ModelShape
 
 ATTAINED_SHARE = {"cpu": 0.35, "cuda": 0.12}
 _PRODUCT_SIZE = {"cpu": 768, "cuda": 8192}
@@ -75,14 +75,20 @@ class _Rates:
     flops_per_second: float
 
 
-def _training_cost(stage: str, section: TrainingSection, rates: _Rates, teacher: int, trainable: int) -> StageCost:
+def _training_cost(
+    stage: str, section: TrainingSection, rates: _Rates, teacher: int, trainable: int
+) -> StageCost:
     """`teacher` parameters run forward only, `trainable` ones forward and backward with optimizer state."""
     shape, weight_bytes = rates.shape, rates.weight_bytes
     tokens = section.steps * section.tokens_per_step
     flops_per_token = 2 * teacher + 6 * trainable
-    optimizer = trainable * (weight_bytes + 4 + 4 + 8)  # weights, fp32 gradient, fp32 master weights, two moments
+    optimizer = trainable * (
+        weight_bytes + 4 + 4 + 8
+    )  # weights, fp32 gradient, fp32 master weights, two moments
     micro_tokens = section.micro_batch * section.context_length
-    activations = micro_tokens * shape.num_layers * shape.hidden_size * _LIVE_ACTIVATIONS_PER_LAYER * weight_bytes
+    activations = (
+        micro_tokens * shape.num_layers * shape.hidden_size * _LIVE_ACTIVATIONS_PER_LAYER * weight_bytes
+    )
     return StageCost(
         stage,
         trainable,

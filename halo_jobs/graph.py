@@ -9,7 +9,6 @@ from typing import Any
 
 from durable_files import sha256_file
 from halo_cluster import input_hash
-
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, resolve_path
 from halo_jobs.stages.context import StageContext, StageResult
 from halo_jobs.stages.data import recall_episodes_needed, run_tokenize, tokenizer_folder
@@ -49,7 +48,9 @@ def fingerprint(path: Path) -> list[Any]:
 def _data_node(recipe: Recipe) -> StageNode:
     settings = {
         "corpus": recipe.corpus.model_dump(),
-        "sources": [fingerprint(resolve_path(source)) for source in recipe.corpus.train + recipe.corpus.held_out],
+        "sources": [
+            fingerprint(resolve_path(source)) for source in recipe.corpus.train + recipe.corpus.held_out
+        ],
         "tokenizer": fingerprint(tokenizer_folder(recipe) / "tokenizer.json"),
         "recall": sorted(recall_episodes_needed(recipe).items()),
     }
@@ -63,7 +64,9 @@ def _variant_nodes(recipe: ConversionRecipe, variant: str) -> list[StageNode]:
         StageNode(distil, run_distil, (*data, "align"), recipe.distil.model_dump()),
         StageNode(finetune, run_finetune, (*data, distil), recipe.finetune.model_dump()),
         StageNode(calibrate, run_calibrate, (*data, finetune), recipe.calibrate.model_dump()),
-        StageNode(f"evaluate.{variant}", run_evaluate, (*data, finetune, calibrate), recipe.evaluate.model_dump()),
+        StageNode(
+            f"evaluate.{variant}", run_evaluate, (*data, finetune, calibrate), recipe.evaluate.model_dump()
+        ),
     ]
 
 

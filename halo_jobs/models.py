@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
 from durable_files import read_json, write_json
+from halo_jobs.training.checkpoints import load_full_tensors, load_weights, read_weights
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools import hybrid_tensors
-
-from halo_jobs.training.checkpoints import load_full_tensors, load_weights, read_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPE_FILE = "shape.json"
@@ -53,7 +53,9 @@ class ModelBuilder:
         return HypeNetModel(config, aligned=aligned).to(self.device)
 
     def _teacher_config(self) -> HypeNetConfig:
-        return HypeNetConfig.from_shape(self.shape, self.shape.teacher_mixers(), hybrid=False, dtype=self.dtype)
+        return HypeNetConfig.from_shape(
+            self.shape, self.shape.teacher_mixers(), hybrid=False, dtype=self.dtype
+        )
 
     def fresh_teacher(self) -> HypeNetModel:
         """A randomly initialised Qwen3-architecture model (pretraining)."""
@@ -96,5 +98,3 @@ class ModelBuilder:
         )
         load_full_tensors(model, tensors)
         return model
-
-

@@ -8,19 +8,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from halo_cluster import Attempt, PlannedStage, RunFolder, StageRecord, StageResult, run_stages
-from hypenet_megatron.presets import ModelShape
-from hypenet_megatron.runtime import model_parallel, reset_seeds
-from hypenet_tools import read_model_folder
 from rich.console import Console
 from rich.table import Table
 
+from halo_cluster import Attempt, PlannedStage, RunFolder, StageRecord, StageResult, run_stages
 from halo_jobs.estimate import training_costs
 from halo_jobs.graph import StageNode, input_hashes, stage_nodes
 from halo_jobs.recipe import ConversionRecipe, Recipe, recipe_yaml, resolve_path
 from halo_jobs.report import build_report
 from halo_jobs.stages.context import StageContext
 from halo_jobs.stages.data import tokenizer_folder
+from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.runtime import model_parallel, reset_seeds
+from hypenet_tools import read_model_folder
 from tokenized_data import load_tokenizer_identity
 
 
@@ -86,19 +86,27 @@ def print_plan(recipe: Recipe, runs: Path, console: Console) -> None:
     records = _records(run, recipe, nodes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     costs = {cost.stage: cost for cost in training_costs(recipe, shape, device)}
-    table = Table(title=f"{recipe.name}: {shape.num_layers} layers, hidden {shape.hidden_size}, on {device.type}")
+    table = Table(
+        title=f"{recipe.name}: {shape.num_layers} layers, hidden {shape.hidden_size}, on {device.type}"
+    )
     for column in ("stage", "state", "trainable / all parameters", "memory", "tokens", "about"):
         table.add_column(column, justify="left" if column in ("stage", "state") else "right")
     for node in nodes:
         state = "done" if records[node.name].done() else "to do"
         cost = costs.get(node.name)
         numbers = (
-            f"{cost.trainable / 1e6:,.1f} / {cost.parameters / 1e6:,.1f} M",
-            f"{cost.memory_bytes / 2**30:,.1f} GiB",
-            f"{cost.tokens:,}",
-            f"{cost.seconds / 60:,.1f} min",
-        ) if cost else ("", "", "", "")
+            (
+                f"{cost.trainable / 1e6:,.1f} / {cost.parameters / 1e6:,.1f} M",
+                f"{cost.memory_bytes / 2**30:,.1f} GiB",
+                f"{cost.tokens:,}",
+                f"{cost.seconds / 60:,.1f} min",
+            )
+            if cost
+            else ("", "", "", "")
+        )
         table.add_row(node.name, state, *numbers)
     console.print(table)
     total = sum(cost.seconds for cost in costs.values())
-    console.print(f"Training about {total / 60:,.1f} min in all; evaluation comes on top. Run folder: {run.folder}")
+    console.print(
+        f"Training about {total / 60:,.1f} min in all; evaluation comes on top. Run folder: {run.folder}"
+    )

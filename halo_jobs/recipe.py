@@ -1,4 +1,4 @@
-"""Recipes: the YAML files that say what to convert, how, and with what data. Every key is checked when one is loaded."""
+"""Recipes: the YAML files that say what to convert, how, and with what data; checked key by key when loaded."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ def resolve_path(value: str) -> Path:
     if value.startswith(EMBEDDED):
         path = ASSETS / value.removeprefix(EMBEDDED)
         if not path.exists():
-            raise ValueError(f"{value} is not an embedded asset; there are {sorted(p.name for p in ASSETS.iterdir())}")
+            raise ValueError(
+                f"{value} is not an embedded asset; there are {sorted(p.name for p in ASSETS.iterdir())}"
+            )
         return path
     return Path(value).expanduser()
 

@@ -44,7 +44,9 @@ class HypeNetConfig(TransformerConfig):
             self.attention_output_gate = True
             self.no_rope_freq = [1 if mixer == "attn" else 0 for mixer in self.mixer_types]
         elif "lightning" in self.mixer_types:
-            raise ValueError("a teacher has only 'attn' layers; set hybrid=True for a model with Lightning layers")
+            raise ValueError(
+                "a teacher has only 'attn' layers; set hybrid=True for a model with Lightning layers"
+            )
         super().__post_init__()
 
     @classmethod
@@ -90,7 +92,9 @@ class HypeNetConfig(TransformerConfig):
     def lightning_config(self) -> HypeNetConfig:
         """This config for a Lightning mixer: kv heads cloned to one per query head, output gate on."""
         if "lightning" not in self._layer_configs:
-            config = copy.copy(self)  # dataclasses.replace would run __post_init__ again and double its effects
+            config = copy.copy(
+                self
+            )  # dataclasses.replace would run __post_init__ again and double its effects
             config.num_query_groups = self.num_attention_heads
             config.attention_output_gate = True
             self._layer_configs["lightning"] = config

@@ -115,7 +115,8 @@ def block_spec(
         layers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     backend = backend_for(config)
     mixers = [
-        aligned_mixer_spec(backend) if aligned else mixer_spec(config.mixer_types[layer], backend) for layer in layers
+        aligned_mixer_spec(backend) if aligned else mixer_spec(config.mixer_types[layer], backend)
+        for layer in layers
     ]
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(mixer, backend) for mixer in mixers], layer_norm=backend.norm

@@ -122,7 +122,9 @@ class HypeNetModel(LanguageModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state.pop(f"{prefix}output_layer._extra_state", None)  # empty; kept out so that keys equal the local path's
+        state.pop(
+            f"{prefix}output_layer._extra_state", None
+        )  # empty; kept out so that keys equal the local path's
         return state
 
 

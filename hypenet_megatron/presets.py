@@ -6,6 +6,7 @@ base `a`, the configs released with arXiv 2601.22156.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,15 +49,20 @@ class ModelShape:
 
     def teacher_mixers(self) -> tuple[MixerType, ...]:
         """The teacher is softmax attention in every layer."""
-        return ("attn",) * self.num_layers
+        mixers: tuple[MixerType, ...] = ("attn",)
+        return mixers * self.num_layers
 
-    def hybrid_mixers(self, attention_layers: tuple[int, ...] | list[int]) -> tuple[MixerType, ...]:
+    def hybrid_mixers(self, attention_layers: Collection[int]) -> tuple[MixerType, ...]:
         """Softmax attention at the given 0-based layers, Lightning Attention elsewhere."""
         outside = [layer for layer in attention_layers if not 0 <= layer < self.num_layers]
         if outside:
-            raise ValueError(f"attention layers {outside} do not exist in {self.name} with {self.num_layers} layers")
-        chosen = set(attention_layers)
-        return tuple("attn" if layer in chosen else "lightning" for layer in range(self.num_layers))
+            raise ValueError(
+                f"attention layers {outside} do not exist in {self.name} with {self.num_layers} layers"
+            )
+        mixers: list[MixerType] = ["lightning"] * self.num_layers
+        for layer in attention_layers:
+            mixers[layer] = "attn"
+        return tuple(mixers)
 
 
 def _qwen3(size: str, layers: int, hidden: int, ffn: int, query_heads: int, tied: bool) -> ModelShape:

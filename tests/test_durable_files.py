@@ -175,3 +175,28 @@ def test_manifest_finds_what_changed(tmp_path: Path) -> None:
 def test_sha256_of_a_known_file(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256_file(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
+def test_replacement_cut_short_keeps_the_old_folder(tmp_path, monkeypatch):
+    """A kill between the two renames: the next writer finds the old folder under its name again."""
+    final, temporary = tmp_path / "thing", tmp_path / "thing.unfinished-1"
+    for folder, content in ((final, "old"), (temporary, "new")):
+        folder.mkdir()
+        (folder / "file").write_text(content)
+    rename = os.rename
+    renames = []
+
+    def rename_once(source, target):
+        if renames:
+            raise KeyboardInterrupt
+        renames.append(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_once)
+    with pytest.raises(KeyboardInterrupt):
+        publish_folder(temporary, final)
+    monkeypatch.undo()
+    assert not final.exists()
+    discard_leftovers(tmp_path)
+    assert (final / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]

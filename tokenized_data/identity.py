@@ -25,9 +25,14 @@ def load_tokenizer_identity(folder: Path) -> TokenizerIdentity:
     """Identity of the Hugging Face tokenizer in `folder`; ValueError names what is missing."""
     tokenizer_file = folder / "tokenizer.json"
     tokenizer = read_json(tokenizer_file)
-    ids = {**tokenizer["model"]["vocab"], **{token["content"]: token["id"] for token in tokenizer["added_tokens"]}}
+    ids = {
+        **tokenizer["model"]["vocab"],
+        **{token["content"]: token["id"] for token in tokenizer["added_tokens"]},
+    }
     eos = read_json(folder / "tokenizer_config.json").get("eos_token")
     eos_text = eos["content"] if isinstance(eos, dict) else eos
     if eos_text not in ids:
-        raise ValueError(f"{folder / 'tokenizer_config.json'} names no eos_token of {tokenizer_file}; add one")
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'} names no eos_token of {tokenizer_file}; add one"
+        )
     return TokenizerIdentity(folder.name, sha256_file(tokenizer_file), max(ids.values()) + 1, ids[eos_text])

@@ -83,7 +83,9 @@ class BlendedSampler:
 
     def __init__(self, samplers: Sequence[WindowSampler], proportions: Sequence[float]) -> None:
         if len(samplers) != len(proportions) or abs(sum(proportions) - 1.0) > 1e-9 or min(proportions) < 0:
-            raise ValueError(f"proportions {list(proportions)} must be one per source, not negative, and sum to 1")
+            raise ValueError(
+                f"proportions {list(proportions)} must be one per source, not negative, and sum to 1"
+            )
         self._samplers = list(samplers)
         self._proportions = list(proportions)
 

@@ -12,8 +12,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import zarr
-from durable_files import sha256_file
 
+from durable_files import sha256_file
 from tokenized_data.identity import TokenizerIdentity
 from tokenized_data.writer import FORMAT, INNER_CHUNK
 
@@ -90,7 +90,11 @@ class TokenStore:
 
     @classmethod
     def open(
-        cls, folder: Path, *, expected_tokenizer: TokenizerIdentity | None = None, verify_content: bool = False
+        cls,
+        folder: Path,
+        *,
+        expected_tokenizer: TokenizerIdentity | None = None,
+        verify_content: bool = False,
     ) -> TokenStore:
         """Open and check; ValueError names the store and the mend when it is not one, damaged, or of another tokenizer.
 
@@ -112,7 +116,7 @@ class TokenStore:
             )
         num_tokens = int(attributes["num_tokens"])  # type: ignore[arg-type]
         checksums: dict[str, str] = attributes["shard_sha256"]  # type: ignore[assignment]
-        weights = group["loss_weights"] if "loss_weights" in group else None
+        weights = group.get("loss_weights")
         store = cls(
             folder,
             tokenizer,

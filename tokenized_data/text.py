@@ -31,7 +31,9 @@ def text_files(sources: Sequence[Path]) -> list[Path]:
     for source in sources:
         if not source.exists():
             raise ValueError(f"{source} does not exist; correct the path in the recipe")
-        inside = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in SUFFIXES)
+        inside = (
+            [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in SUFFIXES)
+        )
         if not inside or inside[0].suffix not in SUFFIXES:
             raise ValueError(f"{source} holds no {', '.join(SUFFIXES)} text; give a file or folder that does")
         files += inside
@@ -44,7 +46,9 @@ def _json_documents(path: Path) -> Iterator[str]:
             try:
                 yield json.loads(line)["text"]
             except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f'{path}:{number} is not a JSON object with a "text"; mend or remove it') from None
+                raise ValueError(
+                    f'{path}:{number} is not a JSON object with a "text"; mend or remove it'
+                ) from None
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:
@@ -53,7 +57,9 @@ def _parquet_documents(path: Path) -> Iterator[str]:
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a readable parquet file ({error}); fetch it again") from None
     if "text" not in file.schema_arrow.names:
-        raise ValueError(f"{path} has no column 'text' but {', '.join(file.schema_arrow.names)}; rename the column")
+        raise ValueError(
+            f"{path} has no column 'text' but {', '.join(file.schema_arrow.names)}; rename the column"
+        )
     for batch in file.iter_batches(batch_size=256, columns=["text"]):
         yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
@@ -64,7 +70,9 @@ def documents(path: Path) -> Iterator[str]:
         try:
             parts: Iterator[str] = iter(path.read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
+            raise ValueError(
+                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+            ) from None
     else:
         parts = _json_documents(path) if path.suffix == ".jsonl" else _parquet_documents(path)
     return (text for text in parts if text.strip())

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import zarr
-from durable_files import discard_leftovers, publish_folder, sha256_file, temporary_sibling
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
+from durable_files import discard_leftovers, publish_folder, sha256_file, temporary_sibling
 from tokenized_data.identity import TokenizerIdentity
 
 FORMAT = "hypenet-token-store/1"
@@ -40,7 +40,9 @@ class _ShardedArray:
             compressors=None,
             filters=None,
             fill_value=0,
-            config={"write_empty_chunks": True},  # a chunk of zeros is data here, and a mapped shard has no gaps
+            config={
+                "write_empty_chunks": True
+            },  # a chunk of zeros is data here, and a mapped shard has no gaps
         )
 
     def append(self, values: np.ndarray) -> None:
@@ -82,7 +84,9 @@ class TokenStoreWriter:
         self._temporary = temporary_sibling(folder)
         self._group = zarr.open_group(self._temporary, mode="w", zarr_format=3)
         self._tokens = _ShardedArray(self._group, "tokens", np.uint32, shard_tokens)
-        self._weights = _ShardedArray(self._group, "loss_weights", np.uint8, shard_tokens) if loss_weights else None
+        self._weights = (
+            _ShardedArray(self._group, "loss_weights", np.uint8, shard_tokens) if loss_weights else None
+        )
 
     def __enter__(self) -> TokenStoreWriter:
         return self

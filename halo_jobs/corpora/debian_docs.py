@@ -42,13 +42,16 @@ _LICENCE_PHRASES = (
     "GNU Free Documentation License",
     "GNU General Public License",
     "GNU Lesser General Public License",
+    "GPL",
     "Apache License",
     "Creative Commons",
     "Mozilla Public License",
+    "Python Software Foundation License",
     "public domain",
     "BSD",
     "MIT",
     "Artistic",
+    "verbatim copies",
 )
 
 
@@ -160,13 +163,20 @@ def package_documents(root: Path) -> Iterator[str]:
 
 
 def licence_summary(root: Path, package: str) -> str:
-    """The licences that the copyright file names, in its order; empty when the file is in another package."""
-    path = root / "usr/share/doc" / package / "copyright"
-    if not path.is_file():
+    """The licences that the copyright file names, in its order; which package has the file when this one has not."""
+    folder = root / "usr/share/doc" / package
+    if folder.is_symlink():
+        return f"as package {folder.readlink().name}"
+    if not (folder / "copyright").is_file():
         return ""
-    text = _decode(path.read_bytes())
-    named = re.findall(r"^License: *(\S.*)$", text, flags=re.MULTILINE)
-    named = named or [phrase for phrase in _LICENCE_PHRASES if re.search(rf"\b{phrase}\b", text)]
+    text = _decode((folder / "copyright").read_bytes())
+    # Machine-readable files name a licence in a word or a few; others begin its text there.
+    named = [
+        name for name in re.findall(r"^License: *(\S.*)$", text, flags=re.MULTILINE) if name.count(" ") < 8
+    ]
+    if not named:
+        text = " ".join(text.split()).lower()
+        named = [phrase for phrase in _LICENCE_PHRASES if re.search(rf"\b{phrase.lower()}\b", text)]
     return ", ".join(dict.fromkeys(name.strip() for name in named))
 
 

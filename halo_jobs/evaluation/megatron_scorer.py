@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from hypenet_megatron.model import HypeNetModel
 from torch import Tensor
 
 from halo_jobs.evaluation.interface import ScoreBatch, TokenScores
+from hypenet_megatron.model import HypeNetModel
 
 _ROWS_AT_ONCE = 1024
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from hypenet_kernels import chunked_kl_divergence
-from hypenet_megatron.alignment import Route
-from hypenet_megatron.model import HypeNetModel
 from torch import Tensor
 
 from halo_jobs.evaluation.interface import ScoreBatch, TokenScores
 from halo_jobs.evaluation.megatron_scorer import score_hidden, to_device
+from hypenet_kernels import chunked_kl_divergence
+from hypenet_megatron.alignment import Route
+from hypenet_megatron.model import HypeNetModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class LayerSwitch:
     @torch.no_grad()
     def score(self, batch: ScoreBatch) -> list[TokenScores]:
         """Scores of the teacher, then of every M(i)."""
-        return [score_hidden(self.model, hidden, batch) for hidden in self.final_hidden(to_device(batch, self.device))]
+        return [
+            score_hidden(self.model, hidden, batch)
+            for hidden in self.final_hidden(to_device(batch, self.device))
+        ]
 
     @torch.no_grad()
     def divergence(self, input_ids: Tensor) -> list[float]:

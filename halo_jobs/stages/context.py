@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from halo_cluster import StageResult
 from rich.console import Console
-from tokenized_data import BlendedSampler, TokenStore, WindowSampler
 
+from halo_cluster import StageResult
 from halo_jobs.models import DTYPES, ModelBuilder, read_shape
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection
 from halo_jobs.training.batches import BatchCursor, Sampler
 from halo_jobs.training.checkpoints import KeyFilter
 from halo_jobs.training.objectives import Objective
 from halo_jobs.training.trainer import Trainer
+from tokenized_data import BlendedSampler, TokenStore, WindowSampler
 
 TRAIN_STORE, HELD_OUT_STORE = "train", "held_out"
 
@@ -67,7 +67,9 @@ class StageContext:
         shares = [1.0 - section.recall_share, section.recall_share]
         return BlendedSampler([prose, recall], shares)
 
-    def train(self, section: TrainingSection, objective: Objective, keep_keys: KeyFilter | None = None) -> Trainer:
+    def train(
+        self, section: TrainingSection, objective: Objective, keep_keys: KeyFilter | None = None
+    ) -> Trainer:
         """A trainer for this stage, not yet run."""
         cursor = BatchCursor(self.sampler(section), section.global_batch, section.micro_batch, self.device)
         return Trainer(self.name, section, objective, cursor, self.folder, self.console, keep_keys)

@@ -6,11 +6,10 @@ import math
 import os
 from pathlib import Path
 
-from tokenized_data import TokenStore, tokenize_text
-
 from halo_jobs.recall import load_words, write_recall_store
 from halo_jobs.recipe import ASSETS, ConversionRecipe, Recipe, TrainingSection, resolve_path
 from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult, recall_store_name
+from tokenized_data import Split, TokenStore, tokenize_text
 
 WORDS_FILE = ASSETS / "words.txt"
 
@@ -43,9 +42,15 @@ def run_tokenize(context: StageContext) -> StageResult:
     held_out = [resolve_path(source) for source in recipe.corpus.held_out]
     share = recipe.corpus.held_out_share
     stores = {
-        TRAIN_STORE: _text_store(context.folder / TRAIN_STORE, train, tokenizer, "all" if held_out else "train", share),
+        TRAIN_STORE: _text_store(
+            context.folder / TRAIN_STORE, train, tokenizer, "all" if held_out else "train", share
+        ),
         HELD_OUT_STORE: _text_store(
-            context.folder / HELD_OUT_STORE, held_out or train, tokenizer, "all" if held_out else "held_out", share
+            context.folder / HELD_OUT_STORE,
+            held_out or train,
+            tokenizer,
+            "all" if held_out else "held_out",
+            share,
         ),
     }
     for context_length, episodes in recall_episodes_needed(recipe).items():
@@ -65,7 +70,7 @@ def run_tokenize(context: StageContext) -> StageResult:
     return StageResult([context.folder / name for name in stores], summary)
 
 
-def _text_store(folder: Path, sources: list[Path], tokenizer: Path, split: str, share: float) -> TokenStore:
+def _text_store(folder: Path, sources: list[Path], tokenizer: Path, split: Split, share: float) -> TokenStore:
     if folder.exists():  # published whole by an attempt that was killed later in this stage
         return TokenStore.open(folder)
     return tokenize_text(sources, tokenizer, folder, split=split, held_out_share=share)

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import read_json
-from hypenet_tools import write_hf_folder, write_qwen3_folder
-from hypenet_tools.hf_config import hypenet_config, qwen3_config
-
 from halo_jobs.model_card import DataSource, hybrid_model_card, teacher_model_card
 from halo_jobs.models import DTYPES
 from halo_jobs.recipe import resolve_path
@@ -19,6 +16,8 @@ from halo_jobs.stages.measure import logits_scaling_base_of
 from halo_jobs.stages.selected import MAIN_VARIANT
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from halo_jobs.training.checkpoints import read_weights
+from hypenet_tools import write_hf_folder, write_qwen3_folder
+from hypenet_tools.hf_config import hypenet_config, qwen3_config
 
 EXPORT_FOLDER = "hypenet"
 TEACHER_FOLDER = "teacher"
@@ -71,7 +70,9 @@ def run_export(context: StageContext) -> StageResult:
         model_card=card,
         max_shard_bytes=recipe.export.max_shard_megabytes * 10**6,
     )
-    return StageResult([context.folder / EXPORT_FOLDER], {"folder": EXPORT_FOLDER, "logits_scaling_base": base})
+    return StageResult(
+        [context.folder / EXPORT_FOLDER], {"folder": EXPORT_FOLDER, "logits_scaling_base": base}
+    )
 
 
 def run_export_teacher(context: StageContext) -> StageResult:
@@ -100,4 +101,6 @@ def run_export_teacher(context: StageContext) -> StageResult:
         model_card=card,
     )
     held_out = context.store(HELD_OUT_STORE).num_tokens
-    return StageResult([context.folder / TEACHER_FOLDER], {"folder": TEACHER_FOLDER, "held_out_tokens": held_out})
+    return StageResult(
+        [context.folder / TEACHER_FOLDER], {"folder": TEACHER_FOLDER, "held_out_tokens": held_out}
+    )

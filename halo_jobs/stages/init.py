@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from hypenet_tools import read_model_folder, student_tensors
-
 from halo_jobs.models import DTYPES, write_shape
 from halo_jobs.recipe import resolve_path
 from halo_jobs.stages.context import StageContext, StageResult
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
 from halo_jobs.training.checkpoints import save_tensors
+from hypenet_tools import read_model_folder, student_tensors
 
 
 def run_init(context: StageContext) -> StageResult:

@@ -8,12 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from durable_files import read_json, write_json
-from hypenet_kernels import chunked_cross_entropy
-from hypenet_megatron.model import HypeNetModel
 from rich.progress import track
-from tokenized_data import WindowSampler
 
+from durable_files import read_json, write_json
 from halo_jobs.corpora.ngram import NGramBaseline
 from halo_jobs.evaluation.megatron_scorer import MegatronScorer
 from halo_jobs.evaluation.runner import TaskMetrics, evaluate, niah_grid
@@ -24,6 +21,9 @@ from halo_jobs.stages.select import TOKENS_PER_BATCH, held_out_material
 from halo_jobs.stages.selected import attention_layers_of, variant_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from halo_jobs.training.progress import ProgressReporter
+from hypenet_kernels import chunked_cross_entropy
+from hypenet_megatron.model import HypeNetModel
+from tokenized_data import WindowSampler
 
 NGRAM_TOKENS = 40_000_000
 TEACHER = "teacher"
@@ -124,7 +124,9 @@ def _needle_grid(context: StageContext, scorer: MegatronScorer) -> list[dict[str
 def run_evaluate(context: StageContext) -> StageResult:
     """Local proxy tasks for one model: needle grid, key-value recall, last word, next sentence, perplexity."""
     recipe = context.recipe
-    training_context = (recipe.distil if isinstance(recipe, ConversionRecipe) else recipe.pretrain).context_length
+    training_context = (
+        recipe.distil if isinstance(recipe, ConversionRecipe) else recipe.pretrain
+    ).context_length
     scorer = MegatronScorer(_model_under_test(context), context.device)
     tasks = _suite_metrics(context, scorer, training_context)
     grid = _needle_grid(context, scorer)

@@ -6,9 +6,8 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from durable_files import read_json, write_json
-from tokenized_data import WindowSampler
 
+from durable_files import read_json, write_json
 from halo_jobs.evaluation.runner import TaskMetrics, evaluate_models
 from halo_jobs.evaluation.suites import HeldOut, group_score, selection_suite
 from halo_jobs.recall import load_words
@@ -24,6 +23,7 @@ from halo_jobs.stages.context import HELD_OUT_STORE, StageContext, StageResult
 from halo_jobs.stages.data import WORDS_FILE, tokenizer_folder
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
 from halo_jobs.training.progress import ProgressReporter
+from tokenized_data import WindowSampler
 
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 2**17}
 DIVERGENCE_WINDOWS = 8
@@ -42,11 +42,16 @@ def _divergence(context: StageContext, switch: LayerSwitch, context_length: int)
     return switch.divergence(torch.from_numpy(np.stack(windows)).to(context.device))
 
 
-def _measure(context: StageContext, switch: LayerSwitch, num_layers: int) -> tuple[LayerSweep, list[TaskMetrics]]:
+def _measure(
+    context: StageContext, switch: LayerSwitch, num_layers: int
+) -> tuple[LayerSweep, list[TaskMetrics]]:
     """All scores; each task's are kept in a file, so that a killed sweep goes on with the next task."""
     section = context.conversion.select
     tasks = selection_suite(
-        held_out_material(context), context_length=section.context_length, items=section.items, seed=context.recipe.seed
+        held_out_material(context),
+        context_length=section.context_length,
+        items=section.items,
+        seed=context.recipe.seed,
     )
     per_model: list[TaskMetrics] = [{} for _ in range(num_layers + 1)]
     reporter = ProgressReporter(context.name, len(tasks), context.console)
@@ -64,7 +69,8 @@ def _measure(context: StageContext, switch: LayerSwitch, num_layers: int) -> tup
     )
     divergence = _divergence(context, switch, section.context_length)
     layers = tuple(
-        LayerScore(layer, recall[layer + 1], commonsense[layer + 1], divergence[layer]) for layer in range(num_layers)
+        LayerScore(layer, recall[layer + 1], commonsense[layer + 1], divergence[layer])
+        for layer in range(num_layers)
     )
     return LayerSweep(layers, recall[0], commonsense[0]), per_model
 
@@ -87,7 +93,8 @@ def run_select(context: StageContext) -> StageResult:
         "method": "given" if section.attention_layers is not None else section.method,
         "attention_layers": list(chosen),
         "layers": [
-            {**asdict(score), "importance": importance[score.layer] if importance else None} for score in sweep.layers
+            {**asdict(score), "importance": importance[score.layer] if importance else None}
+            for score in sweep.layers
         ],
         "teacher": {"recall": sweep.teacher_recall, "commonsense": sweep.teacher_commonsense},
         "choices": {method: list(layers) for method, layers in all_choices(sweep).items()},

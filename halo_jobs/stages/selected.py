@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from durable_files import read_json
-
 from halo_jobs.stages.context import StageContext
 
 MAIN_VARIANT = "hybrid"

@@ -5,16 +5,20 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from hypenet_megatron.model import HypeNetModel
-from hypenet_megatron.presets import ModelShape
-from hypenet_megatron.runtime import reset_seeds
-
 from halo_jobs.models import DTYPES, ModelBuilder, is_student_key, write_shape
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.selected import attention_layers_of, variant_of
 from halo_jobs.training.checkpoints import KeyFilter, save_weights
-from halo_jobs.training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective, Objective
+from halo_jobs.training.objectives import (
+    AlignmentObjective,
+    DistillationObjective,
+    NextTokenObjective,
+    Objective,
+)
+from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.runtime import reset_seeds
 
 TEACHER_WEIGHTS, STUDENT_WEIGHTS, HYBRID_WEIGHTS = "teacher", "students", "hybrid"
 

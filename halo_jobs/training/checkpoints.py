@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from durable_files import FolderManifest, discard_leftovers, publish_folder, temporary_sibling
-from hypenet_megatron.model import HypeNetModel
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+
+from durable_files import FolderManifest, discard_leftovers, publish_folder, temporary_sibling
+from hypenet_megatron.model import HypeNetModel
 
 KeyFilter = Callable[[str], bool]
 _STEP_PREFIX = "step-"
@@ -105,7 +106,9 @@ def load_full_tensors(model: HypeNetModel, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for key, value in own.items():
             if value.shape != tensors[key].shape:
-                raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}")
+                raise ValueError(
+                    f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}"
+                )
             value.copy_(tensors[key])
 
 
@@ -117,7 +120,9 @@ class TrainingCheckpoints:
     keep_last: int = 2
 
     def steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix(_STEP_PREFIX)) for path in self.folder.glob(f"{_STEP_PREFIX}????????"))
+        return sorted(
+            int(path.name.removeprefix(_STEP_PREFIX)) for path in self.folder.glob(f"{_STEP_PREFIX}????????")
+        )
 
     def path(self, step: int) -> Path:
         return self.folder / f"{_STEP_PREFIX}{step:08d}"
@@ -129,7 +134,12 @@ class TrainingCheckpoints:
         return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading)}
 
     def save(
-        self, step: int, model: HypeNetModel, optimizer: MegatronOptimizer, extra: dict[str, Any], keep: KeyFilter | None
+        self,
+        step: int,
+        model: HypeNetModel,
+        optimizer: MegatronOptimizer,
+        extra: dict[str, Any],
+        keep: KeyFilter | None,
     ) -> None:
         """Publish the state after `step` finished steps and drop all but the newest `keep_last`."""
         state = self._state(model, optimizer, keep, is_loading=False)

@@ -32,7 +32,9 @@ class DivergenceGuard:
         if len(self.recent) >= self.window:
             median = statistics.median(self.recent)
             if loss > self.spike_factor * median:
-                self._stop(f"loss {loss:.4g} is {loss / median:.1f} times the median of recent steps", step, samples)
+                self._stop(
+                    f"loss {loss:.4g} is {loss / median:.1f} times the median of recent steps", step, samples
+                )
             self.recent.popleft()
         self.recent.append(loss)
 

@@ -13,16 +13,20 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from hypenet_kernels import chunked_cross_entropy, chunked_kl_divergence
-from hypenet_megatron.alignment import Route
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from halo_jobs.training.batches import TokenBatch
+from hypenet_kernels import chunked_cross_entropy, chunked_kl_divergence
+from hypenet_megatron.alignment import Route
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import HypeNetModel
 
 
 class Objective(Protocol):
@@ -39,7 +43,9 @@ def wrap_for_gradients(model: HypeNetModel) -> DistributedDataParallel:
     """Megatron DDP: contiguous fp32 gradient buffers, reduced over data-parallel ranks."""
     config: HypeNetConfig = model.config
     ddp = DistributedDataParallel(
-        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False), model
+        config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False),
+        model,
     )
     config.no_sync_func = ddp.no_sync
     config.finalize_model_grads_func = finalize_model_grads
@@ -132,7 +138,9 @@ class NextTokenObjective(_HiddenStateObjective):
             meter.add(loss)
             return loss * scale, {}
 
-        def forward_step(batches: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def forward_step(
+            batches: Iterator[TokenBatch], model: torch.nn.Module
+        ) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
             return model(batch.input_ids), partial(loss_of, batch)
 
@@ -149,7 +157,9 @@ class DistillationObjective(_HiddenStateObjective):
         self.teacher = teacher.eval().requires_grad_(False)
 
     def _teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        def forward_step(batches: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def forward_step(
+            batches: Iterator[TokenBatch], model: torch.nn.Module
+        ) -> tuple[Tensor, Callable[..., Any]]:
             return model(next(batches).input_ids), lambda hidden, non_loss_data=True: hidden
 
         with torch.no_grad():
@@ -175,7 +185,9 @@ class DistillationObjective(_HiddenStateObjective):
             meter.add(loss)
             return loss * scale, {}
 
-        def forward_step(batches: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def forward_step(
+            batches: Iterator[TokenBatch], model: torch.nn.Module
+        ) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
             return model(batch.input_ids), partial(loss_of, batch)
 
@@ -203,7 +215,9 @@ class AlignmentObjective:
 
         count = len(batches)
 
-        def forward_step(batches: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def forward_step(
+            batches: Iterator[TokenBatch], model: torch.nn.Module
+        ) -> tuple[Tensor, Callable[..., Any]]:
             # The teacher runs without a graph; each aligned mixer switches gradients on for its student alone.
             hidden = model(next(batches).input_ids)
             losses = [mixer.loss for mixer in self.model.aligned_mixers()]

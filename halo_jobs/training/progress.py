@@ -9,10 +9,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from durable_files import write_text
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch.utils.tensorboard import SummaryWriter
+
+from durable_files import write_text
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -47,7 +55,7 @@ class MetricsLog:
                 kept.append(line)
                 self.elapsed_before = entry["elapsed_seconds"]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
-        self._file = open(self.path, "a", buffering=1)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, metrics: StepMetrics) -> None:
@@ -94,4 +102,6 @@ class ProgressReporter:
             return
         self._last_line = now
         left = (now - self._started) / (done - self._first) * (self._total - done)
-        self._console.print(f"{self._title}: {done}/{self._total}  {numbers}  about {left:.0f} s left", highlight=False)
+        self._console.print(
+            f"{self._title}: {done}/{self._total}  {numbers}  about {left:.0f} s left", highlight=False
+        )

@@ -14,4 +14,6 @@ def learning_rate(section: TrainingSection, step: int) -> float:
         return section.learning_rate * warmup
     progress = max(0, step - section.warmup_steps) / max(1, section.steps - section.warmup_steps)
     span = section.learning_rate - section.final_learning_rate
-    return warmup * (section.final_learning_rate + 0.5 * span * (1.0 + math.cos(math.pi * min(1.0, progress))))
+    return warmup * (
+        section.final_learning_rate + 0.5 * span * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from durable_files import write_json
 from megatron.core.optimizer import MegatronOptimizer
 from rich.console import Console
 
+from durable_files import write_json
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.training.batches import BatchCursor
 from halo_jobs.training.checkpoints import KeyFilter, TrainingCheckpoints
@@ -67,7 +67,9 @@ class Trainer:
             return 0
         restored = self.checkpoints.load(step, self.model, optimizer, self.keep_keys)
         self.guard.recent = deque(restored["recent_losses"])
-        self.console.print(f"{self.title}: resuming after step {step} of {self.section.steps}", highlight=False)
+        self.console.print(
+            f"{self.title}: resuming after step {step} of {self.section.steps}", highlight=False
+        )
         return step
 
     def _loop(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypenet_kernels import chunked_lightning_attention, decay_slopes
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from hypenet_kernels import chunked_lightning_attention, decay_slopes
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.norms import HeadsRMSNorm
 
@@ -27,7 +27,9 @@ class LightningCore(MegatronModule):
         slopes = torch.tensor(decay_slopes(config.num_attention_heads)[first : first + local_heads])
         self.register_buffer("slopes", slopes, persistent=False)
         self.scale = config.kv_channels**-0.5
-        self.o_norm = HeadsRMSNorm(config, local_heads * config.kv_channels, config.layernorm_epsilon, tp_group)
+        self.o_norm = HeadsRMSNorm(
+            config, local_heads * config.kv_channels, config.layernorm_epsilon, tp_group
+        )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         # A model cast to bf16 casts its buffers too; the decay is exact only in fp32.

@@ -31,7 +31,11 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
     """Rewrites requests for CUDA tensors to CPU tensors (point 2 above)."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         if _names_cuda(kwargs.get("device")):
@@ -100,8 +104,8 @@ def _replace_cuda_functions() -> None:
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
-    torch.cuda.random.get_rng_state = get_rng_state
-    torch.cuda.random.set_rng_state = set_rng_state
+    for name in ("get_rng_state", "set_rng_state"):
+        setattr(torch.cuda.random, name, stand_ins[name])
     torch.cuda.nvtx.range_push = lambda _: 0
     torch.cuda.nvtx.range_pop = lambda: 0
 
@@ -113,9 +117,7 @@ def _point_rng_tracker_at_cpu() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
     @contextlib.contextmanager
-    def fork(
-        self: Any, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME
-    ) -> Iterator[None]:
+    def fork(self: Any, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
         # Megatron's own fork treats the CPU generator as unrelated host state and restores it; here it IS the state.
         outside = torch.get_rng_state()
         torch.set_rng_state(self.states_[name])

@@ -62,7 +62,11 @@ def model_parallel(layout: ParallelLayout = ParallelLayout(), *, seed: int = 0) 
             context_parallel_size=layout.context,
         )
         reset_seeds(seed)
-        yield torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        yield (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

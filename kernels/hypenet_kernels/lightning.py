@@ -60,7 +60,7 @@ def _chunk_weights(slopes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _carry_matrix(slopes: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
-    """[heads, chunks + 1, chunks]: weight of chunk j's contribution in the state before chunk i (row `chunks`: after)."""
+    """[heads, chunks + 1, chunks]: weight of chunk j in the state before chunk i (row `chunks`: after the last)."""
     i = torch.arange(chunks + 1, device=slopes.device)[:, None]
     j = torch.arange(chunks, device=slopes.device)[None, :]
     distance = ((i - 1 - j) * CHUNK).clamp(min=0).to(dtype)
@@ -106,7 +106,8 @@ def chunked_lightning_attention(
     padding = -time % CHUNK
     # Padded keys are zero: they add nothing to the state, and the decay over them is undone at the end.
     q, k, v = (
-        torch.nn.functional.pad(x.transpose(1, 2), (0, 0, 0, padding)).unflatten(2, (-1, CHUNK)) for x in (q * scale, k, v)
+        torch.nn.functional.pad(x.transpose(1, 2), (0, 0, 0, padding)).unflatten(2, (-1, CHUNK))
+        for x in (q * scale, k, v)
     )
     outputs = []
     for start in range(0, q.shape[2], CHUNKS_PER_SEGMENT):

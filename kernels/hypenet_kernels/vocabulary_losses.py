@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Logits alive at once. On CPU a chunk should stay in the cache (1M fp32 = 4 MB, several times faster than 64 MB); on a GPU
-# it should fill the chip and may be large.
+# Logits alive at once. On CPU a chunk should stay in the cache (1M fp32 = 4 MB, several times faster than 64 MB);
+# on a GPU it should fill the chip and may be large.
 _CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
 
 
@@ -67,7 +67,9 @@ def _cross_entropy_chunk(
     return loss, gradient
 
 
-def _kl_chunk(logits: Tensor, teacher_logits: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def _kl_chunk(
+    logits: Tensor, teacher_logits: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
     """Per-token KL(teacher || student) [chunk] and its gradient with respect to this rank's student logits."""
     student, teacher = _SoftmaxParts(logits, group), _SoftmaxParts(teacher_logits, group)
     gap = teacher.shifted.sub_(student.shifted)

@@ -7,23 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypenet_megatron.presets import ModelShape
-from hypenet_tools import write_qwen3_folder
-from hypenet_tools.mapping import conversion_plan, megatron_shapes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from halo_jobs.recipe import load_recipe
 from halo_jobs.stages.data import WORDS_FILE
+from hypenet_megatron.presets import ModelShape
+from hypenet_tools import write_qwen3_folder
+from hypenet_tools.mapping import conversion_plan, megatron_shapes
 
-NOUNS = "river council harbour winter letter engine garden signal market bridge".split()
-VERBS = "crosses feeds answers opens follows carries guards moves hides repeats".split()
+NOUNS = ["river", "council", "harbour", "winter", "letter", "engine", "garden", "signal", "market", "bridge"]
+VERBS = ["crosses", "feeds", "answers", "opens", "follows", "carries", "guards", "moves", "hides", "repeats"]
 
 
 def _documents(count: int) -> list[str]:
     rng = random.Random(7)
 
     def sentence() -> str:
-        return f"The {rng.choice(NOUNS)} near the {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)} again."
+        first, second, third = rng.sample(NOUNS, 3)
+        return f"The {first} near the {second} {rng.choice(VERBS)} the {third} again."
 
     return [" ".join(sentence() for _ in range(60)) for _ in range(count)]
 
@@ -71,7 +72,7 @@ def tiny_teacher(tmp_path_factory, tiny_tokenizer) -> Path:
 
 TRAINING = {
     "steps": 6,
-    "context_length": 64,
+    "context_length": 128,
     "global_batch": 4,
     "micro_batch": 2,
     "learning_rate": 1e-3,
@@ -81,19 +82,28 @@ TRAINING = {
 }
 
 
+@pytest.fixture(scope="module")
+def pipeline_recipe_content(tiny_corpus, tiny_teacher) -> dict:
+    return recipe_content(tiny_corpus, tiny_teacher)
+
+
 @pytest.fixture
 def tiny_recipe_content(tiny_corpus, tiny_teacher) -> dict:
+    return recipe_content(tiny_corpus, tiny_teacher)
+
+
+def recipe_content(tiny_corpus: Path, tiny_teacher: Path) -> dict:
     return {
         "name": "tiny",
         "precision": "fp32",
         "teacher": str(tiny_teacher),
         "corpus": {"train": [str(tiny_corpus)], "held_out_share": 0.3},
         "align": TRAINING,
-        "select": {"context_length": 64, "items": 4, "baselines": ["uniform"]},
+        "select": {"context_length": 128, "items": 4, "baselines": ["uniform"]},
         "distil": TRAINING,
         "finetune": {**TRAINING, "steps": 3},
         "calibrate": {"candidates": [20, 50], "context_length": 96, "windows": 2},
-        "evaluate": {"contexts": [64, 96], "depths": [0.5], "needle_items": 2, "suite_items": 4},
+        "evaluate": {"contexts": [128, 160], "depths": [0.5], "needle_items": 2, "suite_items": 4},
     }
 
 

@@ -28,7 +28,9 @@ def _load(content: dict, tmp_path):
 
 def test_misspelt_key_is_named_with_the_nearest(tiny_recipe_content, tmp_path):
     tiny_recipe_content["align"] = {**tiny_recipe_content["align"], "learning_rat": 1.0}
-    with pytest.raises(ValueError, match=r"recipe.yaml: unknown key 'align.learning_rat'; did you mean 'learning_rate'"):
+    with pytest.raises(
+        ValueError, match=r"recipe.yaml: unknown key 'align.learning_rat'; did you mean 'learning_rate'"
+    ):
         _load(tiny_recipe_content, tmp_path)
 
 
@@ -73,7 +75,7 @@ def test_override_changes_one_key(tiny_recipe_file):
     recipe = load_recipe(tiny_recipe_file, ["distil.steps=77", "corpus.train=[a, b]"])
     assert recipe.distil.steps == 77
     assert recipe.corpus.train == ["a", "b"]
-    with pytest.raises(ValueError, match="section.key=value"):
+    with pytest.raises(ValueError, match=r"section\.key=value"):
         load_recipe(tiny_recipe_file, ["distil.steps"])
 
 

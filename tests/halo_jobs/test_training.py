@@ -7,12 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
-from hypenet_megatron.presets import ModelShape
-from hypenet_megatron.runtime import model_parallel, reset_seeds
 from rich.console import Console
-from tokenized_data import Window
 
 from halo_jobs.models import is_student_key
 from halo_jobs.recipe import TrainingSection
@@ -21,10 +16,21 @@ from halo_jobs.training.checkpoints import TrainingCheckpoints, load_weights, re
 from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
 from halo_jobs.training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
 from halo_jobs.training.trainer import Trainer
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.runtime import model_parallel, reset_seeds
+from tokenized_data import Window
 
 SHAPE = ModelShape("tiny", 4, 32, 48, 4, 2, 8, 64, tied_embeddings=True)
 SECTION = TrainingSection(
-    steps=8, context_length=16, global_batch=8, micro_batch=4, learning_rate=1e-2, warmup_steps=2, checkpoint_every=3
+    steps=8,
+    context_length=16,
+    global_batch=8,
+    micro_batch=4,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    checkpoint_every=3,
 )
 
 
@@ -54,7 +60,9 @@ def _objective(kind: str, dtype: torch.dtype):
 
 
 def _trainer(folder: Path, kind: str, dtype=torch.float32, section=SECTION, windows=None) -> Trainer:
-    cursor = BatchCursor(windows or _Windows(), section.global_batch, section.micro_batch, torch.device("cpu"))
+    cursor = BatchCursor(
+        windows or _Windows(), section.global_batch, section.micro_batch, torch.device("cpu")
+    )
     keep = is_student_key if kind == "align" else None
     return Trainer("test", section, _objective(kind, dtype), cursor, folder, Console(quiet=True), keep)
 
@@ -75,7 +83,9 @@ def test_resume_is_bit_exact(world, tmp_path, kind, dtype):
     whole = _trainer(tmp_path / "whole", kind, dtype)
     whole.run()
     # Stopped in the middle: the schedule is that of 8 steps, but a NaN in step 8's data ends the run at step 7.
-    stopped = _trainer(tmp_path / "stopped", kind, dtype, windows=_Windows(poisoned=60) if kind != "align" else None)
+    stopped = _trainer(
+        tmp_path / "stopped", kind, dtype, windows=_Windows(poisoned=60) if kind != "align" else None
+    )
     if kind == "align":
         stopped.objective.accumulate = _stop_after(stopped.objective.accumulate, 7)
     with pytest.raises((TrainingDiverged, KeyboardInterrupt)):
@@ -147,7 +157,9 @@ def test_damaged_checkpoint_is_skipped(world, tmp_path):
     assert len(damage) == 1 and str(victim) in damage[0]
     resumed = _trainer(tmp_path / "damaged", "finetune")
     resumed.run()
-    assert all(torch.equal(a, b) for a, b in zip(_weights(whole).values(), _weights(resumed).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(_weights(whole).values(), _weights(resumed).values(), strict=True)
+    )
 
 
 def test_nan_stops_and_names_the_batch(world, tmp_path):

@@ -1,4 +1,5 @@
 import pytest
+
 from hypenet_megatron.runtime import model_parallel
 
 

@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel, count_parameters
-from hypenet_megatron.presets import HYPENET_PRESETS, QWEN3_SHAPES, ModelShape
-from hypenet_tools import to_hugging_face, to_megatron
-from reference_model import hypenet_forward
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from halo_jobs.estimate import model_parameters
 from halo_jobs.training.checkpoints import load_full_tensors
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import HypeNetModel, count_parameters
+from hypenet_megatron.presets import HYPENET_PRESETS, QWEN3_SHAPES, ModelShape
+from hypenet_tools import to_hugging_face, to_megatron
+from tests.reference_model import hypenet_forward
 
 TIED = ModelShape("tied", 3, 48, 80, 4, 2, 16, 97, tied_embeddings=True)
 UNTIED = dataclasses.replace(TIED, name="untied", tied_embeddings=False)
@@ -54,7 +54,7 @@ def _qwen3(shape: ModelShape) -> Qwen3ForCausalLM:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_teacher_equals_transformers(megatron_cpu, shape):
     reference = _qwen3(shape)
-    tensors = {key: value for key, value in reference.state_dict().items()}
+    tensors = dict(reference.state_dict())
     if shape.tied_embeddings:
         tensors.pop("lm_head.weight", None)
     model = HypeNetModel(HypeNetConfig.from_shape(shape, shape.teacher_mixers(), hybrid=False)).eval()
@@ -120,4 +120,6 @@ def test_counted_parameters_equal_built_ones(megatron_cpu, attention_layers):
 def test_presets_are_a_quarter_attention():
     for preset in HYPENET_PRESETS.values():
         assert len(preset.attention_layers) == preset.shape.num_layers // 4
-        assert preset.shape.hybrid_mixers(preset.attention_layers).count("attn") == preset.shape.num_layers // 4
+        assert (
+            preset.shape.hybrid_mixers(preset.attention_layers).count("attn") == preset.shape.num_layers // 4
+        )

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from hypenet_kernels import chunked_lightning_attention, decay_slopes, recurrent_lightning_attention
 
 

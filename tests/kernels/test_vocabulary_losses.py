@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+
 from hypenet_kernels import chunked_cross_entropy, chunked_kl_divergence
 
 TOKENS, HIDDEN, VOCABULARY = 23, 8, 12
@@ -38,7 +39,9 @@ def test_cross_entropy(chunk_tokens):
     expected = (F.cross_entropy(hidden @ weight.t(), labels, reduction="none") * token_weights).sum()
     torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6)
     for a, b in zip(
-        torch.autograd.grad(3 * ours, (hidden, weight)), torch.autograd.grad(3 * expected, (hidden, weight)), strict=True
+        torch.autograd.grad(3 * ours, (hidden, weight)),
+        torch.autograd.grad(3 * expected, (hidden, weight)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -54,7 +57,9 @@ def test_kl_divergence(chunk_tokens):
     expected = _torch_kl(hidden, weight, teacher_hidden, teacher_weight, token_weights)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6)
     for a, b in zip(
-        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+        torch.autograd.grad(ours, (hidden, weight)),
+        torch.autograd.grad(expected, (hidden, weight)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -72,7 +77,13 @@ def _vocabulary_parallel(rank: int, port: int, results):
     hidden.requires_grad_()
     mine = weight[rows].clone().requires_grad_()
     kl = chunked_kl_divergence(
-        hidden, mine, teacher_hidden, teacher_weight[rows], token_weights, group=dist.group.WORLD, chunk_tokens=7
+        hidden,
+        mine,
+        teacher_hidden,
+        teacher_weight[rows],
+        token_weights,
+        group=dist.group.WORLD,
+        chunk_tokens=7,
     )
     cross_entropy = chunked_cross_entropy(
         hidden, mine, labels, token_weights, group=dist.group.WORLD, chunk_tokens=7
