@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from durable_files import read_json, sha256_file
-from halo_jobs.corpora.debian_docs import build_debian_docs, file_text, listed_packages
+from halo_jobs.corpora.debian_docs import build_debian_docs, file_text, licence_summary, listed_packages
 from halo_jobs.corpora.packing import HELD_OUT_FILE, is_held_out, pack_prose, unpack_prose
 from halo_jobs.corpora.prose import (
     DOCUMENT_SEPARATOR,
@@ -172,6 +172,20 @@ def test_build_debian_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "debian_docs.json",
         "some-doc.txt",
     ]
+
+
+def test_licence_summary(tmp_path: Path) -> None:
+    docs = tmp_path / "usr/share/doc"
+    docs.mkdir(parents=True)
+    (docs / "x-doc").symlink_to("x-common")
+    assert licence_summary(tmp_path, "x-doc") == "as package x-common"
+    assert licence_summary(tmp_path, "y-doc") == ""
+    (docs / "y-doc").mkdir()
+    (docs / "y-doc/copyright").write_text(
+        "You may use it under the GNU\n Free Documentation License.\n"
+        "License: Redistribution and use in source and binary forms, with or without change\n"
+    )
+    assert licence_summary(tmp_path, "y-doc") == "GNU Free Documentation License"
 
 
 def test_sword_modules_and_dictionaries(tmp_path: Path) -> None:
