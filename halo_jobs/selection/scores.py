@@ -110,7 +110,9 @@ def choose_attention_layers(
 ) -> tuple[int, ...]:
     """The layers that stay attention, ascending. `num_attention_layers` defaults to floor(L / 4).
 
-    halo, jet_nemotron, kl: the most important layers; of equally important ones the lower layer index wins.
+    halo, jet_nemotron, kl: the most important layers; of equally important ones that whose replacement costs more
+    recall wins, then the lower index. Ties are common in the HALO score of small suites: it is capped, and every
+    layer that costs no commonsense at all reaches the cap.
     uniform: the last layer of every group of L / k, as hybrids interleave them (3, 7, 11, ... at k = L / 4).
     last_half: the same spacing within layers [L // 2, L) (every second layer at k = L / 4).
     all_rnn: none, whatever `num_attention_layers` says.
@@ -131,7 +133,8 @@ def choose_attention_layers(
     importance = layer_importance(method, sweep)
     if importance is None:
         return evenly_spaced_layers(first, num_layers, count)
-    ranking = sorted(range(num_layers), key=lambda layer: (-importance[layer], layer))
+    recall = [score.recall for score in sweep.layers]
+    ranking = sorted(range(num_layers), key=lambda layer: (-importance[layer], recall[layer], layer))
     return tuple(sorted(ranking[:count]))
 
 

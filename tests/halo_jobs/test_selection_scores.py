@@ -108,3 +108,11 @@ def test_published_file_errors_name_the_file(tmp_path: Path) -> None:
         sweep_from_published(path, "2b")
     with pytest.raises(ValueError, match="has no model '3b'; choose one of 2b"):
         sweep_from_published(path, "3b")
+
+
+def test_capped_ties_go_to_the_layer_whose_loss_costs_more_recall():
+    """Layers 1 to 3 cost no commonsense and some recall: all reach the cap, and index alone would pick layer 1."""
+    recalls = (1.0, 0.9, 0.2, 0.5)
+    sweep = LayerSweep(tuple(LayerScore(i, recall, 0.6) for i, recall in enumerate(recalls)), 1.0, 0.6)
+    assert halo_importance(sweep)[1:] == (50.0, 50.0, 50.0)
+    assert choose_attention_layers("halo", sweep, 1) == (2,)
