@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
@@ -14,7 +15,7 @@ from halo_jobs.recall.materials import Materials, TokenSource
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WHITE_SPACE = re.compile(r"\s+")
 _LONGEST_DOCUMENT = 20_000  # tokens; more of one document would crowd out the others
-_MOST_PER_DOCUMENT = 32
+_MOST_PER_DOCUMENT = 32  # unless there are few documents
 _CANDIDATES_PER_ITEM = 4
 
 
@@ -65,11 +66,13 @@ def gather[Candidate](
 
     ValueError when there is none at all.
     """
+    wanted = items * _CANDIDATES_PER_ITEM
+    per_document = max(_MOST_PER_DOCUMENT, math.ceil(wanted / (len(store.document_offsets) - 1)))
     found: dict[Candidate, None] = {}  # a set in order: documents may quote the same text
     for sentences in _documents(store, materials, rng):
         candidates = candidates_of(sentences)
-        found.update(dict.fromkeys(rng.sample(candidates, min(len(candidates), _MOST_PER_DOCUMENT))))
-        if len(found) >= items * _CANDIDATES_PER_ITEM:
+        found.update(dict.fromkeys(rng.sample(candidates, min(len(candidates), per_document))))
+        if len(found) >= wanted:
             break
     if not found:
         raise ValueError(

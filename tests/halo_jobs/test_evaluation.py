@@ -191,6 +191,12 @@ def test_last_words_occur_earlier_and_are_the_only_target(corpus: Corpus, held_o
         assert row.target_mask[-row.target_mask.sum() :].all()
 
 
+def test_one_long_document_is_enough_for_many_items(corpus: Corpus, materials: Materials) -> None:
+    one = ArrayStore(corpus.store.ids[: corpus.store.document_offsets[1]])
+    assert len(last_word_task(one, materials, items=40, seed=1).rows) == 40
+    assert len(next_sentence_task(one, materials, items=40, seed=1).items) == 40
+
+
 def test_the_true_next_sentence_is_marked_correct(corpus: Corpus, held_out: HeldOut) -> None:
     task = next_sentence_task(held_out.documents, held_out.materials, items=12, seed=1)
     documents = corpus.decode(corpus.store.ids).split("<|endoftext|>")
