@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from durable_files import read_json, sha256_file
 
 
@@ -21,18 +23,28 @@ class TokenizerIdentity:
         return f"{self.name} ({self.vocab_size} tokens, sha256 {self.sha256[:12]})"
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json in `folder`, set to encode texts of any length whole."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give the folder of a Hugging Face tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(f"{file} is not a tokenizer ({error}); restore it") from None
+    # Files saved after fine-tuning may carry both; they would cut documents short or fill them up without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def load_tokenizer_identity(folder: Path) -> TokenizerIdentity:
     """Identity of the Hugging Face tokenizer in `folder`; ValueError names what is missing."""
-    tokenizer_file = folder / "tokenizer.json"
-    tokenizer = read_json(tokenizer_file)
-    ids = {
-        **tokenizer["model"]["vocab"],
-        **{token["content"]: token["id"] for token in tokenizer["added_tokens"]},
-    }
-    eos = read_json(folder / "tokenizer_config.json").get("eos_token")
+    tokenizer_file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    ids = load_tokenizer(folder).get_vocab(with_added_tokens=True)
+    eos = read_json(config_file).get("eos_token")
     eos_text = eos["content"] if isinstance(eos, dict) else eos
     if eos_text not in ids:
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'} names no eos_token of {tokenizer_file}; add one"
-        )
-    return TokenizerIdentity(folder.name, sha256_file(tokenizer_file), max(ids.values()) + 1, ids[eos_text])
+        raise ValueError(f"{config_file} names no eos_token of {tokenizer_file}; add one")
+    name = folder.absolute().name
+    return TokenizerIdentity(name, sha256_file(tokenizer_file), max(ids.values()) + 1, ids[eos_text])

@@ -1,12 +1,15 @@
 """Which tokens sample n of a training run is made of. The samplers have no state: (seed, n) is everything.
 
-So resuming is asking for the next n, and the order does not depend on how many processes share the work.
+So resuming is asking for the next n, and the order does not depend on how many processes share the work. Orders come
+from integer arithmetic alone: numpy does not promise that a Generator draws the same in its next release.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
 
 import numpy as np
 
@@ -14,6 +17,7 @@ from tokenized_data.store import TokenStore
 
 _MASK = 2**64 - 1
 _ROUNDS = 6
+_LONGEST_PERIOD = 100_000
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class WindowSampler:
             )
 
     def window(self, sample: int) -> Window:
+        """Window of sample `sample` >= 0; epoch `sample // num_windows` has an order of its own."""
         epoch, index = divmod(sample, self.num_windows)
         start = permuted(index, self.num_windows, _mix(_mix(self._seed) ^ epoch)) * self._context_length
         return Window(
@@ -75,27 +80,52 @@ class WindowSampler:
         )
 
 
+def _periodic(proportions: Sequence[float]) -> tuple[int, list[int]]:
+    """(period, draws of each source per period) such that draws / period are the proportions."""
+    shares = [Fraction(proportion).limit_denominator(_LONGEST_PERIOD) for proportion in proportions]
+    period = lcm(*(share.denominator for share in shares))
+    if sum(shares) != 1 or min(shares) < 0 or period > _LONGEST_PERIOD:
+        raise ValueError(
+            f"proportions {list(proportions)} must be positive or 0 and sum to 1; round them to four decimals that do"
+        )
+    return period, [int(share * period) for share in shares]
+
+
+def _schedule(period: int, draws: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Source of each sample of a period, and how many samples before it came from that source; int32 [period] each.
+
+    A source may give its k-th sample from when it is no more than one sample ahead, and must have given it before it
+    is one behind; the most urgent one goes first. With shares that sum to 1 all can always be served in time, which is
+    why a running count never strays a whole sample from its proportion (largest deficit alone would let it).
+    """
+    sources, before = np.empty(period, np.int32), np.empty(period, np.int32)
+    given = [0] * len(draws)
+    for slot in range(period):
+        ready = [n for n, share in enumerate(draws) if given[n] * period < (slot + 1) * share]
+        chosen = min(ready, key=lambda n: -(-(given[n] + 1) * period // draws[n]))
+        sources[slot], before[slot] = chosen, given[chosen]
+        given[chosen] += 1
+    return sources, before
+
+
 class BlendedSampler:
     """Several samplers in fixed proportions: after any n samples each has given its share to within one.
 
-    Sources are nested pairwise, so that which one sample n comes from, and which of its windows, is arithmetic on n.
+    The order of the sources repeats after as many samples as the proportions need to come out whole (20 for 0.65 and
+    0.35), so which source sample n comes from, and which of its windows, is a look-up and arithmetic on n.
     """
 
     def __init__(self, samplers: Sequence[WindowSampler], proportions: Sequence[float]) -> None:
-        if len(samplers) != len(proportions) or abs(sum(proportions) - 1.0) > 1e-9 or min(proportions) < 0:
+        if not samplers or len(samplers) != len(proportions):
             raise ValueError(
-                f"proportions {list(proportions)} must be one per source, not negative, and sum to 1"
+                f"{len(samplers)} sources have {len(proportions)} proportions; give each source exactly one"
             )
         self._samplers = list(samplers)
-        self._proportions = list(proportions)
+        self._period, self._draws = _periodic(proportions)
+        self._sources, self._before = _schedule(self._period, self._draws)
 
     def window(self, sample: int) -> Window:
-        rest = 1.0
-        for sampler, proportion in zip(self._samplers[:-1], self._proportions[:-1], strict=True):
-            share = proportion / rest if rest > 0 else 0.0
-            before = int(sample * share)
-            if int((sample + 1) * share) > before:
-                return sampler.window(before)
-            sample -= before
-            rest -= proportion
-        return self._samplers[-1].window(sample)
+        """Window of sample `sample` >= 0 of the blended order."""
+        periods, slot = divmod(sample, self._period)
+        source = int(self._sources[slot])
+        return self._samplers[source].window(periods * self._draws[source] + int(self._before[slot]))

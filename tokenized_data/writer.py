@@ -7,6 +7,9 @@ magnitude slower); the shard index carries a crc32c and the group's attributes a
 from __future__ import annotations
 
 import shutil
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +18,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-from durable_files import discard_leftovers, publish_folder, sha256_file, temporary_sibling
+from durable_files import publish_folder, sha256_file, temporary_sibling
 from tokenized_data.identity import TokenizerIdentity
 
 FORMAT = "hypenet-token-store/1"
@@ -23,10 +26,22 @@ INNER_CHUNK = 16_384
 SHARD_TOKENS = 16 * 2**20
 
 
-class _ShardedArray:
-    """One 1-D array that grows a shard at a time."""
+@contextmanager
+def _errors_name(folder: Path) -> Iterator[None]:
+    """A full disk does not say which file it had no room for: let its OSError name `folder`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
 
-    def __init__(self, group: zarr.Group, name: str, dtype: Any, shard_length: int):
+
+class _ShardedArray:
+    """One 1-D array that grows a shard at a time; `checksums` has the SHA-256 of each shard by its path."""
+
+    def __init__(self, folder: Path, group: zarr.Group, name: str, dtype: Any, shard_length: int) -> None:
+        self.checksums: dict[str, str] = {}
+        self._folder, self._name = folder, name
         self._buffer = np.empty(shard_length, dtype)
         self._filled = 0
         self._array = group.create_array(
@@ -40,9 +55,8 @@ class _ShardedArray:
             compressors=None,
             filters=None,
             fill_value=0,
-            config={
-                "write_empty_chunks": True
-            },  # a chunk of zeros is data here, and a mapped shard has no gaps
+            # A chunk of zeros is data here, and a mapped shard has no gaps.
+            config={"write_empty_chunks": True},
         )
 
     def append(self, values: np.ndarray) -> None:
@@ -55,15 +69,23 @@ class _ShardedArray:
                 self.flush()
 
     def flush(self) -> None:
+        """Write what is buffered as the next shard; all shards but the last are full."""
         if self._filled:
             start = self._array.shape[0]
             self._array.resize((start + self._filled,))
             self._array[start:] = self._buffer[: self._filled]
             self._filled = 0
+            file = f"{self._name}/c/{len(self.checksums)}"
+            self.checksums[file] = sha256_file(self._folder / file)
 
 
 class TokenStoreWriter:
-    """Context manager; the store appears at `folder` when the block ends without an error, or not at all."""
+    """Context manager; the store appears at `folder` when the block ends without an error, or not at all.
+
+    Memory holds one shard per array. A killed writer leaves a temporary sibling of `folder`; whoever owns the parent
+    removes it with `durable_files.discard_leftovers`, not this class, as another writer may be at work beside it.
+    OSErrors (disk full, read-only) name the folder.
+    """
 
     def __init__(
         self,
@@ -74,34 +96,54 @@ class TokenStoreWriter:
         loss_weights: bool = False,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
-        if shard_tokens % INNER_CHUNK:
-            raise ValueError(f"shard_tokens {shard_tokens} is not a multiple of {INNER_CHUNK}")
+        if shard_tokens < 1 or shard_tokens % INNER_CHUNK:
+            raise ValueError(f"shard_tokens {shard_tokens} is not a multiple of {INNER_CHUNK}; round it up")
         self.folder = folder
         self._tokenizer = tokenizer
         self._provenance = provenance
-        self._offsets = [0]
-        discard_leftovers(folder.parent)
-        self._temporary = temporary_sibling(folder)
-        self._group = zarr.open_group(self._temporary, mode="w", zarr_format=3)
-        self._tokens = _ShardedArray(self._group, "tokens", np.uint32, shard_tokens)
-        self._weights = (
-            _ShardedArray(self._group, "loss_weights", np.uint8, shard_tokens) if loss_weights else None
-        )
+        self._has_weights = loss_weights
+        self._shard_tokens = shard_tokens
+        self._offsets = array("q", [0])
 
     def __enter__(self) -> TokenStoreWriter:
+        self._temporary = temporary_sibling(self.folder)
+        try:
+            with _errors_name(self.folder):
+                self._group = zarr.open_group(self._temporary, mode="w", zarr_format=3)
+                self._tokens = self._new_array("tokens", np.uint32)
+                self._weights = self._new_array("loss_weights", np.uint8) if self._has_weights else None
+        except BaseException:
+            self._discard()
+            raise
         return self
+
+    def _new_array(self, name: str, dtype: Any) -> _ShardedArray:
+        return _ShardedArray(self._temporary, self._group, name, dtype, self._shard_tokens)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def add_document(self, token_ids: np.ndarray, loss_weights: np.ndarray | None = None) -> None:
         """Append one document, EOS included by the caller: ids [n] and, in a weighted store, uint8 weights [n]."""
-        if len(token_ids) and int(np.max(token_ids)) >= self._tokenizer.vocab_size:
+        if (
+            len(token_ids)
+            and not 0 <= int(np.min(token_ids)) <= int(np.max(token_ids)) < self._tokenizer.vocab_size
+        ):
             raise ValueError(
-                f"token id {int(np.max(token_ids))} is outside the vocabulary of {self._tokenizer.describe()}; "
-                "encode with that tokenizer"
+                f"{self.folder}: token ids {np.min(token_ids)} to {np.max(token_ids)} of a document are not all in the "
+                f"vocabulary of {self._tokenizer.describe()}; encode with that tokenizer"
             )
-        self._tokens.append(np.asarray(token_ids, np.uint32))
-        if self._weights is not None:
-            assert loss_weights is not None and len(loss_weights) == len(token_ids)
-            self._weights.append(np.asarray(loss_weights, np.uint8))
+        if (loss_weights is None) == self._has_weights or (
+            loss_weights is not None and len(loss_weights) != len(token_ids)
+        ):
+            wanted = "one loss weight per token" if self._has_weights else "no loss weights"
+            raise ValueError(
+                f"{self.folder} takes {wanted}; give the document so, or open the writer otherwise"
+            )
+        with _errors_name(self.folder):
+            self._tokens.append(np.asarray(token_ids, np.uint32))
+            if self._weights is not None:
+                self._weights.append(np.asarray(loss_weights, np.uint8))
         self._offsets.append(self._offsets[-1] + len(token_ids))
 
     def __exit__(
@@ -109,28 +151,26 @@ class TokenStoreWriter:
     ) -> None:
         try:
             if kind is None:
-                self._finish()
+                with _errors_name(self.folder):
+                    self._finish()
         finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._discard()
 
     def _finish(self) -> None:
-        arrays = ["tokens"]
-        self._tokens.flush()
-        if self._weights is not None:
-            self._weights.flush()
-            arrays.append("loss_weights")
-        self._group.create_array("document_offsets", data=np.asarray(self._offsets, np.int64))
-        shards = {
-            str(path.relative_to(self._temporary)): sha256_file(path)
-            for name in arrays
-            for path in sorted((self._temporary / name / "c").glob("*"))
-        }
+        checksums: dict[str, str] = {}
+        for sharded in [self._tokens, *([self._weights] if self._weights is not None else [])]:
+            sharded.flush()
+            checksums |= sharded.checksums
+        # Uncompressed, so that its checksum depends on the content alone.
+        offsets = np.frombuffer(self._offsets, np.int64)
+        self._group.create_array("document_offsets", data=offsets, chunks=offsets.shape, compressors=None)
+        checksums["document_offsets/c/0"] = sha256_file(self._temporary / "document_offsets/c/0")
         self._group.attrs.update(
             {
                 "format": FORMAT,
                 "tokenizer": vars(self._tokenizer),
                 "num_tokens": self._offsets[-1],
-                "shard_sha256": shards,
+                "shard_sha256": checksums,
                 "provenance": self._provenance,
             }
         )
