@@ -263,13 +263,14 @@ def test_unfinished_store_is_invisible(tmp_path):
 
 
 def test_writers_side_by_side_leave_each_other_alone(tmp_path):
-    with (
-        TokenStoreWriter(tmp_path / "one", IDENTITY, provenance={}) as one,
-        TokenStoreWriter(tmp_path / "two", IDENTITY, provenance={}) as two,
-    ):
+    with TokenStoreWriter(tmp_path / "one", IDENTITY, provenance={}, shard_tokens=INNER_CHUNK) as one:
+        one.add_document(np.ones(INNER_CHUNK, np.int64))  # a shard that is written before the other begins
+        with TokenStoreWriter(tmp_path / "two", IDENTITY, provenance={}) as two:
+            two.add_document(np.arange(4))
         one.add_document(np.arange(3))
-        two.add_document(np.arange(4))
-    assert [TokenStore.open(tmp_path / name).num_tokens for name in ("one", "two")] == [3, 4]
+    first, second = (TokenStore.open(tmp_path / name, verify_content=True) for name in ("one", "two"))
+    assert (first.num_tokens, second.num_tokens) == (INNER_CHUNK + 3, 4)
+    assert first.read(0, INNER_CHUNK).sum() == INNER_CHUNK
 
 
 _KILLED = f"""
