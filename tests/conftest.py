@@ -1,12 +1,19 @@
 """Fixtures shared by every room's tests."""
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 
 import pytest
 
 # No test may reach a hub; every model and tokenizer is made or shipped here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# trust_remote_code copies modelling code to a folder of the user's. Here it is one fresh folder for the whole session:
+# Python imports the package `transformers_modules` once, so a second folder would not be looked at.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="halo-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture

@@ -1,27 +1,15 @@
 """Tiny random models and a tiny tokenizer for the conversion tests."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from torch import Tensor
 
 from hypenet_megatron.presets import MixerType, ModelShape
 from hypenet_tools.mapping import conversion_plan, megatron_shapes
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """trust_remote_code copies code to a folder of the user's; here it must be a fresh one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
-        )
-        yield
-
 
 RandomTensors = Callable[..., dict[str, Tensor]]
 
