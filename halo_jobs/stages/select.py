@@ -9,7 +9,7 @@ import torch
 
 from durable_files import read_json, write_json
 from halo_jobs.evaluation.runner import TaskMetrics, evaluate_models
-from halo_jobs.evaluation.suites import HeldOut, group_score, selection_suite
+from halo_jobs.evaluation.suites import HeldOut, group_score, group_standard_error, selection_suite
 from halo_jobs.recall import load_words
 from halo_jobs.selection.scores import (
     LayerScore,
@@ -72,7 +72,8 @@ def _measure(
         LayerScore(layer, recall[layer + 1], commonsense[layer + 1], divergence[layer])
         for layer in range(num_layers)
     )
-    return LayerSweep(layers, recall[0], commonsense[0]), per_model
+    error = group_standard_error(tasks, per_model[0], "commonsense")
+    return LayerSweep(layers, recall[0], commonsense[0], error), per_model
 
 
 def run_select(context: StageContext) -> StageResult:
@@ -97,6 +98,7 @@ def run_select(context: StageContext) -> StageResult:
             for score in sweep.layers
         ],
         "teacher": {"recall": sweep.teacher_recall, "commonsense": sweep.teacher_commonsense},
+        "commonsense_error": sweep.commonsense_error,
         "choices": {method: list(layers) for method, layers in all_choices(sweep).items()},
         "tasks": {"teacher": per_model[0], "replaced": per_model[1:]},
     }

@@ -116,3 +116,13 @@ def test_capped_ties_go_to_the_layer_whose_loss_costs_more_recall():
     sweep = LayerSweep(tuple(LayerScore(i, recall, 0.6) for i, recall in enumerate(recalls)), 1.0, 0.6)
     assert halo_importance(sweep)[1:] == (50.0, 50.0, 50.0)
     assert choose_attention_layers("halo", sweep, 1) == (2,)
+
+
+def test_noise_in_commonsense_does_not_outrank_lost_recall():
+    """Layer 0 has the best C of a noisy suite and costs 1 % of recall; layer 2 costs all of it."""
+    scores = ((0.987, 0.448), (0.999, 0.442), (0.0, 0.361), (0.883, 0.431))
+    layers = tuple(LayerScore(i, recall, commonsense) for i, (recall, commonsense) in enumerate(scores))
+    as_published = LayerSweep(layers, 0.999, 0.436)
+    assert choose_attention_layers("halo", as_published, 1) == (0,)
+    with_error = LayerSweep(layers, 0.999, 0.436, commonsense_error=0.0155)
+    assert choose_attention_layers("halo", with_error, 2) == (2, 3)
