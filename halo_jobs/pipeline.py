@@ -12,16 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from halo_cluster import Attempt, PlannedStage, RunFolder, StageRecord, StageResult, run_stages
+from halo_jobs.checks import check_recipe
 from halo_jobs.estimate import training_costs
 from halo_jobs.graph import StageNode, input_hashes, stage_nodes
-from halo_jobs.recipe import ConversionRecipe, Recipe, recipe_yaml, resolve_path
+from halo_jobs.recipe import Recipe, recipe_yaml
 from halo_jobs.report import build_report
 from halo_jobs.stages.context import StageContext
-from halo_jobs.stages.data import tokenizer_folder
-from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import model_parallel, reset_seeds
-from hypenet_tools import read_model_folder
-from tokenized_data import load_tokenizer_identity
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ def _run_stage(
 
 def run_recipe(recipe: Recipe, runs: Path, console: Console) -> RunResult:
     """Bring every stage of `recipe` to DONE in `runs`/<recipe name> and write report.html there."""
+    check_recipe(recipe)
     run = RunFolder(runs / recipe.name)
     nodes = stage_nodes(recipe)
     records = _records(run, recipe, nodes)
@@ -71,16 +69,9 @@ def run_recipe(recipe: Recipe, runs: Path, console: Console) -> RunResult:
     return RunResult(folders, report)
 
 
-def _planned_shape(recipe: Recipe) -> ModelShape:
-    if isinstance(recipe, ConversionRecipe):
-        return read_model_folder(resolve_path(recipe.teacher)).shape
-    vocabulary = load_tokenizer_identity(tokenizer_folder(recipe)).vocab_size
-    return ModelShape(name=recipe.name, vocab_size=vocabulary, **recipe.shape.model_dump())
-
-
 def print_plan(recipe: Recipe, runs: Path, console: Console) -> None:
     """What `run_recipe` would do: stages with their state, and the cost of the training ones. Writes nothing."""
-    shape = _planned_shape(recipe)
+    shape = check_recipe(recipe)
     run = RunFolder(runs / recipe.name)
     nodes = stage_nodes(recipe)
     records = _records(run, recipe, nodes)

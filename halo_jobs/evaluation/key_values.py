@@ -19,7 +19,7 @@ def _row(materials: Materials, rng: Random, pairs: int, context_length: int) -> 
     needed = len(body) + total_length(question)
     if needed > context_length:
         raise ValueError(
-            f"{NAME}: {pairs} pairs take {needed} tokens, more than a context_length of {context_length}"
+            f"{NAME}: {pairs} pairs take {needed} tokens, more than a context_length of {context_length}; lengthen it"
         )
     return Row.of(around(materials, rng, body, question, context_length))
 

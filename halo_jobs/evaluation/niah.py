@@ -63,7 +63,7 @@ def needle_row(
     if room < 0:
         raise ValueError(
             f"{needle_task_name(variant)} needs a context_length of at least {context_length - room} tokens,"
-            f" not {context_length}"
+            f" not {context_length}; lengthen it"
         )
     haystack = _haystack(materials, rng, variant, room)
     position = _position(materials, haystack, depth)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tokenized_data import TokenStore
 
 from halo_jobs.evaluation.interface import Group, Task
 from halo_jobs.evaluation.key_values import key_value_task
@@ -19,6 +18,7 @@ from halo_jobs.evaluation.passages import DocumentSource
 from halo_jobs.evaluation.perplexity import perplexity_task
 from halo_jobs.recall.materials import Materials
 from halo_jobs.recall.words import WordSplit
+from tokenized_data import TokenStore
 
 Purpose = Literal["selection", "evaluation"]  # which items are drawn: never the same ones for both
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -15,17 +15,22 @@ SHORTEST_CONTEXT = 64
 _SHORTEST_PART = 64
 
 
+def check_episode_settings(context_length: int, answer_weight: int) -> None:
+    """ValueError when no episodes can be made with these."""
+    if context_length < SHORTEST_CONTEXT:
+        raise ValueError(
+            f"recall episodes need a context_length of at least {SHORTEST_CONTEXT}, not {context_length}; lengthen it"
+        )
+    if not 1 <= answer_weight <= 255:
+        raise ValueError(f"answer_weight {answer_weight} does not fit a loss weight; choose 1 to 255")
+
+
 class EpisodeGenerator:
     """Makes episode n of a seed without making those before it, so that any number of processes share the work."""
 
     def __init__(self, materials: Materials, context_length: int, seed: int, answer_weight: int = 4):
         """`answer_weight` in [1, 255] is the loss weight of answer tokens; all others have 1."""
-        if context_length < SHORTEST_CONTEXT:
-            raise ValueError(
-                f"recall episodes need a context_length of at least {SHORTEST_CONTEXT}, not {context_length}"
-            )
-        if not 1 <= answer_weight <= 255:
-            raise ValueError(f"answer_weight {answer_weight} does not fit a loss weight; choose 1 to 255")
+        check_episode_settings(context_length, answer_weight)
         self.context_length = context_length
         self._materials = materials
         self._eos = segment([materials.eos_id])

@@ -18,16 +18,17 @@ def tokenizer_folder(recipe: Recipe) -> Path:
     return resolve_path(recipe.teacher if isinstance(recipe, ConversionRecipe) else recipe.tokenizer)
 
 
-def training_sections(recipe: Recipe) -> list[TrainingSection]:
+def training_sections(recipe: Recipe) -> dict[str, TrainingSection]:
+    """Sections of the training stages by their key."""
     if isinstance(recipe, ConversionRecipe):
-        return [recipe.align, recipe.distil, recipe.finetune]
-    return [recipe.pretrain]
+        return {"align": recipe.align, "distil": recipe.distil, "finetune": recipe.finetune}
+    return {"pretrain": recipe.pretrain}
 
 
 def recall_episodes_needed(recipe: Recipe) -> dict[int, int]:
     """Episodes per context length: enough for the hungriest stage, at most `corpus.recall_episodes`."""
     needed: dict[int, int] = {}
-    for section in training_sections(recipe):
+    for section in training_sections(recipe).values():
         if section.recall_share > 0.0:
             episodes = math.ceil(section.steps * section.global_batch * section.recall_share)
             longest = max(needed.get(section.context_length, 0), episodes)

@@ -1,0 +1,160 @@
+"""What can be known to be wrong with a recipe before its first stage runs: paths, teacher, layers, context lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from halo_jobs.evaluation.niah import VARIANTS, needle_task
+from halo_jobs.evaluation.suites import recall_tasks
+from halo_jobs.recall import load_words
+from halo_jobs.recall.episodes import check_episode_settings
+from halo_jobs.recall.materials import Materials
+from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, resolve_path
+from halo_jobs.stages.data import WORDS_FILE, tokenizer_folder, training_sections
+from hypenet_megatron.presets import ModelShape
+from hypenet_tools import read_model_folder
+from tokenized_data import TokenizerIdentity, load_tokenizer_identity
+from tokenized_data.text import text_files
+
+
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Put the recipe's key in front of what the body refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def check_recipe(recipe: Recipe) -> ModelShape:
+    """Refuse what no stage could make good; reads configs, tensor headers and the tokenizer, but no text.
+
+    Returns the shape of the teacher, converted or to be trained. ValueError is one sentence with key and mend.
+    """
+    _check_corpus(recipe)
+    shape = _teacher_shape(recipe) if isinstance(recipe, ConversionRecipe) else _planned_shape(recipe)
+    with _about("teacher" if isinstance(recipe, ConversionRecipe) else "tokenizer"):
+        tokenizer = load_tokenizer_identity(tokenizer_folder(recipe))
+        if tokenizer.vocab_size > shape.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {tokenizer_folder(recipe)} has {tokenizer.vocab_size} ids, the model only "
+                f"{shape.vocab_size}; put the model's own tokenizer back"
+            )
+    if isinstance(recipe, ConversionRecipe):
+        _check_selection(recipe, shape)
+    _check_teacher_contexts(recipe, shape)
+    _check_recall(recipe)
+    _check_tasks(recipe, tokenizer)
+    return shape
+
+
+def _check_corpus(recipe: Recipe) -> None:
+    for key, sources in (("corpus.train", recipe.corpus.train), ("corpus.held_out", recipe.corpus.held_out)):
+        with _about(key):
+            for source in sources:
+                text_files([resolve_path(source)])
+
+
+def _teacher_shape(recipe: ConversionRecipe) -> ModelShape:
+    with _about("teacher"):
+        teacher = read_model_folder(_folder(recipe.teacher))
+        if teacher.mixer_types is not None:
+            raise ValueError(f"{teacher.folder} is a HypeNet already; give a Qwen3 model as teacher")
+        return teacher.shape
+
+
+def _planned_shape(recipe: PretrainRecipe) -> ModelShape:
+    with _about("tokenizer"):
+        vocabulary = load_tokenizer_identity(_folder(recipe.tokenizer)).vocab_size
+    with _about("shape"):
+        return ModelShape(name=recipe.name, vocab_size=vocabulary, **recipe.shape.model_dump())
+
+
+def _folder(value: str) -> Path:
+    folder = resolve_path(value)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder; correct the path, or fetch the model in Hugging Face layout"
+        )
+    return folder
+
+
+def _check_selection(recipe: ConversionRecipe, shape: ModelShape) -> None:
+    layers = recipe.select.attention_layers
+    if layers is None:
+        return
+    with _about("select.attention_layers"):
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"{layers} names a layer twice; name each once")
+        try:
+            shape.hybrid_mixers(layers)
+        except ValueError as error:
+            raise ValueError(f"{error}; choose from 0 to {shape.num_layers - 1}") from None
+
+
+def _check_teacher_contexts(recipe: Recipe, shape: ModelShape) -> None:
+    """Where the teacher is learnt from, it must know the positions; what comes after may well go beyond them."""
+    lengths = {name: section.context_length for name, section in training_sections(recipe).items()}
+    if isinstance(recipe, ConversionRecipe):
+        del lengths["finetune"]
+        lengths["select"] = recipe.select.context_length
+    for section, length in lengths.items():
+        if length > shape.max_positions:
+            raise ValueError(
+                f"{section}.context_length: {length} is beyond the {shape.max_positions} positions that the "
+                f"teacher {shape.name} knows; choose at most {shape.max_positions}"
+            )
+
+
+def _check_recall(recipe: Recipe) -> None:
+    for name, section in training_sections(recipe).items():
+        if section.recall_share == 0.0:
+            continue
+        if recipe.corpus.recall_episodes == 0:
+            raise ValueError(
+                f"corpus.recall_episodes: 0 leaves {name} without the episodes that its recall_share of "
+                f"{section.recall_share} asks for; allow some, or set {name}.recall_share to 0"
+            )
+        with _about(f"{name} with recall_share {section.recall_share}"):
+            check_episode_settings(section.context_length, recipe.corpus.answer_weight)
+
+
+@dataclass(frozen=True)
+class _AnyProse:
+    """Stands in for held-out text: whether a needle fits depends on how long the text is, not on what it says."""
+
+    token: int
+    num_tokens: int = 2**20
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        return np.full(length, self.token, np.uint32)
+
+
+def _check_tasks(recipe: Recipe, tokenizer: TokenizerIdentity) -> None:
+    """Make the recall items of every evaluation that the recipe asks for, in the shortest context of each."""
+    for depth in recipe.evaluate.depths:
+        if not 0.0 <= depth <= 1.0:
+            raise ValueError(
+                f"evaluate.depths: {depth} is no share of the context; choose between 0 (start) and 1 (end)"
+            )
+    prose = _AnyProse(token=int(tokenizer.eos_id == 0))
+    words = load_words(WORDS_FILE).held_out
+    materials = Materials(prose, tokenizer_folder(recipe) / "tokenizer.json", tokenizer.eos_id, words)
+    needles, trained = recipe.evaluate, "pretrain"
+    with _about("evaluate.contexts"):
+        for variant in VARIANTS:
+            needle_task(
+                materials, variant, min(needles.contexts), needles.depths, needles.needle_items, recipe.seed
+            )
+    if isinstance(recipe, ConversionRecipe):
+        select, trained = recipe.select, "distil"
+        with _about("select.context_length"):
+            recall_tasks(materials, "selection", select.context_length, select.items, recipe.seed)
+    with _about(f"{trained}.context_length, at which models are evaluated"):
+        length = training_sections(recipe)[trained].context_length
+        recall_tasks(materials, "evaluation", length, needles.suite_items, recipe.seed)

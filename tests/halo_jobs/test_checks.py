@@ -1,0 +1,129 @@
+"""What `check_recipe` refuses before the first stage, and that the shipped recipes pass."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from halo_jobs.checks import check_recipe
+from halo_jobs.recipe import load_recipe
+from hypenet_megatron.presets import ModelShape
+from hypenet_tools import write_hf_folder
+from hypenet_tools.mapping import conversion_plan, megatron_shapes
+
+
+def _refusal(recipe_file, *settings: str) -> str:
+    with pytest.raises(ValueError) as refused:
+        check_recipe(load_recipe(recipe_file, settings))
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+def test_good_recipes_pass(tiny_recipe):
+    assert check_recipe(tiny_recipe).num_layers == 4
+    assert check_recipe(load_recipe(Path("demo"))).num_layers == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "start", "mend"),
+    [
+        (["align.context_length=60"], "align with recall_share 0.5: ", "at least 64, not 60; lengthen it"),
+        (["corpus.answer_weight=300"], "align with recall_share 0.5: ", "choose 1 to 255"),
+        (["corpus.recall_episodes=0"], "corpus.recall_episodes: ", "or set align.recall_share to 0"),
+        (["select.context_length=40"], "select.context_length: niah_single_1 ", "lengthen it"),
+        (
+            ["distil.context_length=70"],
+            "distil.context_length, at which models are evaluated: niah_single_1 ",
+            "lengthen it",
+        ),
+        (["evaluate.contexts=[512, 50]"], "evaluate.contexts: niah_single_1 ", "not 50; lengthen it"),
+        (["evaluate.depths=[0.5, 50]"], "evaluate.depths: 50", "between 0 (start) and 1 (end)"),
+        (["select.attention_layers=[1, 4]"], "select.attention_layers: ", "choose from 0 to 3"),
+        (["select.attention_layers=[1, 1]"], "select.attention_layers: ", "name each once"),
+        (["align.context_length=513"], "align.context_length: ", "choose at most 512"),
+        (["select.context_length=513"], "select.context_length: ", "choose at most 512"),
+        (["corpus.train=[nowhere]"], "corpus.train: nowhere does not exist", "correct the path"),
+        (["teacher=nowhere"], "teacher: nowhere is not a folder", "correct the path"),
+    ],
+)
+def test_refused(tiny_recipe_file, settings, start, mend):
+    message = _refusal(tiny_recipe_file, *settings)
+    assert message.startswith(start)
+    assert mend in message
+
+
+def test_hybrid_may_outgrow_its_teacher(tiny_recipe_file):
+    beyond = [
+        "finetune.context_length=1024",
+        "calibrate.context_length=2048",
+        "evaluate.contexts=[128, 4096]",
+    ]
+    check_recipe(load_recipe(tiny_recipe_file, beyond))
+
+
+def test_corpus_without_text(tiny_recipe_file, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"")
+    message = _refusal(tiny_recipe_file, f"corpus.held_out=[{tmp_path / 'pictures'}]")
+    assert message.startswith("corpus.held_out: ")
+    assert "holds no .txt, .jsonl, .parquet text" in message
+
+
+def _broken_teacher(teacher, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(teacher, folder)
+    return folder
+
+
+def test_damaged_weights(tiny_recipe_file, tiny_teacher, tmp_path):
+    folder = _broken_teacher(tiny_teacher, tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    assert f"teacher: {weights} is truncated" in _refusal(tiny_recipe_file, f"teacher={folder}")
+
+
+def test_config_that_disagrees_with_the_weights(tiny_recipe_file, tiny_teacher, tmp_path):
+    folder = _broken_teacher(tiny_teacher, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    message = _refusal(tiny_recipe_file, f"teacher={folder}")
+    assert "tensor model.layers.0.mlp" in message and "has shape [48, 32]" in message
+
+
+def test_teacher_without_a_tokenizer(tiny_recipe_file, tiny_teacher, tmp_path):
+    folder = _broken_teacher(tiny_teacher, tmp_path)
+    (folder / "tokenizer.json").unlink()
+    assert f"{folder / 'tokenizer.json'} does not exist" in _refusal(tiny_recipe_file, f"teacher={folder}")
+
+
+def test_tokenizer_larger_than_the_model(tiny_recipe_file, tiny_teacher, tmp_path):
+    folder = _broken_teacher(tiny_teacher, tmp_path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    extra = {**tokenizer["added_tokens"][0], "id": 600, "content": "<|extra|>"}
+    (folder / "tokenizer.json").write_text(
+        json.dumps({**tokenizer, "added_tokens": [*tokenizer["added_tokens"], extra]})
+    )
+    assert "has 601 ids, the model only 600" in _refusal(tiny_recipe_file, f"teacher={folder}")
+
+
+def test_hybrid_as_teacher(tiny_recipe_file, tiny_tokenizer, tmp_path):
+    shape = ModelShape("tiny", 4, 32, 48, 2, 1, 16, 600, tied_embeddings=True, max_positions=512)
+    mixers = shape.hybrid_mixers([1])
+    tensors = {
+        name: torch.ones(size)
+        for name, size in megatron_shapes(conversion_plan(shape, mixers, gated=True)).items()
+    }
+    write_hf_folder(
+        tmp_path / "hybrid",
+        tensors,
+        shape,
+        mixers,
+        logits_scaling_base=50.0,
+        tokenizer_folder=tiny_tokenizer,
+        dtype=torch.float32,
+        model_card="hybrid",
+    )
+    assert "is a HypeNet already" in _refusal(tiny_recipe_file, f"teacher={tmp_path / 'hybrid'}")
