@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,30 @@ CORPUS_FACTS = "corpus.json"
 
 
 def _data_sources(context: StageContext) -> list[DataSource]:
-    """One line per corpus source; a corpus.json beside the text names packages and licences."""
+    """One line per corpus source, or per package where a corpus.json beside the text names them (see corpora/)."""
     tokens = context.store(TRAIN_STORE).num_tokens
     sources = []
     for source in context.recipe.corpus.train:
         facts_file = resolve_path(source) / CORPUS_FACTS
-        facts: dict[str, Any] = read_json(facts_file) if facts_file.is_file() else {}
-        sources.append(DataSource(source, facts.get("licence", "see source"), tokens, facts.get("note", "")))
+        if facts_file.is_file():
+            sources += packed_sources(read_json(facts_file), tokens)
+        else:
+            sources.append(DataSource(source, "see source", tokens))
     return sources
+
+
+def packed_sources(facts: Mapping[str, Any], tokens: int) -> list[DataSource]:
+    """The sources of a corpus.json; `tokens` of the whole are shared out by characters."""
+    per_character = tokens / facts["characters"]
+    return [
+        DataSource(
+            name,
+            entry.get("licence", "see source"),
+            round(entry["train"]["characters"] * per_character),
+            f"version {entry['version']}" if "version" in entry else "",
+        )
+        for name, entry in facts["sources"].items()
+    ]
 
 
 def _command(context: StageContext) -> str:
