@@ -19,6 +19,14 @@ def logits_scale(length: int, base: float, *, device: torch.device, dtype: torch
     return (torch.log(position + base) / math.log(base)).to(dtype)
 
 
+def scale_queries(query: Tensor, config: HypeNetConfig, *, training: bool) -> Tensor:
+    """q_t <- s_t q_t for query [s, b, heads, dh] at inference; unchanged in training or without a base."""
+    if training or config.logits_scaling_base is None:
+        return query
+    scale = logits_scale(query.shape[0], config.logits_scaling_base, device=query.device, dtype=query.dtype)
+    return query * scale[:, None, None, None]
+
+
 class SoftmaxAttentionCore(MegatronModule):
     """`core_attention` of an attention layer on the local path: query [s, b, heads, dh], key and value
     [s, b, kv groups, dh], result [s, b, heads * dh]. Causal, no padding (training windows are full)."""
@@ -27,10 +35,7 @@ class SoftmaxAttentionCore(MegatronModule):
         super().__init__(config)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        base = self.config.logits_scaling_base
-        if base is not None and not self.training:
-            scale = logits_scale(query.shape[0], base, device=query.device, dtype=query.dtype)
-            query = query * scale[:, None, None, None]
+        query = scale_queries(query, self.config, training=self.training)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return output.permute(2, 0, 1, 3).flatten(2)

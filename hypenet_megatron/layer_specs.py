@@ -21,9 +21,10 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from torch import Tensor
 
 from hypenet_megatron.alignment import AlignedSelfAttention
-from hypenet_megatron.attention import SoftmaxAttentionCore
+from hypenet_megatron.attention import SoftmaxAttentionCore, scale_queries
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.mixers import LightningCore
 from hypenet_megatron.norms import RMSNorm
@@ -59,7 +60,15 @@ def backend_for(config: HypeNetConfig) -> Backend:
             f"transformer_impl is {config.transformer_impl} but Transformer Engine is not installed; "
             "install it or set transformer_impl: local"
         ) from error
-    return Backend(TENorm, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
+
+    class ScaledTEDotProductAttention(TEDotProductAttention):
+        """Transformer Engine's attention behind HyPE's logits scaling."""
+
+        def forward(self, query: Tensor, *args: Any, **options: Any) -> Tensor:
+            query = scale_queries(query, self.config, training=self.training)
+            return super().forward(query, *args, **options)
+
+    return Backend(TENorm, TEColumnParallelLinear, TERowParallelLinear, ScaledTEDotProductAttention)
 
 
 def mixer_spec(mixer: MixerType, backend: Backend) -> ModuleSpec:
