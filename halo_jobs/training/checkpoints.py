@@ -7,8 +7,10 @@ hands on) holds weights alone.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from durable_files import FolderManifest, discard_leftovers, publish_folder, temporary_sibling
 from hypenet_megatron.model import HypeNetModel
@@ -26,6 +29,7 @@ from hypenet_megatron.model import HypeNetModel
 KeyFilter = Callable[[str], bool]
 _STEP_PREFIX = "step-"
 _METADATA_FORMAT = "fully_reshardable"
+_ROOM_BYTES = 2**20
 
 
 def _metadata() -> dict[str, Any]:
@@ -41,13 +45,42 @@ def sharded_weights(model: HypeNetModel, keep: KeyFilter | None = None) -> dict[
     return {key: value for key, value in state.items() if keep is None or keep(key)}
 
 
+@contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """Undo what torch does to exceptions: it wraps even Ctrl-C in a CheckpointException, which is no Exception, and
+    of a write that failed it keeps a phrase about zip files. `folder` is where it wrote."""
+    try:
+        yield
+    except CheckpointException as wrapped:
+        causes = [cause for cause, _ in wrapped.failures.values()]
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            raise KeyboardInterrupt from wrapped
+        _raise_if_full(folder)
+        raise RuntimeError(f"{folder} could not be written or read: {causes[0]}") from wrapped
+
+
+def _raise_if_full(folder: Path) -> None:
+    """Ask for as little room as a failed write must have lacked: OSError (disk full, quota, read-only) if refused."""
+    probe = folder / "room"
+    try:
+        with open(probe, "wb") as handle:
+            os.posix_fallocate(handle.fileno(), 0, _ROOM_BYTES)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
 def _save(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` under a temporary name and publish it as `folder`."""
     discard_leftovers(folder.parent)
     temporary = temporary_sibling(folder)
     temporary.mkdir(parents=True)
     try:
-        dist_checkpointing.save(state, str(temporary))
+        with _plain_errors(temporary):
+            dist_checkpointing.save(state, str(temporary))
         FolderManifest.write(temporary)
         publish_folder(temporary, folder)
     except BaseException:
@@ -79,7 +112,8 @@ def load_weights(folder: Path, model: HypeNetModel, *, rename: Callable[[str], s
             wanted[key] = entry
         else:
             left_alone.add(key)
-    loaded = dist_checkpointing.load(wanted, str(folder))
+    with _plain_errors(folder):
+        loaded = dist_checkpointing.load(wanted, str(folder))
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     assert not unexpected, f"keys of our own making: {unexpected}"
     assert left_alone.issuperset(missing), f"neither loaded nor left alone: {set(missing) - left_alone}"
@@ -88,7 +122,9 @@ def load_weights(folder: Path, model: HypeNetModel, *, rename: Callable[[str], s
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a weights folder, whole, on the CPU (one process)."""
     _check(folder)
-    return {key: tensor.cpu() for key, tensor in dist_checkpointing.load_plain_tensors(str(folder)).items()}
+    with _plain_errors(folder):
+        tensors = dist_checkpointing.load_plain_tensors(str(folder))
+    return {key: tensor.cpu() for key, tensor in tensors.items()}
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -163,7 +199,8 @@ class TrainingCheckpoints:
     ) -> dict[str, Any]:
         """Restore weights and optimizer in place; returns what `save` was given as extra, with the step."""
         state = self._state(model, optimizer, keep, is_loading=True)
-        loaded = dist_checkpointing.load({**state, "training": {}}, str(self.path(step)))
+        with _plain_errors(self.path(step)):
+            loaded = dist_checkpointing.load({**state, "training": {}}, str(self.path(step)))
         model.load_state_dict(loaded["model"], strict=False)
         optimizer.load_state_dict(loaded["optimizer"])
         return loaded["training"]

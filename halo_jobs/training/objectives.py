@@ -111,30 +111,19 @@ class _HiddenStateObjective:
         self.model = model
         self.ddp = wrap_for_gradients(model)
 
-    def _schedule_scale(self, batches: Sequence[TokenBatch]) -> int:
-        """Megatron divides the loss by the micro-batches and averages gradients over data ranks: undo both."""
-        return len(batches) * parallel_state.get_data_parallel_world_size()
-
-    def _token_rows(self, hidden: Tensor) -> Tensor:
-        return self.model.head_input(hidden).flatten(0, 1)
-
-
-class NextTokenObjective(_HiddenStateObjective):
-    """Cross entropy of the next token (pretrain, finetune)."""
+    def _token_loss(self, rows: Tensor, batch: TokenBatch, token_weights: Tensor) -> Tensor:
+        """Weighted sum of losses; rows [s * b, d], token_weights [s * b], both in Megatron's token order."""
+        raise NotImplementedError
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
         total_weight = _total_loss_weight(batches)
-        scale = self._schedule_scale(batches)
         meter = _LossMeter(total_weight.device)
+        # Megatron divides the loss by the micro-batches and averages gradients over data ranks: undo both.
+        scale = len(batches) * parallel_state.get_data_parallel_world_size()
 
         def loss_of(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            loss = chunked_cross_entropy(
-                self._token_rows(hidden),
-                self.model.head_weight(),
-                _by_token(batch.labels),
-                _by_token(batch.loss_weights) / total_weight,
-                group=self.model.pg_collection.tp,
-            )
+            rows = self.model.head_input(hidden).flatten(0, 1)
+            loss = self._token_loss(rows, batch, _by_token(batch.loss_weights) / total_weight)
             meter.add(loss)
             return loss * scale, {}
 
@@ -148,51 +137,51 @@ class NextTokenObjective(_HiddenStateObjective):
         return meter.everywhere()
 
 
+class NextTokenObjective(_HiddenStateObjective):
+    """Cross entropy of the next token (pretrain, finetune)."""
+
+    def _token_loss(self, rows: Tensor, batch: TokenBatch, token_weights: Tensor) -> Tensor:
+        return chunked_cross_entropy(
+            rows,
+            self.model.head_weight(),
+            _by_token(batch.labels),
+            token_weights,
+            group=self.model.pg_collection.tp,
+        )
+
+
 class DistillationObjective(_HiddenStateObjective):
-    """KL(teacher || student). The frozen teacher runs its own forward-only schedule first; of it only the final hidden
-    states stay, on the last stage, never the logits."""
+    """KL(teacher || student). The frozen teacher runs its own forward-only schedule first; of it only the final
+    hidden states stay, on the last stage, never the logits."""
 
     def __init__(self, model: HypeNetModel, teacher: HypeNetModel):
         super().__init__(model)
         self.teacher = teacher.eval().requires_grad_(False)
+        self._teacher_hidden: Iterator[Tensor] = iter(())
 
-    def _teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+    def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
         def forward_step(
             batches: Iterator[TokenBatch], model: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., Any]]:
             return model(next(batches).input_ids), lambda hidden, non_loss_data=True: hidden
 
         with torch.no_grad():
-            return _run_schedule(
-                forward_step, self.teacher, batches, forward_only=True, collect_non_loss_data=True
+            self._teacher_hidden = iter(
+                _run_schedule(
+                    forward_step, self.teacher, batches, forward_only=True, collect_non_loss_data=True
+                )
             )
+        return super().accumulate(batches)
 
-    def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
-        teacher_hidden = iter(self._teacher_hidden(batches))
-        total_weight = _total_loss_weight(batches)
-        scale = self._schedule_scale(batches)
-        meter = _LossMeter(total_weight.device)
-
-        def loss_of(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            loss = chunked_kl_divergence(
-                self._token_rows(hidden),
-                self.model.head_weight(),
-                self.teacher.head_input(next(teacher_hidden)).flatten(0, 1),
-                self.teacher.head_weight(),
-                _by_token(batch.loss_weights) / total_weight,
-                group=self.model.pg_collection.tp,
-            )
-            meter.add(loss)
-            return loss * scale, {}
-
-        def forward_step(
-            batches: Iterator[TokenBatch], model: torch.nn.Module
-        ) -> tuple[Tensor, Callable[..., Any]]:
-            batch = next(batches)
-            return model(batch.input_ids), partial(loss_of, batch)
-
-        _run_schedule(forward_step, self.ddp, batches, forward_only=False)
-        return meter.everywhere()
+    def _token_loss(self, rows: Tensor, batch: TokenBatch, token_weights: Tensor) -> Tensor:
+        return chunked_kl_divergence(
+            rows,
+            self.model.head_weight(),
+            self.teacher.head_input(next(self._teacher_hidden)).flatten(0, 1),
+            self.teacher.head_weight(),
+            token_weights,
+            group=self.model.pg_collection.tp,
+        )
 
 
 class AlignmentObjective:
