@@ -11,7 +11,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from halo_cluster import Attempt, PlannedStage, RunFolder, StageRecord, StageResult, run_stages
+from halo_cluster import (
+    Attempt,
+    PlannedStage,
+    RunFolder,
+    StageRecord,
+    StageResult,
+    run_stages,
+    storage_errors,
+)
 from halo_jobs.checks import check_recipe
 from halo_jobs.estimate import training_costs
 from halo_jobs.graph import StageNode, input_hashes, stage_nodes
@@ -65,7 +73,8 @@ def run_recipe(recipe: Recipe, runs: Path, console: Console) -> RunResult:
         ]
         run_stages(planned, console)
         folders = {name: record.folder for name, record in records.items()}
-        report = build_report(run.folder, folders, run.folder / "report.html")
+        with storage_errors(run.folder):
+            report = build_report(run.folder, folders, run.folder / "report.html")
     return RunResult(folders, report)
 
 

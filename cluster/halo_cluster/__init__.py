@@ -9,7 +9,7 @@ from halo_cluster.attempts import AttemptState, AttemptStatus
 from halo_cluster.local import PlannedStage, StageFailed, StageResult, run_stages
 from halo_cluster.record import Attempt, StageRecord, input_hash
 from halo_cluster.run_folder import RunFolder, StageStatus
-from halo_cluster.storage import StorageError
+from halo_cluster.storage import StorageError, storage_errors
 
 __all__ = [
     "Attempt",
@@ -24,4 +24,5 @@ __all__ = [
     "StorageError",
     "input_hash",
     "run_stages",
+    "storage_errors",
 ]

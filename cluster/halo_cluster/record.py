@@ -119,6 +119,14 @@ class StageRecord:
             return Attempt(self, folder)
 
 
+class _LogFile(logging.FileHandler):
+    """Says nothing of lines that a full disk has no room for: the stage will, where it loses something."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 class Attempt:
     """One try at a stage by this process. Everything it leaves is kept, whatever the end."""
 
@@ -145,14 +153,15 @@ class Attempt:
     @contextmanager
     def captured_logging(self) -> Iterator[None]:
         """Let log.txt have what libraries log."""
-        handler = logging.FileHandler(self.log_path, delay=True)
+        handler = _LogFile(self.log_path, delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         try:
             yield
         finally:
             logging.getLogger().removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()
 
     def publish(self, outputs: Sequence[Path], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Make the stage done with `outputs`, files and folders inside the stage folder.

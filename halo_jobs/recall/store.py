@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenized_data import TokenStore, TokenStoreWriter
 
 from halo_jobs.recall.episodes import EpisodeGenerator
 from halo_jobs.recall.materials import Materials
 from halo_jobs.recall.words import WordSplit
+from tokenized_data import TokenStore, TokenStoreWriter
 
 _EPISODES_PER_TASK = 64
 # Starting a process, with all that its parent's main module imports, takes as long as generating some 20M tokens.
@@ -75,12 +75,15 @@ def _generate(plan: _Plan, tasks: Sequence[range], workers: int) -> Generator[Ep
     spawn = multiprocessing.get_context("spawn")
     waiting: deque[Future[Episodes]] = deque()
     with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(plan,)) as pool:
-        for indices in tasks:
-            waiting.append(pool.submit(_make_in_worker, indices))
-            if len(waiting) > workers * _TASKS_AHEAD_PER_WORKER:
+        try:
+            for indices in tasks:
+                waiting.append(pool.submit(_make_in_worker, indices))
+                if len(waiting) > workers * _TASKS_AHEAD_PER_WORKER:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:  # after Ctrl-C or a full disk nobody waits for what was asked for ahead
+            pool.shutdown(cancel_futures=True)
 
 
 def write_recall_store(

@@ -1,0 +1,8 @@
+"""Where commands write."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+console = Console()
+errors = Console(stderr=True)

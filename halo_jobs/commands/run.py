@@ -1,0 +1,82 @@
+"""halo run, demo, pretrain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halo_jobs.commands.consoles import console
+
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(help="A recipe file, or the name of a shipped one (demo, teacher-small, halo-small)."),
+]
+RunsOption = Annotated[
+    Path, typer.Option("--runs", help="Folder of all runs; a run is a folder of its own in it.")
+]
+NameOption = Annotated[
+    str | None, typer.Option("--run", help="Name of the run; by default the recipe's name.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one key, e.g. --set distil.steps=200. May be given several times."),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print stages, parameters, memory and time; run nothing, write nothing."),
+]
+
+
+def _run(recipe: Path, runs: Path, name: str | None, settings: list[str] | None, dry_run: bool) -> None:
+    from halo_jobs.recipe import load_recipe
+
+    overrides = [*(settings or []), *([f"name={name}"] if name else [])]
+    loaded = load_recipe(recipe, overrides)
+    # Imported after the recipe is known to be good: torch and megatron take seconds to load.
+    from halo_jobs.pipeline import print_plan, run_recipe
+    from halo_jobs.report import usage_command
+
+    if dry_run:
+        print_plan(loaded, runs, console)
+        return
+    result = run_recipe(loaded, runs, console)
+    console.print(f"\nReport: {result.report}", soft_wrap=True, highlight=False)
+    for config in sorted(result.stage_folders["export"].glob("*/config.json")):
+        console.print(
+            f"Use the model:\n  {usage_command(config.parent)}", soft_wrap=True, highlight=False, markup=False
+        )
+
+
+def run(
+    recipe: RecipeArgument,
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+    settings: SetOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Run every stage of a recipe, or resume it: finished stages are kept, the others go on from their checkpoint.
+
+    Stop it with Ctrl-C (or kill -9) whenever you like; the same command goes on to the same weights.
+    """
+    _run(recipe, runs, name, settings, dry_run)
+
+
+def demo(runs: RunsOption = Path("runs"), settings: SetOption = None, dry_run: DryRunOption = False) -> None:
+    """Convert the embedded 8M-parameter teacher on this machine, about ten minutes on two CPU cores.
+
+    Ctrl-C at any time; the same command resumes.
+    """
+    _run(Path("demo"), runs, None, settings, dry_run)
+
+
+def pretrain(
+    recipe: RecipeArgument = Path("teacher-small"),
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+    settings: SetOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a small Qwen3-architecture teacher from scratch and export it as a Hugging Face folder."""
+    _run(recipe, runs, name, settings, dry_run)
