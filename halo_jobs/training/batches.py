@@ -7,8 +7,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from tokenized_data import Window
 from torch import Tensor
+
+from tokenized_data import Window
 
 
 class Sampler(Protocol):

@@ -6,7 +6,6 @@ from random import Random
 
 import numpy as np
 import pytest
-from tokenized_data import TokenizerIdentity, TokenStore, TokenStoreWriter
 
 import halo_jobs.recall.store as recall_store
 from halo_jobs.recall import EpisodeGenerator, Materials, load_words, write_recall_store
@@ -16,6 +15,7 @@ from halo_jobs.recall.materials import Segment, join, segment, total_length
 from halo_jobs.recall.needles import CANONICAL, Needle, needle_episode
 from halo_jobs.recall.span_copies import span_copy_episode
 from tests.halo_jobs.proxy_corpus import EOS_ID, WORDS, ArrayStore, Corpus, encode_documents
+from tokenized_data import TokenizerIdentity, TokenStore, TokenStoreWriter
 
 
 @pytest.fixture(scope="module")
