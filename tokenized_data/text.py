@@ -102,7 +102,8 @@ def _parquet_documents(path: Path, advance: Callable[[int], None]) -> Iterator[s
                 rows_seen += len(batch)
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error}); fetch it again") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a readable parquet file ({reason}); fetch it again") from error
 
 
 _READERS: dict[str, Callable[[Path, Callable[[int], None]], Iterator[str]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,12 +12,12 @@ from rich.console import Console
 
 from halo_cluster import StageResult
 from halo_jobs.models import DTYPES, ModelBuilder, read_shape
-from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection
+from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection, resolve_path
 from halo_jobs.training.batches import BatchCursor, Sampler
 from halo_jobs.training.checkpoints import KeyFilter
 from halo_jobs.training.objectives import Objective
 from halo_jobs.training.trainer import Trainer
-from tokenized_data import BlendedSampler, TokenStore, WindowSampler
+from tokenized_data import BlendedSampler, TokenStore, WindowSampler, load_tokenizer_identity
 
 TRAIN_STORE, HELD_OUT_STORE = "train", "held_out"
 
@@ -24,6 +25,15 @@ TRAIN_STORE, HELD_OUT_STORE = "train", "held_out"
 def recall_store_name(context_length: int) -> str:
     """Episodes are cut to one context length, so there is a store per length in use."""
     return f"recall-{context_length}"
+
+
+def tokenizer_folder(recipe: Recipe) -> Path:
+    return resolve_path(recipe.teacher if isinstance(recipe, ConversionRecipe) else recipe.tokenizer)
+
+
+_tokenizer_identity = cache(
+    load_tokenizer_identity
+)  # a tokenizer of 150,000 entries takes half a second to read
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,9 @@ class StageContext:
         return ModelBuilder(read_shape(self.teacher_folder()), DTYPES[self.recipe.precision], self.device)
 
     def store(self, name: str) -> TokenStore:
-        return TokenStore.open(self.inputs["tokenize"] / name)
+        """A store of the tokenize stage; ValueError if it was made with another tokenizer than this recipe's."""
+        tokenizer = _tokenizer_identity(tokenizer_folder(self.recipe))
+        return TokenStore.open(self.inputs["tokenize"] / name, expected_tokenizer=tokenizer)
 
     def sampler(self, section: TrainingSection) -> Sampler:
         """Windows of prose, mixed with recall episodes as the section asks."""

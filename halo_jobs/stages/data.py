@@ -8,14 +8,17 @@ from pathlib import Path
 
 from halo_jobs.recall import load_words, write_recall_store
 from halo_jobs.recipe import ASSETS, ConversionRecipe, Recipe, TrainingSection, resolve_path
-from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult, recall_store_name
-from tokenized_data import Split, TokenStore, tokenize_text
+from halo_jobs.stages.context import (
+    HELD_OUT_STORE,
+    TRAIN_STORE,
+    StageContext,
+    StageResult,
+    recall_store_name,
+    tokenizer_folder,
+)
+from tokenized_data import Split, TokenStore, load_tokenizer_identity, tokenize_text
 
 WORDS_FILE = ASSETS / "words.txt"
-
-
-def tokenizer_folder(recipe: Recipe) -> Path:
-    return resolve_path(recipe.teacher if isinstance(recipe, ConversionRecipe) else recipe.tokenizer)
 
 
 def training_sections(recipe: Recipe) -> dict[str, TrainingSection]:
@@ -73,5 +76,5 @@ def run_tokenize(context: StageContext) -> StageResult:
 
 def _text_store(folder: Path, sources: list[Path], tokenizer: Path, split: Split, share: float) -> TokenStore:
     if folder.exists():  # published whole by an attempt that was killed later in this stage
-        return TokenStore.open(folder)
+        return TokenStore.open(folder, expected_tokenizer=load_tokenizer_identity(tokenizer))
     return tokenize_text(sources, tokenizer, folder, split=split, held_out_share=share)

@@ -8,6 +8,7 @@ hands on) holds weights alone.
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +20,17 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from durable_files import FolderManifest, discard_leftovers, publish_folder, temporary_sibling
 from hypenet_megatron.model import HypeNetModel
+
+# Megatron has a process of its own for the results of writers in other processes, and that process outlives a parent
+# that is killed. Our writers are threads of this one.
+filesystem_async._results_queue = queue.Queue()
 
 KeyFilter = Callable[[str], bool]
 _STEP_PREFIX = "step-"

@@ -24,7 +24,10 @@ class StoredTensor:
 
 
 class SafetensorsWeights(Mapping[str, Tensor]):
-    """Tensors of a folder by name. Opening reads all headers; a tensor is read when it is asked for."""
+    """Tensors of a folder by name. Opening reads all headers; a tensor is read when it is asked for.
+
+    ValueError names the tensor when a value is not finite.
+    """
 
     def __init__(self, folder: Path) -> None:
         """ValueError names the file that is missing, truncated, pickled, or at odds with the index."""
@@ -42,8 +45,14 @@ class SafetensorsWeights(Mapping[str, Tensor]):
                 )
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.stored[name].file, framework="pt", device="cpu") as handle:
-            return handle.get_tensor(name)
+        file = self.stored[name].file
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            tensor = handle.get_tensor(name)
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{file}: tensor {name} holds NaN or infinite values; fetch the model again, or use another"
+            )
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)

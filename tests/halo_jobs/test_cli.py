@@ -1,0 +1,255 @@
+"""The command beyond a whole run: signals, full disks, bad data, and the small commands."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from durable_files import read_json
+from tokenized_data import TokenStore, tokenize_text
+
+
+def _command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "halo_jobs.cli", *map(str, arguments)]
+
+
+def _halo(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=200, check=False)
+
+
+def _error(result: subprocess.CompletedProcess[str], code: int) -> str:
+    """The sentence that is all of stderr."""
+    assert result.returncode == code, result.stdout + result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def _weights(run: Path) -> str:
+    (manifest,) = run.glob("export/*/hypenet/SHA256SUMS")
+    return next(line for line in manifest.read_text().splitlines() if "safetensors" in line)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory, pipeline_recipe_content
+) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
+    """(recipe file, run folder, what the command said) of an uninterrupted run without baselines."""
+    folder = tmp_path_factory.mktemp("cli")
+    recipe = folder / "tiny.yaml"
+    content = {**pipeline_recipe_content, "select": {"context_length": 128, "items": 4}}
+    recipe.write_text(yaml.safe_dump(content))
+    done = _halo("run", recipe, "--runs", folder / "runs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return recipe, folder / "runs" / "tiny", done
+
+
+def test_nothing_but_progress_on_the_terminal(finished):
+    _, run, done = finished
+    assert done.stderr == ""
+    assert "Warning" not in done.stdout
+    assert f"Report: {run / 'report.html'}" in done.stdout
+    (log,) = run.glob("align/*/attempt.1/log.txt")
+    assert "UserWarning" in log.read_text(), "the attempt's log has what the terminal was spared"
+
+
+def test_printed_command_uses_the_model_without_asking(finished):
+    _, run, done = finished
+    (folder,) = run.glob("export/*/hypenet")
+    command = done.stdout.splitlines()[-1].strip()
+    assert str(folder) in command
+    used = subprocess.run(
+        command,
+        shell=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.startswith("The state of the Union is")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_goes_on_to_the_same_weights(finished, tmp_path, number):
+    recipe, whole, _ = finished
+    rng = random.Random(f"{os.environ.get('HALO_TEST_SEED', '5')} {number}")
+    command = _command("run", recipe, "--runs", tmp_path)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "tiny" / "init").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    time.sleep(rng.uniform(0.0, 4.0))
+    # A terminal's Ctrl-C reaches every process of the foreground, kill only the one.
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr == "interrupted; the same command resumes\n"
+    with pytest.raises(ProcessLookupError):  # nobody is left of its session
+        os.killpg(process.pid, 0)
+    again = _halo("run", recipe, "--runs", tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert _weights(tmp_path / "tiny") == _weights(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A folder on a file system of its own, 1.6 MB large: enough for init, too small for align."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", folder], check=False)
+    if mounted.returncode != 0:
+        assert os.environ.get("CI") != "true", "CI runs this test as root, and root could not mount a tmpfs"
+        pytest.skip("this root may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_full_disk(finished, small_disk):
+    recipe, whole, _ = finished
+    message = _error(_halo("run", recipe, "--runs", small_disk), 1)
+    (align,) = (small_disk / "tiny" / "align").iterdir()
+    assert f"{align} cannot be written: No space left on device" in message
+    assert "free some space there" in message
+    kept = {path: path.stat().st_mtime_ns for path in small_disk.rglob("DONE.json")}
+    assert [path.parent.parent.name for path in sorted(kept)] == ["init", "tokenize"]
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    again = _halo("run", recipe, "--runs", small_disk)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert _weights(small_disk / "tiny") == _weights(whole)
+
+
+def test_read_only_disk(finished, small_disk):
+    recipe, _, _ = finished
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    message = _error(_halo("run", recipe, "--runs", small_disk / "runs"), 1)
+    assert f"{small_disk / 'runs'}" in message and "remount it writable" in message
+
+
+def test_training_that_diverges(finished, tmp_path):
+    recipe, _, _ = finished
+    settings = ["--set", "align.learning_rate=1e30", "--set", "align.warmup_steps=0"]
+    message = _error(_halo("run", recipe, "--runs", tmp_path, *settings), 1)
+    assert "stage align failed: " in message and "lower the learning rate" in message
+    (saved,) = (tmp_path / "tiny" / "align").glob("*/bad_batch.json")
+    batch = read_json(saved)
+    assert batch["step"] >= 2 and len(batch["windows"]) == 4
+    assert {window["source"] for window in batch["windows"]} <= {"train", "recall-128"}
+
+
+def test_teacher_that_is_not_finite(finished, tiny_teacher, tmp_path):
+    recipe, _, _ = finished
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, teacher)
+    file, name = teacher / "model.safetensors", "model.layers.2.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, file)
+    message = _error(_halo("run", recipe, "--runs", tmp_path, "--set", f"teacher={teacher}"), 2)
+    assert f"{file}: tensor {name} holds NaN or infinite values; " in message
+
+
+def test_malformed_line(tiny_corpus, tiny_tokenizer, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text((tiny_corpus / "text.jsonl").read_text() + '{"text": "cut sho')
+    message = _error(_halo("tokenize", text, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "store"), 2)
+    assert f"{text}:61 " in message
+    assert sorted(tmp_path.iterdir()) == [text]
+
+
+def test_corrupt_parquet_ends_a_run(finished, tmp_path):
+    recipe, _, _ = finished
+    text = tmp_path / "text.parquet"
+    text.write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+    message = _error(_halo("run", recipe, "--runs", tmp_path, "--set", f"corpus.train=[{text}]"), 2)
+    assert f"{text} is not a readable parquet file" in message and "fetch it again" in message
+
+
+def test_store_of_another_tokenizer(finished, tiny_corpus, tiny_tokenizer, tmp_path):
+    """As an attempt might have left it that was killed before the run's tokenizer was replaced."""
+    recipe, whole, _ = finished
+    (stage,) = (whole / "tokenize").iterdir()
+    foreign = tmp_path / "tokenizer"
+    shutil.copytree(tiny_tokenizer, foreign)
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    (foreign / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": {"type": "Lowercase"}}))
+    store = tmp_path / "runs" / "tiny" / "tokenize" / stage.name / "train"
+    store.parent.mkdir(parents=True)
+    tokenize_text([tiny_corpus], foreign, store)
+    message = _error(_halo("run", recipe, "--runs", tmp_path / "runs"), 2)
+    assert f"{store} was made with the tokenizer" in message
+    assert "tokenize the text again" in message
+
+
+def test_status_and_report_of_an_unfinished_run(finished, tmp_path):
+    _, whole, _ = finished
+    run = tmp_path / "copy"
+    shutil.copytree(whole, run)
+    for stage in ("export", "evaluate.hybrid"):
+        shutil.rmtree(run / stage)
+    (run / "report.html").unlink()
+    (attempt,) = (run / "finetune.hybrid").glob("*/attempt.1")
+    (attempt.parent / "DONE.json").unlink()
+    end = {**read_json(attempt / "exit.json"), "outcome": "failed", "reason": "the [disk] was full"}
+    (attempt / "exit.json").write_text(json.dumps(end))
+    with open(attempt.parent / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 4, "lo')
+    seen = _halo("status", run)
+    assert seen.returncode == 0, seen.stderr
+    rows = {line.split()[1]: line for line in seen.stdout.splitlines() if line.startswith("│")}
+    last = json.loads((attempt.parent / "metrics.jsonl").read_text().splitlines()[2])
+    assert "failed" in rows["finetune.hybrid"] and f"{last['loss']:.4g}" in rows["finetune.hybrid"]
+    assert "done" in rows["align"]
+    assert seen.stdout.splitlines()[-1] == "finetune.hybrid failed: the [disk] was full"
+    written = _halo("report", run)
+    assert written.returncode == 0, written.stderr
+    page = (run / "report.html").read_text()
+    assert "Layer importance" in page or "Which layers stay attention" in page
+
+
+def test_status_of_what_is_no_run(tmp_path):
+    assert "is not a run's folder" in _error(_halo("status", tmp_path), 2)
+
+
+def test_tokenize_makes_a_store_once(tiny_corpus, tiny_tokenizer, tmp_path):
+    arguments = ("tokenize", tiny_corpus, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "store")
+    made = _halo(*arguments)
+    assert made.returncode == 0, made.stderr
+    store = TokenStore.open(tmp_path / "store")
+    assert f"{store.num_tokens:,} tokens in 60 documents" in made.stdout
+    assert "exists already" in _error(_halo(*arguments), 2)
+
+
+def test_corpus_command_refuses_before_it_downloads(tmp_path):
+    assert "does not end in .txt" in _error(_halo("corpus", "state-of-the-union", tmp_path / "sotu"), 2)
+
+
+def test_help_loads_nothing_heavy():
+    """Every command is in the help, and neither torch nor zarr has to be there for it."""
+    probe = (
+        "import sys; from halo_jobs.cli import app; "
+        "print([m for m in ('torch', 'megatron', 'zarr', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+    shown = _halo("--help")
+    assert shown.returncode == 0
+    for command in ("demo", "run", "pretrain", "status", "report", "tokenize", "corpus"):
+        assert f"│ {command} " in shown.stdout
