@@ -32,7 +32,7 @@ def debian_docs(
     from halo_jobs.corpora.debian_docs import build_debian_docs, listed_packages
 
     results = build_debian_docs(
-        out, packages or listed_packages(), lambda line: console.print(line, markup=False)
+        out, packages or listed_packages(), lambda line: console.print(line, markup=False, soft_wrap=True)
     )
     if not results:
         raise RuntimeError(f"no package could be downloaded; {out / 'debian_docs.json'} has the reasons")
