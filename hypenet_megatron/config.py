@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,9 @@ class HypeNetConfig(TransformerConfig):
                 f"mixer_types names {len(self.mixer_types)} layers but the model has {self.num_layers}; "
                 "give one of 'attn' or 'lightning' per layer"
             )
+        unknown = sorted(set(self.mixer_types) - set(get_args(MixerType)))
+        if unknown:
+            raise ValueError(f"mixer_types names {unknown[0]!r}; give one of 'attn' or 'lightning' per layer")
         if self.hybrid:
             self.attention_output_gate = True
             self.no_rope_freq = [1 if mixer == "attn" else 0 for mixer in self.mixer_types]

@@ -48,27 +48,23 @@ def backend_for(config: HypeNetConfig) -> Backend:
     """Modules for `config.transformer_impl`: "local" or "transformer_engine" (which must be installed)."""
     if config.transformer_impl == "local":
         return LOCAL_BACKEND
-    try:
-        from megatron.core.extensions.transformer_engine import (
-            TEColumnParallelLinear,
-            TEDotProductAttention,
-            TENorm,
-            TERowParallelLinear,
-        )
-    except ImportError as error:
+    # Megatron's own TE module imports without TE, over mocks that fail when a layer is built.
+    from megatron.core.extensions import transformer_engine as te
+
+    if not te.HAVE_TE:
         raise ValueError(
             f"transformer_impl is {config.transformer_impl} but Transformer Engine is not installed; "
             "install it or set transformer_impl: local"
-        ) from error
+        )
 
-    class ScaledTEDotProductAttention(TEDotProductAttention):
+    class ScaledTEDotProductAttention(te.TEDotProductAttention):
         """Transformer Engine's attention behind HyPE's logits scaling."""
 
         def forward(self, query: Tensor, *args: Any, **options: Any) -> Tensor:
             query = scale_queries(query, self.config, training=self.training)
             return super().forward(query, *args, **options)
 
-    return Backend(TENorm, TEColumnParallelLinear, TERowParallelLinear, ScaledTEDotProductAttention)
+    return Backend(te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear, ScaledTEDotProductAttention)
 
 
 def mixer_spec(mixer: MixerType, backend: Backend) -> ModuleSpec:
