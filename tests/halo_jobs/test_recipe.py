@@ -1,10 +1,13 @@
 """Recipes are checked key by key; every shipped one loads."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from halo_jobs.recipe import SHIPPED_RECIPES, ConversionRecipe, PretrainRecipe, load_recipe, recipe_yaml
 from halo_jobs.training.schedule import learning_rate
+from hypenet_megatron.presets import HYPENET_PRESETS
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED_RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -91,3 +94,12 @@ def test_cosine_schedule_warms_up_and_ends_low(tiny_recipe):
 def test_constant_schedule_stays(tiny_recipe):
     section = tiny_recipe.finetune.model_copy(update={"schedule": "constant", "warmup_steps": 0})
     assert {learning_rate(section, step) for step in range(50)} == {section.learning_rate}
+
+
+def test_published_recipe_has_the_published_layers():
+    recipe = load_recipe(Path("hypenet-2b"))
+    preset = HYPENET_PRESETS["hypenet-2b"]
+    assert isinstance(recipe, ConversionRecipe)
+    assert tuple(recipe.select.attention_layers or ()) == preset.attention_layers
+    tokens = [section.steps * section.tokens_per_step for section in (recipe.align, recipe.distil, recipe.finetune)]
+    assert [round(count / 1e9, 2) for count in tokens] == [0.33, 0.98, 1.05]
