@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -79,16 +80,43 @@ def _raise_if_full(folder: Path) -> None:
             probe.unlink()
 
 
-def _save(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` under a temporary name and publish it as `folder`."""
+def _on_first_rank[T](work: Callable[[], T]) -> T:
+    """Run `work` in the first process alone; all get its result, or fail if it failed (RuntimeError in the others)."""
+    outcome: list[Any] = [None, None]
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as problem:
+            error = problem
+            outcome[1] = str(problem)
+    dist.broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        raise RuntimeError(f"the first process failed: {outcome[1]}")
+    return outcome[0]
+
+
+def _new_temporary(folder: Path) -> Path:
     discard_leftovers(folder.parent)
     temporary = temporary_sibling(folder)
     temporary.mkdir(parents=True)
+    return temporary
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    FolderManifest.write(temporary)
+    publish_folder(temporary, folder)
+
+
+def _save(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` under a temporary name, every process its part, and publish it as `folder`."""
+    temporary = _on_first_rank(lambda: _new_temporary(folder))
     try:
         with _plain_errors(temporary):
             dist_checkpointing.save(state, str(temporary))
-        FolderManifest.write(temporary)
-        publish_folder(temporary, folder)
+        _on_first_rank(lambda: _publish(temporary, folder))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -186,6 +214,9 @@ class TrainingCheckpoints:
         """Publish the state after `step` finished steps and drop all but the newest `keep_last`."""
         state = self._state(model, optimizer, keep, is_loading=False)
         _save(self.path(step), {**state, "training": {"step": step, **extra}})
+        _on_first_rank(self._drop_old)
+
+    def _drop_old(self) -> None:
         for old in self.steps()[: -self.keep_last]:
             shutil.rmtree(self.path(old))
 
