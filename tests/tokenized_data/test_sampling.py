@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tokenized_data.conftest import SHARD_TOKENS
 from tokenized_data import BlendedSampler, TokenStore, WindowSampler
 from tokenized_data.sampling import _schedule, permuted
 
@@ -70,6 +71,26 @@ def test_every_window_once_per_epoch(sampler):
         assert sorted(epoch) == everything
         assert epoch != everything
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_windows_that_cross_shard_borders(counting_store):
+    """Together they are the store again, each label once."""
+    length = 2 * SHARD_TOKENS + 5_000
+    context = 1_013  # no divisor of a shard
+    sampler = WindowSampler(counting_store(length, "sharded"), context, seed=1)
+    crossing = 0
+    seen = np.full(length, -1)
+    for sample in range(sampler.num_windows):
+        window = sampler.window(sample)
+        labels = slice(window.position + 1, window.position + context + 1)
+        assert (seen[labels] == -1).all()
+        seen[labels] = window.tokens[1:]
+        assert window.tokens[0] == window.position % 1_000
+        crossing += window.position // SHARD_TOKENS != (window.position + context) // SHARD_TOKENS
+    assert crossing == 2
+    covered = sampler.num_windows * context
+    assert length - covered <= context
+    np.testing.assert_array_equal(seen[1 : covered + 1], np.arange(1, covered + 1) % 1_000)
 
 
 def test_last_window_ends_with_the_store(counting_store):
@@ -139,6 +160,31 @@ def test_blend(counting_store, proportions):
         given[source] += 1
         for count, proportion in zip(given, proportions, strict=True):
             assert abs(count - proportion * (sample + 1)) < 1 + 1e-6
+
+
+def test_blend_partitioned_over_ranks_draws_every_source_in_order(counting_store):
+    """Four ranks with samplers of their own, one of them resumed: together the order of one process."""
+
+    def blend() -> BlendedSampler:
+        samplers = [
+            WindowSampler(counting_store(300 + 70 * n, f"source {n}"), CONTEXT, seed=n) for n in range(3)
+        ]
+        return BlendedSampler(samplers, [0.5, 0.3, 0.2])
+
+    def drawn(sampler: BlendedSampler, sample: int) -> tuple[str, int]:
+        window = sampler.window(sample)
+        return window.source, window.position
+
+    one, ranks = blend(), [blend() for _ in range(4)]
+    expected = [drawn(one, sample) for sample in range(400)]
+    found = {sample: drawn(ranks[sample % 4], sample) for sample in range(200)}
+    ranks[2] = blend()
+    found |= {sample: drawn(ranks[sample % 4], sample) for sample in range(399, 199, -1)}
+    assert [found[sample] for sample in range(400)] == expected
+    for number, share in enumerate((200, 120, 80)):
+        own = WindowSampler(counting_store(300 + 70 * number, f"source {number}"), CONTEXT, seed=number)
+        given = [position for source, position in expected if source == f"source {number}"]
+        assert given == _positions(own, range(share))
 
 
 def test_blend_far_into_training(counting_store):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
-from durable_files import TEMPORARY_MARK
+from durable_files import TEMPORARY_MARK, discard_leftovers
 from tests.tokenized_data.conftest import IDENTITY, SHARD_TOKENS
 from tokenized_data import TokenizerIdentity, TokenStore, TokenStoreWriter
 from tokenized_data.store import _MappedShards, _ThroughZarr
@@ -63,7 +63,11 @@ def test_what_is_read_is_a_copy(folder, random_documents):
 
 def test_zarr_reads_the_same(folder, random_documents):
     group = zarr.open_group(folder, mode="r")
-    np.testing.assert_array_equal(group["tokens"][:], np.concatenate(random_documents))
+    everything = np.concatenate(random_documents)
+    np.testing.assert_array_equal(group["tokens"][:], everything)
+    np.testing.assert_array_equal(group["loss_weights"][:], everything % 5)
+    lengths = [len(document) for document in random_documents]
+    np.testing.assert_array_equal(group["document_offsets"][:], np.cumsum([0, *lengths]))
 
 
 def test_document_offsets(folder, random_documents):
@@ -296,6 +300,8 @@ def test_killed_writer_leaves_the_old_store(write_store, tmp_path):
     with pytest.raises(ValueError, match="is not a token store"):
         TokenStore.open(leftover)
     assert TokenStore.open(write_store([np.arange(50)])).num_tokens == 50, "written again beside the leftover"
+    assert discard_leftovers(tmp_path) == [leftover]
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("room", [200, INNER_CHUNK])

@@ -106,6 +106,30 @@ def test_folder_of_all_kinds_in_order(tmp_path, tokenizer_folder, documents_of):
     assert again.digest == store.digest
 
 
+def test_every_format_gives_the_same_store(tmp_path, tokenizer_folder):
+    """Also cut into several files of a folder. A .txt ends its documents with a line of its own."""
+    texts = [text.replace("\n", " ") for text in TEXTS[:40]]
+    sources = {
+        "jsonl": _write_jsonl(tmp_path / "a.jsonl", texts),
+        "parquet": _write_parquet(tmp_path / "a.parquet", texts),
+        "txt": tmp_path / "a.txt",
+        "folder": tmp_path / "folder",
+    }
+    sources["txt"].write_text("\n\x00\n".join(texts))
+    (sources["folder"] / "inner").mkdir(parents=True)
+    _write_parquet(sources["folder"] / "1.parquet", texts[:7])
+    _write_jsonl(sources["folder"] / "2.jsonl", texts[7:30])
+    (sources["folder"] / "inner/3.txt").write_text("\n\x00\n".join(texts[30:]))
+    stores = {
+        name: tokenize_text([source], tokenizer_folder, tmp_path / f"store {name}")
+        for name, source in sources.items()
+    }
+    assert len(stores["jsonl"].document_offsets) == 41
+    assert {name: store.digest for name, store in stores.items()} == dict.fromkeys(
+        stores, stores["jsonl"].digest
+    )
+
+
 def test_txt_without_separators_is_one_document(tmp_path, tokenizer_folder, documents_of):
     source = tmp_path / "a.txt"
     source.write_bytes("\ufeffone\r\n\r\ntwo \x00 not a line of its own\r\n".encode())
