@@ -7,9 +7,12 @@ import socket
 import tempfile
 
 import pytest
+import torch
 
 # No test may reach a hub; every model and tokenizer is made or shipped here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Without a GPU the Triton kernels run in Triton's interpreter; it has to be said before a kernel is imported.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 # trust_remote_code copies modelling code to a folder of the user's. Here it is one fresh folder for the whole session:
 # Python imports the package `transformers_modules` once, so a second folder would not be looked at.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="halo-tests-")

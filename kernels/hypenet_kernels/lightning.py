@@ -103,6 +103,8 @@ def chunked_lightning_attention(
     state = q.new_zeros(batch, heads, head_dim, v.shape[-1], dtype=dtype)
     if initial_state is not None:
         state = initial_state.to(dtype)
+    if time == 0:
+        return torch.zeros_like(q), state
     padding = -time % CHUNK
     # Padded keys are zero: they add nothing to the state, and the decay over them is undone at the end.
     q, k, v = (

@@ -1,0 +1,266 @@
+"""Lightning Attention as a custom operator: forward and backward in Triton, visible to autograd and torch.compile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypenet_kernels.lightning import chunked_lightning_attention
+from hypenet_kernels.segments import batch_items, log2_gammas, packed_items
+from hypenet_kernels.tiles import Tile, choose_tile, device_limits
+
+HEAD_DIMS = (64, 128)
+_LIBRARY = torch.library.Library("hypenet", "FRAGMENT")
+_LIBRARY.define(
+    "lightning_attention(Tensor q, Tensor k, Tensor v, float[] slopes, float scale, Tensor? initial_state, "
+    "Tensor? cu_seqlens, bool exact, bool output_final_state, bool tf32) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lightning_attention_backward(Tensor do, Tensor? d_final_state, Tensor q, Tensor k, Tensor v, float[] slopes, "
+    "float scale, Tensor? initial_state, Tensor? cu_seqlens, bool exact, bool tf32) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _items(
+    q: Tensor, slopes: Sequence[float], cu_seqlens: Tensor | None, exact: bool, tile: Tile, scans: int
+) -> Tensor:
+    """Work list for a kernel that runs `scans` scans of every item."""
+    batch, time, _heads, head_dim = q.shape
+    blocks_per_item = scans * (head_dim // min(tile.columns, head_dim))
+    limits = device_limits(q.device)
+    slots = max(1, limits.multiprocessors * tile.blocks_per_multiprocessor // blocks_per_item)
+    rates = tuple(slopes)
+    if cu_seqlens is not None:
+        return packed_items(rates, cu_seqlens, time, tile.chunk, slots, exact)
+    return batch_items(rates, batch, time, tile.chunk, slots, exact, q.device)
+
+
+def _states(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return sequences, q.shape[2], q.shape[3], q.shape[3]
+
+
+def _constants(tile: Tile, head_dim: int, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+    return {
+        "D": head_dim,
+        "BV": min(tile.columns, head_dim),
+        "C": tile.chunk,
+        "STAGES": tile.stages,
+        "PRECISION": "tf32" if tf32 or dtype == torch.bfloat16 else "ieee",
+        "num_warps": tile.warps,
+    }
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Any batch, time and head strides; a gradient may arrive expanded, and then it is written out."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Sequence[float],
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    exact: bool,
+    output_final_state: bool,
+    tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    from hypenet_kernels.triton_kernels.lightning_scan import lightning_forward
+
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    head_dim = q.shape[3]
+    tile = choose_tile("forward", q.dtype, device_limits(q.device))
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    final_state = torch.empty(
+        _states(q, cu_seqlens) if output_final_state else 0, dtype=torch.float32, device=q.device
+    )
+    if output_final_state and cu_seqlens is not None:  # no block visits a sequence without tokens
+        final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
+    items = _items(q, slopes, cu_seqlens, exact, tile, 1)
+    lightning_forward[(head_dim // min(tile.columns, head_dim), len(items))](
+        q, k, v, o, initial_state, final_state,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        items, log2_gammas(tuple(slopes), q.device), scale, q.shape[2],
+        HAS_INITIAL=initial_state is not None, HAS_FINAL=output_final_state,
+        **_constants(tile, head_dim, q.dtype, tf32),
+    )  # fmt: skip
+    return o, final_state
+
+
+def _backward(
+    do: Tensor,
+    d_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Sequence[float],
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    exact: bool,
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from hypenet_kernels.triton_kernels.lightning_scan import lightning_backward
+
+    do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
+    head_dim = q.shape[3]
+    tile = choose_tile("backward", q.dtype, device_limits(q.device))
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    has_states = initial_state is not None or d_final_state is not None
+    states = _states(q, cu_seqlens) if has_states else 0
+    if has_states:  # the kernel reads both or none
+        initial_state, d_final_state = (
+            q.new_zeros(states, dtype=torch.float32) if state is None else state.contiguous()
+            for state in (initial_state, d_final_state)
+        )
+    d_initial_state = torch.empty(states, dtype=torch.float32, device=q.device)
+    if not has_states:  # pointers all the same, never read
+        initial_state = d_final_state = d_initial_state
+    if has_states and cu_seqlens is not None and d_final_state is not None:
+        d_initial_state.copy_(d_final_state)  # no block visits a sequence without tokens
+    items = _items(q, slopes, cu_seqlens, exact, tile, 3)
+    lightning_backward[(3 * (head_dim // min(tile.columns, head_dim)), len(items))](
+        q, k, v, do, dq, dk, dv, initial_state, d_final_state, d_initial_state,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+        items, log2_gammas(tuple(slopes), q.device), scale, q.shape[2],
+        HAS_STATES=has_states,
+        **_constants(tile, head_dim, q.dtype, tf32),
+    )  # fmt: skip
+    return dq, dk, dv, d_initial_state
+
+
+def _forward_shapes(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Sequence[float], scale: float, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, exact: bool, output_final_state: bool, tf32: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    state = _states(q, cu_seqlens) if output_final_state else 0
+    return q.new_empty(q.shape), q.new_empty(state, dtype=torch.float32)
+
+
+def _backward_shapes(
+    do: Tensor, d_final_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, slopes: Sequence[float], scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, exact: bool, tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    state = 0 if initial_state is None and d_final_state is None else _states(q, cu_seqlens)
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    return dq, dk, dv, q.new_empty(state, dtype=torch.float32)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.slopes, ctx.scale, initial_state, cu_seqlens, ctx.exact, _, ctx.tf32 = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, initial_state, cu_seqlens)
+
+
+def _gradients(ctx: Any, do: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, initial_state, cu_seqlens = ctx.saved_tensors
+    if d_final_state is not None and d_final_state.numel() == 0:
+        d_final_state = None
+    dq, dk, dv, d_initial_state = torch.ops.hypenet.lightning_attention_backward(
+        torch.zeros_like(q) if do is None else do, d_final_state, q, k, v, ctx.slopes, ctx.scale,
+        initial_state, cu_seqlens, ctx.exact, ctx.tf32,
+    )  # fmt: skip
+    return dq, dk, dv, None, None, None if initial_state is None else d_initial_state, *(None,) * 4
+
+
+# On CPU the same kernels run in Triton's interpreter, for tests.
+for _device in ("CUDA", "CPU"):
+    _LIBRARY.impl("lightning_attention", _forward, _device)
+    _LIBRARY.impl("lightning_attention_backward", _backward, _device)
+torch.library.register_fake("hypenet::lightning_attention", _forward_shapes, lib=_LIBRARY)
+torch.library.register_fake("hypenet::lightning_attention_backward", _backward_shapes, lib=_LIBRARY)
+torch.library.register_autograd(
+    "hypenet::lightning_attention", _gradients, setup_context=_keep_inputs, lib=_LIBRARY
+)
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Sequence[float],
+    scale: float,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    exact: bool = False,
+    output_final_state: bool = False,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Lightning Attention with one fixed decay per head; differentiable in q, k, v and initial_state.
+
+        S_t = gamma_h S_{t-1} + k_t^T v_t,   o_t = scale * q_t S_t,   gamma_h = exp(-slopes[h])
+
+    q, k, v [batch, time, heads, head_dim], bfloat16 or float32, head_dim 64 or 128 on CUDA; any strides with a
+    contiguous last dimension, so views of a fused projection need no copies. Returns o [batch, time, heads, head_dim]
+    in q's dtype and, if asked for, the state after the last token, fp32 [batch, heads, head_dim (of k), head_dim (of
+    v)].
+
+    cu_seqlens, int [sequences + 1] on q's device: batch is 1 and holds sequences one after the other, number n from
+    token cu_seqlens[n] to cu_seqlens[n + 1]; no state crosses a boundary, and states are [sequences, heads, ...].
+
+    On CUDA a sequence is cut into segments that run side by side. Each rebuilds its start state from the tokens before
+    it whose weight gamma^distance is above 2^-25; what is left out changes o by at most 2^-25 / (1 - gamma) times the
+    largest |scale q.k| |v| (below fp32 rounding of the sum itself). Segments are only cut where that is faster; `exact`
+    never cuts. `tf32` lets fp32 products use tensor cores (relative error 1e-3 instead of 1e-6). Results are the same
+    bit for bit from run to run. On CPU the chunked PyTorch form runs, which is always exact.
+    """
+    _check(q, k, v, slopes, initial_state, cu_seqlens)
+    if q.is_cuda:
+        o, state = torch.ops.hypenet.lightning_attention(
+            q, k, v, slopes, scale, initial_state, cu_seqlens, exact, output_final_state, tf32
+        )
+        return o, state if output_final_state else None
+    rates = torch.tensor(slopes, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    if cu_seqlens is None:
+        o, state = chunked_lightning_attention(q, k, v, rates, scale, initial_state)
+        return o, state if output_final_state else None
+    parts = []
+    for number, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        before = None if initial_state is None else initial_state[number : number + 1]
+        one = slice(start, end)
+        parts.append(chunked_lightning_attention(q[:, one], k[:, one], v[:, one], rates, scale, before))
+    o = torch.cat([o for o, _ in parts], 1)
+    return o, torch.cat([state for _, state in parts]) if output_final_state else None
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Sequence[float],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Refuses what the kernels would misread."""
+    if q.dim() != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            "q, k and v must have one dtype and one shape [batch, time, heads, head_dim] (repeat shared key heads "
+            f"first), got {[(tuple(x.shape), x.dtype) for x in (q, k, v)]}"
+        )
+    if q.dtype == torch.float16:
+        raise ValueError(
+            "float16 overflows in the recurrent state; convert q, k and v to bfloat16 or float32"
+        )
+    heads, head_dim = q.shape[2:]
+    if len(slopes) != heads:
+        raise ValueError(f"slopes names {len(slopes)} heads but q has {heads}; give one decay rate per head")
+    if q.is_cuda and head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"head_dim is {head_dim}; the kernels are built for {HEAD_DIMS}: pad or use CPU tensors"
+        )
+    if cu_seqlens is not None and (
+        q.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()
+    ):
+        raise ValueError("packed sequences lie in one row: batch must be 1 and cu_seqlens an integer vector")
+    expected = _states(q, cu_seqlens)
+    if initial_state is not None and initial_state.shape != expected:
+        raise ValueError(f"initial_state must be {list(expected)}, got {list(initial_state.shape)}")

@@ -1,0 +1,88 @@
+"""Tile sizes of the Lightning kernels, measured once and written down: nothing is tuned at a user's first call.
+
+Each (dtype, head_dim) has a short list, best first; the first tile whose shared memory the device has is taken. So an
+H200 (227 KiB per block) gets the first, an A100 (163 KiB) or an RTX 4090 (99 KiB) a later one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one block works: chunk tokens at a time, `columns` of the state, and how many blocks share a multiprocessor.
+
+    `shared_memory` in bytes is what the compiler asks for at head_dim 128; a test compares it with the compiler.
+    """
+
+    chunk: int
+    columns: int
+    warps: int
+    stages: int
+    blocks_per_multiprocessor: int
+    shared_memory: int
+
+
+_BF16 = (
+    Tile(64, 128, 8, 2, 1, 150_000),
+    Tile(64, 64, 4, 2, 2, 100_000),
+    Tile(32, 64, 4, 2, 2, 64_000),
+)
+_FP32 = (Tile(32, 32, 4, 1, 2, 64_000),)
+TILES: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
+    ("forward", torch.bfloat16): _BF16,
+    ("backward", torch.bfloat16): _BF16,
+    ("forward", torch.float32): _FP32,
+    ("backward", torch.float32): _FP32,
+}
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What of a device decides about tiles; shared memory in bytes per block."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+
+@functools.lru_cache
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Limits of a CUDA device; a CPU stands for the interpreter, which has no limits worth respecting."""
+    if device.type != "cuda":
+        return DeviceLimits("interpreter", (9, 0), 4, 2**20)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceLimits(
+        properties.name,
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+    )
+
+
+def choose_tile(kernel: str, dtype: torch.dtype, limits: DeviceLimits) -> Tile:
+    """The best tile of `kernel` ("forward" or "backward") for a dtype that this device can run."""
+    if (kernel, dtype) not in TILES:
+        raise ValueError(
+            f"Lightning Attention takes bfloat16 or float32, not {str(dtype).removeprefix('torch.')}; "
+            "convert the inputs (float16 overflows in the state, bfloat16 does not)"
+        )
+    if limits.capability < OLDEST_CAPABILITY:
+        raise ValueError(
+            f"{limits.name} has compute capability {limits.capability[0]}.{limits.capability[1]}; the kernels need 8.0 "
+            "or newer (A100, RTX 30 series and later): run on such a card, or on CPU tensors"
+        )
+    for tile in TILES[kernel, dtype]:
+        if tile.shared_memory <= limits.shared_memory:
+            return tile
+    raise ValueError(
+        f"{limits.name} offers {limits.shared_memory} bytes of shared memory per block and no {kernel} tile for "
+        f"{dtype} needs so little; run on a card with at least {TILES[kernel, dtype][-1].shared_memory}"
+    )

@@ -1,0 +1,1 @@
+"""Triton kernels; imported only inside operators, so that the package works without triton."""
