@@ -26,7 +26,7 @@ from torch import Tensor
 from hypenet_megatron.alignment import AlignedSelfAttention
 from hypenet_megatron.attention import SoftmaxAttentionCore, scale_queries
 from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.mixers import LightningCore
+from hypenet_megatron.mixers import LightningCore, LightningSelfAttention
 from hypenet_megatron.norms import RMSNorm
 from hypenet_megatron.presets import MixerType
 
@@ -69,12 +69,13 @@ def backend_for(config: HypeNetConfig) -> Backend:
 
 def mixer_spec(mixer: MixerType, backend: Backend) -> ModuleSpec:
     """SelfAttention (qkv projection, q/k norm, RoPE, gate, output projection) around one mixer's core."""
+    lightning = mixer == "lightning"
     return ModuleSpec(
-        module=SelfAttention,
+        module=LightningSelfAttention if lightning else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_linear,
-            core_attention=LightningCore if mixer == "lightning" else backend.softmax_core,
+            core_attention=LightningCore if lightning else backend.softmax_core,
             linear_proj=backend.row_linear,
             q_layernorm=backend.norm,
             k_layernorm=backend.norm,

@@ -1,10 +1,9 @@
-"""RNN mixers: one file each, all usable as the `core_attention` of Megatron's SelfAttention.
+"""RNN mixers, one file each: a `self_attention` of Megatron's TransformerLayer and the core in it.
 
-A mixer takes query, key, value [s, b, heads / tp, head_dim] (after q/k norm and RoPE) and returns
-[s, b, heads * head_dim / tp] with its own output norm applied; the output gate and the projection around it are
-Megatron's.
+A mixer takes hidden states [s, b, d] and RoPE angles and returns (output [s, b, d], no bias); its projections are
+Megatron's, so that tensor and sequence parallelism and checkpoint keys are those of attention layers.
 """
 
-from hypenet_megatron.mixers.lightning import LightningCore
+from hypenet_megatron.mixers.lightning import LightningCore, LightningSelfAttention
 
-__all__ = ["LightningCore"]
+__all__ = ["LightningCore", "LightningSelfAttention"]

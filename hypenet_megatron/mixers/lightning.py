@@ -1,4 +1,8 @@
-"""Lightning Attention as a Megatron core attention, with the full-width output norm behind it."""
+"""A Lightning layer: fused q/k norm and RoPE, Lightning Attention, full-width output norm and gate.
+
+Megatron's SelfAttention supplies the projections, their tensor-parallel layout and their checkpoint keys; between them
+everything runs in the kernels' own layout, [batch, time, heads, head_dim], on views of the fused projection.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,73 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from hypenet_kernels import chunked_lightning_attention, decay_slopes
+from hypenet_kernels import (
+    decay_slopes,
+    gated_norm,
+    gated_norm_with_sum,
+    heads_sum_of_squares,
+    lightning_attention,
+    norm_rope,
+)
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.norms import HeadsRMSNorm
 
 
 class LightningCore(MegatronModule):
-    """S_t = gamma_h S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(dh), then RMSNorm over all heads."""
+    """What a Lightning layer has in place of softmax attention: decay rates of this rank's heads and `o_norm`.
 
-    slopes: Tensor
+    S_t = gamma_h S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(dh), then RMSNorm over all heads times sigmoid(gate).
+    """
 
     def __init__(self, config: HypeNetConfig, *, pg_collection: ProcessGroupCollection, **_: Any):
         super().__init__(config)
-        tp_group = pg_collection.tp
-        local_heads = config.num_attention_heads // tp_group.size()
-        first = tp_group.rank() * local_heads
-        slopes = torch.tensor(decay_slopes(config.num_attention_heads)[first : first + local_heads])
-        self.register_buffer("slopes", slopes, persistent=False)
+        self.tp_group = pg_collection.tp
+        local_heads = config.num_attention_heads // self.tp_group.size()
+        first = self.tp_group.rank() * local_heads
+        self.slopes = decay_slopes(config.num_attention_heads)[first : first + local_heads]
         self.scale = config.kv_channels**-0.5
-        self.o_norm = HeadsRMSNorm(
-            config, local_heads * config.kv_channels, config.layernorm_epsilon, tp_group
-        )
+        self.o_norm = HeadsRMSNorm(config, local_heads * config.kv_channels, self.tp_group)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        # A model cast to bf16 casts its buffers too; the decay is exact only in fp32.
-        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        output, _state = chunked_lightning_attention(q, k, v, self.slopes.float(), self.scale)
-        return self.o_norm(output.transpose(0, 1).flatten(2))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        """q, k (normalised and rotated), v, gate [b, s, heads / tp, dh]; returns [b, s, heads / tp * dh]."""
+        o, _ = lightning_attention(q, k, v, self.slopes, self.scale)
+        weight, epsilon = self.o_norm.weight, self.config.layernorm_epsilon
+        if self.tp_group.size() == 1:
+            return gated_norm(o, gate, weight, epsilon)
+        # Tensor parallelism splits the heads, so the sum of squares is summed over ranks, forward and backward.
+        squares = reduce_from_tensor_model_parallel_region(heads_sum_of_squares(o), self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
+        return gated_norm_with_sum(o, gate, weight, squares, weight.numel() * self.tp_group.size(), epsilon)
+
+
+class LightningSelfAttention(SelfAttention):
+    """Megatron's SelfAttention with everything between its two projections replaced."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, d] (sequence-parallel: [s / tp, b, d]), rotary_pos_emb angles [s, 1, 1, dh]."""
+        mixed, _bias = self.linear_qkv(hidden_states)
+        # Per head [query, gate, key, value]: as many key heads as query heads, so groups are heads.
+        mixed = mixed.unflatten(-1, (-1, 4, self.hidden_size_per_attention_head)).transpose(0, 1)
+        query, gate, key, value = mixed.unbind(-2)
+        angles = rotary_pos_emb[:, 0, 0, : self.hidden_size_per_attention_head // 2]
+        q, k = norm_rope(
+            query,
+            key,
+            self.q_layernorm.weight,
+            self.k_layernorm.weight,
+            torch.cos(angles),
+            torch.sin(angles),
+            self.config.layernorm_epsilon,
+        )
+        mixed_output = self.core_attention(q, k, value, gate)
+        return self.linear_proj(mixed_output.transpose(0, 1))

@@ -1,9 +1,13 @@
 """The arithmetic of HypeNet that is worth a kernel, each op with its plain PyTorch reference beside it.
 
-Imports only torch (and, on CUDA, triton).
+CUDA tensors go to Triton, all others to PyTorch. Imports only torch (and, on CUDA, triton).
 """
 
+from hypenet_kernels.decode import lightning_decode, lightning_decode_deferred
 from hypenet_kernels.lightning import chunked_lightning_attention, decay_slopes, recurrent_lightning_attention
+from hypenet_kernels.lightning_ops import lightning_attention
+from hypenet_kernels.output_norm import gated_norm, gated_norm_with_sum, heads_sum_of_squares
+from hypenet_kernels.query_key_norm import norm_rope
 from hypenet_kernels.vocabulary_losses import chunked_cross_entropy, chunked_kl_divergence
 
 __all__ = [
@@ -11,5 +15,12 @@ __all__ = [
     "chunked_kl_divergence",
     "chunked_lightning_attention",
     "decay_slopes",
+    "gated_norm",
+    "gated_norm_with_sum",
+    "heads_sum_of_squares",
+    "lightning_attention",
+    "lightning_decode",
+    "lightning_decode_deferred",
+    "norm_rope",
     "recurrent_lightning_attention",
 ]

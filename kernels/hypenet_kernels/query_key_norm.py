@@ -1,0 +1,229 @@
+"""RMSNorm over head_dim and rotary embedding of queries and keys, fused: what comes before attention.
+
+    n = w x / sqrt(mean(x^2) + epsilon),   out_1 = n_1 cos - n_2 sin,   out_2 = n_2 cos + n_1 sin
+
+with 1, 2 the halves of head_dim. Shapes: query [batch, time, query_heads, head_dim], key [batch, time, key_heads,
+head_dim], in bf16 or fp32 with any batch, time and head strides; weights [head_dim]; cos, sin fp32
+[time, head_dim / 2], or None for no rotation. All arithmetic is fp32 and rounded once, to the input's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypenet_kernels.tiles import device_limits
+
+ROWS = 16  # With 4 warps and head_dim 128 every thread loads 16 bytes of bf16 per half.
+PROGRAMS_PER_MULTIPROCESSOR = 8
+
+
+def norm_rope(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """Normalised and rotated query and key, contiguous, in their own dtype. See the module for shapes and equation."""
+    check_dtypes(query=query, key=key)
+    check_last_dimensions(query=query, key=key, query_weight=query_weight, key_weight=key_weight)
+    _, time, _, head_dim = query.shape
+    if head_dim < 2 or head_dim & (head_dim - 1):
+        raise ValueError(f"norm_rope needs a head_dim that is a power of two, not {head_dim}; pad the heads")
+    check_shape("query_weight", query_weight, (head_dim,))
+    check_shape("key_weight", key_weight, (head_dim,))
+    check_shape("key", key, (*query.shape[:2], key.shape[2], head_dim))
+    if cos is not None and sin is not None:
+        check_last_dimensions(cos=cos, sin=sin)
+        check_shape("cos", cos, (time, head_dim // 2))
+        check_shape("sin", sin, (time, head_dim // 2))
+    elif cos is not None or sin is not None:
+        raise ValueError("norm_rope got one of cos and sin; pass both, or None for both to skip the rotation")
+    op = torch.ops.hypenet.norm_rope if query.is_cuda else plain_norm_rope
+    return op(query, key, query_weight, key_weight, cos, sin, epsilon)
+
+
+def check_dtypes(**tensors: Tensor) -> None:
+    """ValueError unless every tensor is bf16 or fp32; fp64, for the plain references, passes on CPU."""
+    for name, x in tensors.items():
+        if x.dtype in (torch.bfloat16, torch.float32) or (x.dtype == torch.float64 and not x.is_cuda):
+            continue
+        raise ValueError(
+            f"{name} is {str(x.dtype).removeprefix('torch.')}, the kernels take bfloat16 or float32; use bfloat16 "
+            "(float16 overflows in training, bfloat16 does not)"
+        )
+
+
+def check_last_dimensions(**tensors: Tensor) -> None:
+    """ValueError unless every tensor's last dimension is contiguous: kernels load it 16 bytes at a time."""
+    for name, x in tensors.items():
+        if x.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has stride {x.stride(-1)} in its last dimension, the kernels need 1; "
+                f"pass {name}.contiguous(), or slice the fused projection without transposing that dimension"
+            )
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    """ValueError unless x has this shape: a kernel would read beyond it."""
+    if tuple(x.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected {expected}; slice or reshape it to that"
+        )
+
+
+def plain_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """The definition, differentiable by autograd; computes in fp64 when query is fp64, else in fp32."""
+    return (
+        _plain_one(query, query_weight, cos, sin, epsilon),
+        _plain_one(key, key_weight, cos, sin, epsilon),
+    )
+
+
+def _plain_one(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, epsilon: float) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = x.to(dtype)
+    normed = weight.to(dtype) * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    if cos is not None and sin is not None:
+        n1, n2 = normed.chunk(2, -1)
+        c, s = (angle.to(dtype)[:, None] for angle in (cos, sin))
+        normed = torch.cat([n1 * c - n2 * s, n2 * c + n1 * s], -1)
+    return normed.to(x.dtype).contiguous()
+
+
+def _heads_per_tile(heads: int) -> int:
+    """Largest power of two that divides heads, so that no row of a tile is wasted."""
+    return math.gcd(heads, ROWS)
+
+
+def _arguments(x: Tensor, cos: Tensor | None, sin: Tensor | None, epsilon: float) -> tuple[Any, ...]:
+    """What both kernels end with: strides of x, cos and sin, sizes, epsilon."""
+    rows = [0 if angle is None else angle.stride(0) for angle in (cos, sin)]
+    return *x.stride()[:3], *rows, x.shape[0] * x.shape[1], x.shape[1], epsilon
+
+
+def _constants(x: Tensor, cos: Tensor | None) -> dict[str, Any]:
+    heads, head_dim = x.shape[2:]
+    return {
+        "HEADS": heads,
+        "HALF": head_dim // 2,
+        "ROWS": ROWS,
+        "HEADS_PER_TILE": _heads_per_tile(heads),
+        "HAS_ROPE": cos is not None,
+        "num_warps": 4,
+    }
+
+
+def _tiles(x: Tensor) -> tuple[int, int]:
+    """Tiles along tokens and along heads."""
+    heads_per_tile = _heads_per_tile(x.shape[2])
+    return math.ceil(x.shape[0] * x.shape[1] * heads_per_tile / ROWS), x.shape[2] // heads_per_tile
+
+
+def _forward_one(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, epsilon: float) -> Tensor:
+    from hypenet_kernels.triton_kernels.norm_rope import norm_rope_forward
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() > 0:
+        norm_rope_forward[_tiles(x)](
+            x, weight, cos, sin, out, *_arguments(x, cos, sin, epsilon), **_constants(x, cos)
+        )
+    return out
+
+
+def _backward_one(
+    dout: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    from hypenet_kernels.triton_kernels.norm_rope import norm_rope_backward
+
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # a gradient may arrive expanded
+    token_tiles, head_tiles = _tiles(x)
+    slots = device_limits(x.device).multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+    programs = min(token_tiles, max(1, slots // head_tiles))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partial_dweight = torch.empty(programs * head_tiles, x.shape[3], dtype=torch.float32, device=x.device)
+    if x.numel() > 0:
+        norm_rope_backward[(programs, head_tiles)](
+            dout, x, weight, cos, sin, dx, partial_dweight,
+            *dout.stride()[:3], *_arguments(x, cos, sin, epsilon), **_constants(x, cos),
+        )  # fmt: skip
+    return dx, partial_dweight.sum(0).to(weight.dtype)
+
+
+@torch.library.custom_op("hypenet::norm_rope", mutates_args=())
+def _norm_rope(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    return (
+        _forward_one(query, query_weight, cos, sin, epsilon),
+        _forward_one(key, key_weight, cos, sin, epsilon),
+    )
+
+
+@torch.library.custom_op("hypenet::norm_rope_backward", mutates_args=())
+def _norm_rope_backward(
+    d_query_out: Tensor,
+    d_key_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dquery, dquery_weight = _backward_one(d_query_out, query, query_weight, cos, sin, epsilon)
+    dkey, dkey_weight = _backward_one(d_key_out, key, key_weight, cos, sin, epsilon)
+    return dquery, dkey, dquery_weight, dkey_weight
+
+
+@_norm_rope.register_fake
+def _(
+    query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None, sin: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@_norm_rope_backward.register_fake
+def _(
+    d_query_out: Tensor, d_key_out: Tensor, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor,
+    cos: Tensor | None, sin: Tensor | None, epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dquery, dkey, dquery_weight, dkey_weight = (
+        x.new_empty(x.shape) for x in (query, key, query_weight, key_weight)
+    )
+    return dquery, dkey, dquery_weight, dkey_weight
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.epsilon = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, d_query_out: Tensor, d_key_out: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.hypenet.norm_rope_backward(d_query_out, d_key_out, *ctx.saved_tensors, ctx.epsilon)
+    return *gradients, None, None, None
+
+
+_norm_rope.register_autograd(_gradients, setup_context=_keep_inputs)
