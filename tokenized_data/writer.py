@@ -7,6 +7,7 @@ magnitude slower); the shard index carries a crc32c and the group's attributes a
 from __future__ import annotations
 
 import shutil
+import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +122,12 @@ class TokenStoreWriter:
         return _ShardedArray(self._temporary, self._group, name, dtype, self._shard_tokens)
 
     def _discard(self) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        # When one of zarr's writes fails, others still run in its threads and may put a file into a folder just emptied.
+        for pause in (0, 0.05, 0.2, 0.5):
+            time.sleep(pause)
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            if not self._temporary.exists():
+                break
 
     def add_document(self, token_ids: np.ndarray, loss_weights: np.ndarray | None = None) -> None:
         """Append one document, EOS included by the caller: ids [n] and, in a weighted store, uint8 weights [n]."""

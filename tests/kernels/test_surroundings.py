@@ -242,7 +242,8 @@ def test_checkpointing_and_compilation_change_nothing(wrap):
 
 def test_cuda_tensors_go_to_the_operators():
     """With fake tensors, which need no device: shapes, dtypes, and o refused when the kernel could not read it."""
-    with FakeTensorMode():
+    # Another test may have installed the CPU backend, a torch function mode to which "cuda" means "cpu".
+    with torch._C.DisableTorchFunction(), FakeTensorMode():
         x = torch.empty(5, 2, 3, 64, dtype=torch.bfloat16, device="cuda").transpose(0, 1)
         weight, weights = torch.empty(64, device="cuda"), torch.empty(192, device="cuda")
         query, key = norm_rope(x, x, weight, weight, None, None, EPSILON)
