@@ -122,7 +122,7 @@ class TokenStoreWriter:
         return _ShardedArray(self._temporary, self._group, name, dtype, self._shard_tokens)
 
     def _discard(self) -> None:
-        # When one of zarr's writes fails, others still run in its threads and may put a file into a folder just emptied.
+        # When one of zarr's writes fails, others still run in its threads and may put a file where all were gone.
         for pause in (0, 0.05, 0.2, 0.5):
             time.sleep(pause)
             shutil.rmtree(self._temporary, ignore_errors=True)

@@ -101,5 +101,7 @@ def test_published_recipe_has_the_published_layers():
     preset = HYPENET_PRESETS["hypenet-2b"]
     assert isinstance(recipe, ConversionRecipe)
     assert tuple(recipe.select.attention_layers or ()) == preset.attention_layers
-    tokens = [section.steps * section.tokens_per_step for section in (recipe.align, recipe.distil, recipe.finetune)]
+    tokens = [
+        section.steps * section.tokens_per_step for section in (recipe.align, recipe.distil, recipe.finetune)
+    ]
     assert [round(count / 1e9, 2) for count in tokens] == [0.33, 0.98, 1.05]
