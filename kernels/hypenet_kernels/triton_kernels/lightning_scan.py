@@ -98,9 +98,7 @@ def _scan(
         out_tile = out + token * out_time + r[:, None] * out_time + tl.arange(0, BV)[None, :]
         tl.store(out_tile, result.to(out.dtype.element_ty), mask=r[:, None] < rows)
     if has_state_out and end == chunks:
-        if (
-            reverse
-        ):  # the gradient of the initial state: from the first token's distance to the state before it
+        if reverse:  # to the state before the first token, whose gradient this is
             state = state * (tl.exp2(log2_gamma) * scale)
         tl.store(state_out + state_at + d, state)
 
