@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from hypenet_kernels.launch import launch, layout_key
 from hypenet_kernels.lightning import chunked_lightning_attention
 from hypenet_kernels.segments import batch_items, log2_gammas, packed_items
 from hypenet_kernels.tiles import Tile, choose_tile, device_limits
@@ -44,14 +46,15 @@ def _states(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     return sequences, q.shape[2], q.shape[3], q.shape[3]
 
 
-def _constants(tile: Tile, head_dim: int, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+def _constants(tile: Tile, head_dim: int, dtype: torch.dtype, tf32: bool, **states: bool) -> dict[str, Any]:
+    """The constexpr parameters, in the order of the kernels' signatures."""
     return {
         "D": head_dim,
         "BV": min(tile.columns, head_dim),
         "C": tile.chunk,
         "STAGES": tile.stages,
+        **states,
         "PRECISION": "tf32" if tf32 or dtype == torch.bfloat16 else "ieee",
-        "num_warps": tile.warps,
     }
 
 
@@ -85,12 +88,18 @@ def _forward(
     if output_final_state and cu_seqlens is not None:  # no block visits a sequence without tokens
         final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     items = _items(q, slopes, cu_seqlens, exact, tile, 1)
-    lightning_forward[(head_dim // min(tile.columns, head_dim), len(items))](
-        q, k, v, o, initial_state, final_state,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        items, log2_gammas(tuple(slopes), q.device), scale, q.shape[2],
-        HAS_INITIAL=initial_state is not None, HAS_FINAL=output_final_state,
-        **_constants(tile, head_dim, q.dtype, tf32),
+    has_states = initial_state is not None, output_final_state
+    launch(
+        lightning_forward,
+        (q.device, *has_states, tf32, layout_key(q, k, v)),
+        (head_dim // min(tile.columns, head_dim), len(items), 1),
+        (
+            q, k, v, o, initial_state, final_state,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            items, log2_gammas(tuple(slopes), q.device), scale, q.shape[2],
+        ),
+        _constants(tile, head_dim, q.dtype, tf32, HAS_INITIAL=has_states[0], HAS_FINAL=has_states[1]),
+        num_warps=tile.warps,
     )  # fmt: skip
     return o, final_state
 
@@ -127,12 +136,17 @@ def _backward(
     if has_states and cu_seqlens is not None and d_final_state is not None:
         d_initial_state.copy_(d_final_state)  # no block visits a sequence without tokens
     items = _items(q, slopes, cu_seqlens, exact, tile, 3)
-    lightning_backward[(3 * (head_dim // min(tile.columns, head_dim)), len(items))](
-        q, k, v, do, dq, dk, dv, initial_state, d_final_state, d_initial_state,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        items, log2_gammas(tuple(slopes), q.device), scale, q.shape[2],
-        HAS_STATES=has_states,
-        **_constants(tile, head_dim, q.dtype, tf32),
+    launch(
+        lightning_backward,
+        (q.device, has_states, tf32, layout_key(q, k, v, do)),
+        (3 * (head_dim // min(tile.columns, head_dim)), len(items), 1),
+        (
+            q, k, v, do, dq, dk, dv, initial_state, d_final_state, d_initial_state,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+            items, log2_gammas(tuple(slopes), q.device), scale, q.shape[2],
+        ),
+        _constants(tile, head_dim, q.dtype, tf32, HAS_STATES=has_states),
+        num_warps=tile.warps,
     )  # fmt: skip
     return dq, dk, dv, d_initial_state
 
@@ -160,15 +174,36 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(q, k, v, initial_state, cu_seqlens)
 
 
-def _gradients(ctx: Any, do: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, do: Tensor | None, d_final_state: Tensor | None, backward: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
+    """`backward` is the operator's unless given."""
     q, k, v, initial_state, cu_seqlens = ctx.saved_tensors
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
-    dq, dk, dv, d_initial_state = torch.ops.hypenet.lightning_attention_backward(
+    backward = backward or torch.ops.hypenet.lightning_attention_backward
+    dq, dk, dv, d_initial_state = backward(
         torch.zeros_like(q) if do is None else do, d_final_state, q, k, v, ctx.slopes, ctx.scale,
         initial_state, cu_seqlens, ctx.exact, ctx.tf32,
     )  # fmt: skip
     return dq, dk, dv, None, None, None if initial_state is None else d_initial_state, *(None,) * 4
+
+
+class _EagerLightningAttention(torch.autograd.Function):
+    """The operator without its dispatcher, which costs as much as a short sequence: same functions, same results."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_keep_inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, do, d_final_state, _backward)
+
+
+def _needs_operator(q: Tensor) -> bool:
+    """Whether anybody watches operators go by: torch.compile, fake tensors, subclasses, dispatch modes."""
+    return torch.compiler.is_compiling() or type(q) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 # On CPU the same kernels run in Triton's interpreter, for tests.
@@ -215,7 +250,10 @@ def lightning_attention(
     """
     _check(q, k, v, slopes, initial_state, cu_seqlens)
     if q.is_cuda:
-        o, state = torch.ops.hypenet.lightning_attention(
+        attention = (
+            torch.ops.hypenet.lightning_attention if _needs_operator(q) else _EagerLightningAttention.apply
+        )
+        o, state = attention(
             q, k, v, slopes, scale, initial_state, cu_seqlens, exact, output_final_state, tf32
         )
         return o, state if output_final_state else None

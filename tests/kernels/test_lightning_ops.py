@@ -152,6 +152,18 @@ def test_views_of_a_fused_projection_and_expanded_gradients(kernel_device):
     assert torch.equal(from_sum, from_ones)
 
 
+@pytest.mark.parametrize("with_state", [False, True])
+def test_without_the_dispatcher_the_same_bits(kernel_device, with_state):
+    *leaves, do = (x.requires_grad_() for x in _inputs(kernel_device, 1, 70, 2, 64))
+    state = torch.ones(1, 2, 64, 64, device=kernel_device, requires_grad=True) if with_state else None
+    inputs = leaves if state is None else [*leaves, state]
+    results = []
+    for attention in (torch.ops.hypenet.lightning_attention, ops._EagerLightningAttention.apply):
+        o, final = attention(*leaves, [0.7, 0.2], SCALE, state, None, False, with_state, False)
+        results.append((o, final, *torch.autograd.grad((o * do).sum() + final.sum(), inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_same_bits_from_run_to_run(kernel_device, multiprocessors):
     q, k, v, do = _inputs(kernel_device, 1, 5 * CHUNK, 2, 64)
     leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -28,12 +28,27 @@ def _rows(pointer, stride, rows, C: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _nearest_tf32(x):
+    """Tensor cores drop the 13 low bits of an fp32; adding half of what they drop makes that a rounding."""
+    return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a b. PRECISION counts for fp32 alone."""
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a = _nearest_tf32(a)
+        b = _nearest_tf32(b)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
 def _add_chunk(state, b, c, rows, log2_gamma, reverse, PRECISION: tl.constexpr):
     """gamma^rows state + sum_j gamma^(distance of j to the chunk's end in scan direction) b_j^T c_j."""
     j = tl.arange(0, b.shape[0])
     distance = tl.where(reverse, j, rows - 1 - j)
     weighted = (c * tl.exp2(log2_gamma * distance)[:, None]).to(c.dtype)
-    return tl.dot(tl.trans(b), weighted, state * tl.exp2(log2_gamma * rows), input_precision=PRECISION)
+    return _dot(tl.trans(b), weighted, state * tl.exp2(log2_gamma * rows), PRECISION)
 
 
 @triton.jit
@@ -91,9 +106,9 @@ def _scan(
         b_tile = _rows(b + token * b_time, b_time, rows, C, D)
         c_tile = _rows(c + token * c_time, c_time, rows, C, BV)
         from_state = tl.exp2(log2_gamma * tl.where(reverse, rows - r, r + 1)) * scale
-        scores = tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION) * within
-        result = tl.dot(a_tile, state.to(a_tile.dtype), input_precision=PRECISION) * from_state[:, None]
-        result = tl.dot(scores.to(c_tile.dtype), c_tile, result, input_precision=PRECISION)
+        scores = _dot(a_tile, tl.trans(b_tile), tl.zeros([C, C], tl.float32), PRECISION) * within
+        result = _dot(a_tile, state.to(a_tile.dtype), tl.zeros([C, BV], tl.float32), PRECISION)
+        result = _dot(scores.to(c_tile.dtype), c_tile, result * from_state[:, None], PRECISION)
         state = _add_chunk(state, b_tile, c_tile, rows, log2_gamma, reverse, PRECISION)
         out_tile = out + token * out_time + r[:, None] * out_time + tl.arange(0, BV)[None, :]
         tl.store(out_tile, result.to(out.dtype.element_ty), mask=r[:, None] < rows)
