@@ -23,6 +23,7 @@ import reference_layer
 import torch
 import triton
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+from table import plot, print_table
 from torch import Tensor
 from triton.testing import do_bench
 
@@ -303,15 +304,17 @@ def main() -> None:
         floor = floors(batch, length, results["copy_rate"])
         results["lightning"][name] = {"errors": errors, "ms": times, "floor_ms": floor}
         print(name, {key: round(value, 4) for key, value in times.items()}, flush=True)
-    results["memory_gib"] = memory_lightning()
-    results["layer"] = layer_results()
-    results["decode_ms"] = {str(batch): time_decode(batch) for batch in (1, 32, 256)}
-    results["kl"] = memory_kl()
-    (out / "kernels.json").write_text(json.dumps(results, indent=1))
-    from table import plot, print_table
-
-    plot(results, out / "kernels.png")
+    for name, measure in (
+        ("memory_gib", memory_lightning),
+        ("layer", layer_results),
+        ("decode_ms", lambda: {str(batch): time_decode(batch) for batch in (1, 32, 256)}),
+        ("kl", memory_kl),
+    ):
+        results[name] = measure()
+        print(name, results[name], flush=True)
+        (out / "kernels.json").write_text(json.dumps(results, indent=1))
     print_table(results, SHAPES)
+    plot(results, out / "kernels.png")
 
 
 if __name__ == "__main__":

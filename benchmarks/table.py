@@ -5,11 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 LAYER = (2.2, 3.0)
 WIDE = {"forward": (6, 9), "forward+backward": (5, 8)}
 DECODE = {"1": (2, 2.8), "32": (2, 3), "256": (1.7, 2)}
@@ -60,6 +55,11 @@ def print_table(results: dict[str, Any], shapes: dict[Any, Any]) -> None:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """One bar per comparison: how many times faster than the peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     table = rows(results, dict.fromkeys(results["lightning"], ((0, 0), (0, 0))))
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(table) + 1.2))
     labels = [what for what, *_ in table]
