@@ -45,6 +45,10 @@ def print_table(results: dict[str, Any], shapes: dict[Any, Any]) -> None:
         print(
             f"{name} times the memory floor: {over}; worst head's error {max(e[1] for e in errors.values()):.1e}"
         )
+        mine, theirs = (times[f"{who} forward+backward, one thread"] for who in ("ours", "fla"))
+        print(
+            f"{name} forward+backward on one thread: {mine:.4f} against {theirs:.4f} ms, {theirs / mine:.2f}"
+        )
     memory = results["memory_gib"]
     print(
         f"peak extra GiB [1,131072,16]: ours {memory['ours']:.2f}, fla {memory['fla']:.2f} (must 2.2, aim 1.6)"

@@ -18,7 +18,7 @@ _compiled: dict[Hashable, Any] = {}
 
 def layout_key(*tensors: Tensor) -> tuple[Hashable, ...]:
     """What compilation depends on in tensors: dtype, shape, strides (divisible by 16? one?) and alignment."""
-    return tuple((x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors)
+    return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors])
 
 
 def launch(

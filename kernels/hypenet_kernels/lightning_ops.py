@@ -192,8 +192,11 @@ def _gradients(
 class _EagerLightningAttention(torch.autograd.Function):
     """The operator without its dispatcher, which costs as much as a short sequence: same functions, same results."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_keep_inputs)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _keep_inputs(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -250,9 +253,10 @@ def lightning_attention(
     """
     _check(q, k, v, slopes, initial_state, cu_seqlens)
     if q.is_cuda:
-        attention = (
-            torch.ops.hypenet.lightning_attention if _needs_operator(q) else _EagerLightningAttention.apply
-        )
+        if _needs_operator(q):
+            attention = torch.ops.hypenet.lightning_attention
+        else:
+            attention = _EagerLightningAttention.apply if torch.is_grad_enabled() else _forward
         o, state = attention(
             q, k, v, slopes, scale, initial_state, cu_seqlens, exact, output_final_state, tf32
         )
