@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hypenet_kernels.launch import launch, layout_key
+from hypenet_kernels.launch import PreparedLaunch, layout_key
 from hypenet_kernels.lightning import chunked_lightning_attention
 from hypenet_kernels.segments import batch_items, log2_gammas, packed_items
-from hypenet_kernels.tiles import Tile, choose_tile, device_limits
+from hypenet_kernels.tiles import choose_tile, device_limits
 
 HEAD_DIMS = (64, 128)
 _LIBRARY = torch.library.Library("hypenet", "FRAGMENT")
@@ -27,35 +27,97 @@ _LIBRARY.define(
 )
 
 
+Kernel = Literal["forward", "backward"]
+_SCANS: dict[Kernel, int] = {"forward": 1, "backward": 3}
+# Beyond this many layouts (lengths that come and go) all are forgotten; compiled kernels stay in Triton's own cache.
+_MOST_LAYOUTS = 4096
+_launches: dict[Hashable, tuple[PreparedLaunch, Tensor]] = {}
+
+
+def _prepared(
+    kernel: Kernel,
+    tensors: tuple[Tensor, ...],
+    slopes: Sequence[float],
+    scale: float,
+    cu_seqlens: Tensor | None,
+    exact: bool,
+    tf32: bool,
+    **states: bool,
+) -> tuple[PreparedLaunch, Tensor]:
+    """A launch for inputs of this layout (q, k, v and, backward, do), and the work list to pass to it."""
+    sequences = None if cu_seqlens is None else len(cu_seqlens)
+    key = (
+        kernel,
+        tensors[0].device,
+        layout_key(*tensors),
+        *slopes,
+        scale,
+        sequences,
+        exact,
+        tf32,
+        *states.values(),
+    )
+    found = _launches.get(key)
+    if found is None:
+        if len(_launches) >= _MOST_LAYOUTS:
+            _launches.clear()
+        items = _items(kernel, tensors[0], slopes, cu_seqlens, exact)
+        launch = _prepare(kernel, tensors, slopes, scale, len(items), tf32, states)
+        found = _launches[key] = launch, items
+    launch, items = found
+    # Where packed sequences begin is only known on the device, and may differ from call to call.
+    return launch, items if cu_seqlens is None else _items(kernel, tensors[0], slopes, cu_seqlens, exact)
+
+
+def _prepare(
+    kernel: Kernel,
+    tensors: tuple[Tensor, ...],
+    slopes: Sequence[float],
+    scale: float,
+    items: int,
+    tf32: bool,
+    states: dict[str, bool],
+) -> PreparedLaunch:
+    from hypenet_kernels.triton_kernels import lightning_scan
+
+    q = tensors[0]
+    heads, head_dim = q.shape[2:]
+    tile = choose_tile(kernel, q.dtype, device_limits(q.device))
+    columns = min(tile.columns, head_dim)
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    constants = {
+        "D": head_dim,
+        "BV": columns,
+        "C": tile.chunk,
+        "STAGES": tile.stages,
+        **states,
+        "PRECISION": "tf32" if tf32 or q.dtype == torch.bfloat16 else "ieee",
+    }
+    return PreparedLaunch(
+        lightning_scan.lightning_forward if kernel == "forward" else lightning_scan.lightning_backward,
+        (_SCANS[kernel] * head_dim // columns, items, 1),
+        (*strides, log2_gammas(tuple(slopes), q.device), scale, heads),
+        constants,
+        num_warps=tile.warps,
+    )
+
+
 def _items(
-    q: Tensor, slopes: Sequence[float], cu_seqlens: Tensor | None, exact: bool, tile: Tile, scans: int
+    kernel: Kernel, q: Tensor, slopes: Sequence[float], cu_seqlens: Tensor | None, exact: bool
 ) -> Tensor:
-    """Work list for a kernel that runs `scans` scans of every item."""
     batch, time, _heads, head_dim = q.shape
-    blocks_per_item = scans * (head_dim // min(tile.columns, head_dim))
     limits = device_limits(q.device)
+    tile = choose_tile(kernel, q.dtype, limits)
+    blocks_per_item = _SCANS[kernel] * head_dim // min(tile.columns, head_dim)
     slots = max(1, limits.multiprocessors * tile.blocks_per_multiprocessor // blocks_per_item)
-    rates = tuple(slopes)
     if cu_seqlens is not None:
-        return packed_items(rates, cu_seqlens, time, tile.chunk, slots, exact)
-    return batch_items(rates, batch, time, tile.chunk, slots, exact, q.device)
+        return packed_items(tuple(slopes), cu_seqlens, time, tile.chunk, slots, exact)
+    return batch_items(tuple(slopes), batch, time, tile.chunk, slots, exact, q.device)
 
 
 def _states(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     return sequences, q.shape[2], q.shape[3], q.shape[3]
-
-
-def _constants(tile: Tile, head_dim: int, dtype: torch.dtype, tf32: bool, **states: bool) -> dict[str, Any]:
-    """The constexpr parameters, in the order of the kernels' signatures."""
-    return {
-        "D": head_dim,
-        "BV": min(tile.columns, head_dim),
-        "C": tile.chunk,
-        "STAGES": tile.stages,
-        **states,
-        "PRECISION": "tf32" if tf32 or dtype == torch.bfloat16 else "ieee",
-    }
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -75,32 +137,19 @@ def _forward(
     output_final_state: bool,
     tf32: bool,
 ) -> tuple[Tensor, Tensor]:
-    from hypenet_kernels.triton_kernels.lightning_scan import lightning_forward
-
-    q, k, v = _readable(q), _readable(k), _readable(v)
+    inputs = _readable(q), _readable(k), _readable(v)
     initial_state = None if initial_state is None else initial_state.float().contiguous()
-    head_dim = q.shape[3]
-    tile = choose_tile("forward", q.dtype, device_limits(q.device))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     final_state = torch.empty(
         _states(q, cu_seqlens) if output_final_state else 0, dtype=torch.float32, device=q.device
     )
     if output_final_state and cu_seqlens is not None:  # no block visits a sequence without tokens
         final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
-    items = _items(q, slopes, cu_seqlens, exact, tile, 1)
-    has_states = initial_state is not None, output_final_state
-    launch(
-        lightning_forward,
-        (q.device, *has_states, tf32, layout_key(q, k, v)),
-        (head_dim // min(tile.columns, head_dim), len(items), 1),
-        (
-            q, k, v, o, initial_state, final_state,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            items, log2_gammas(tuple(slopes), q.device), scale, q.shape[2],
-        ),
-        _constants(tile, head_dim, q.dtype, tf32, HAS_INITIAL=has_states[0], HAS_FINAL=has_states[1]),
-        num_warps=tile.warps,
+    launch, items = _prepared(
+        "forward", inputs, slopes, scale, cu_seqlens, exact, tf32,
+        HAS_INITIAL=initial_state is not None, HAS_FINAL=output_final_state,
     )  # fmt: skip
+    launch(*inputs, o, initial_state, final_state, items)
     return o, final_state
 
 
@@ -117,17 +166,13 @@ def _backward(
     exact: bool,
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from hypenet_kernels.triton_kernels.lightning_scan import lightning_backward
-
-    do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
-    head_dim = q.shape[3]
-    tile = choose_tile("backward", q.dtype, device_limits(q.device))
+    inputs = _readable(q), _readable(k), _readable(v), _readable(do)
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     has_states = initial_state is not None or d_final_state is not None
     states = _states(q, cu_seqlens) if has_states else 0
     if has_states:  # the kernel reads both or none
         initial_state, d_final_state = (
-            q.new_zeros(states, dtype=torch.float32) if state is None else state.contiguous()
+            q.new_zeros(states, dtype=torch.float32) if state is None else state.float().contiguous()
             for state in (initial_state, d_final_state)
         )
     d_initial_state = torch.empty(states, dtype=torch.float32, device=q.device)
@@ -135,19 +180,10 @@ def _backward(
         initial_state = d_final_state = d_initial_state
     if has_states and cu_seqlens is not None and d_final_state is not None:
         d_initial_state.copy_(d_final_state)  # no block visits a sequence without tokens
-    items = _items(q, slopes, cu_seqlens, exact, tile, 3)
-    launch(
-        lightning_backward,
-        (q.device, has_states, tf32, layout_key(q, k, v, do)),
-        (3 * (head_dim // min(tile.columns, head_dim)), len(items), 1),
-        (
-            q, k, v, do, dq, dk, dv, initial_state, d_final_state, d_initial_state,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-            items, log2_gammas(tuple(slopes), q.device), scale, q.shape[2],
-        ),
-        _constants(tile, head_dim, q.dtype, tf32, HAS_STATES=has_states),
-        num_warps=tile.warps,
-    )  # fmt: skip
+    launch, items = _prepared(
+        "backward", inputs, slopes, scale, cu_seqlens, exact, tf32, HAS_STATES=has_states
+    )
+    launch(*inputs, dq, dk, dv, initial_state, d_final_state, d_initial_state, items)
     return dq, dk, dv, d_initial_state
 
 
@@ -253,9 +289,8 @@ def lightning_attention(
     """
     _check(q, k, v, slopes, initial_state, cu_seqlens)
     if q.is_cuda:
-        if _needs_operator(q):
-            attention = torch.ops.hypenet.lightning_attention
-        else:
+        attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.hypenet.lightning_attention
+        if not _needs_operator(q):
             attention = _EagerLightningAttention.apply if torch.is_grad_enabled() else _forward
         o, state = attention(
             q, k, v, slopes, scale, initial_state, cu_seqlens, exact, output_final_state, tf32

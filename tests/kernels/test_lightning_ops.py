@@ -22,6 +22,7 @@ def multiprocessors(request, monkeypatch):
     """Many multiprocessors cut short sequences into segments with halos; few leave them whole."""
     limits = DeviceLimits("test", (9, 0), request.param, 2**20)
     monkeypatch.setattr(ops, "device_limits", lambda device: limits)
+    monkeypatch.setattr(ops, "_launches", {})  # prepared for another number of multiprocessors
     return request.param
 
 

@@ -120,9 +120,9 @@ def _scan(
 
 @triton.jit
 def lightning_forward(
-    q, k, v, o, initial_state, final_state,
+    q, k, v, o, initial_state, final_state, items,
     q_batch, q_time, q_head, k_batch, k_time, k_head, v_batch, v_time, v_head,
-    items, log2_gammas, scale, heads,
+    log2_gammas, scale, heads,
     D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,9 +145,9 @@ def _select(index, zero, one, two):
 
 @triton.jit
 def lightning_backward(
-    q, k, v, do, dq, dk, dv, initial_state, d_final_state, d_initial_state,
+    q, k, v, do, dq, dk, dv, initial_state, d_final_state, d_initial_state, items,
     q_batch, q_time, q_head, k_batch, k_time, k_head, v_batch, v_time, v_head, do_batch, do_time, do_head,
-    items, log2_gammas, scale, heads,
+    log2_gammas, scale, heads,
     D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
     HAS_STATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
