@@ -17,7 +17,14 @@ from torch import Tensor
 from hypenet_kernels.segments import log2_gammas
 
 WINDOW = 16
-_COLUMNS = 16  # of the state per block: 8 blocks per head, enough to fill the chip at batch 1 (measured)
+# (Columns of the state per block, warps). Few states are cut into many small blocks, to fill the chip.
+_FEW_STATES, _MANY_STATES = (16, 4), (32, 4)
+_FEW = 256
+
+
+def _blocks(states: int, head_dim: int) -> tuple[int, int]:
+    columns, warps = _FEW_STATES if states < _FEW else _MANY_STATES
+    return min(columns, head_dim), warps
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, out: Tensor, slopes: Sequence[float]) -> None:
@@ -59,10 +66,10 @@ def _decode_op(
     from hypenet_kernels.triton_kernels.decode import decode_in_place
 
     batch, heads, head_dim = q.shape
-    columns = min(_COLUMNS, head_dim)
+    columns, warps = _blocks(batch * heads, head_dim)
     decode_in_place[(head_dim // columns, batch * heads)](
         q, k, v, state, slots, out, log2_gammas(tuple(slopes), q.device), scale, heads,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D=head_dim, BV=columns, num_warps=4,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D=head_dim, BV=columns, num_warps=warps,
     )  # fmt: skip
 
 
@@ -85,10 +92,10 @@ def _decode_deferred_op(
     from hypenet_kernels.triton_kernels.decode import decode_deferred
 
     batch, heads, head_dim = q.shape
-    columns = min(_COLUMNS, head_dim)
+    columns, warps = _blocks(batch * heads, head_dim)
     decode_deferred[(head_dim // columns, batch * heads)](
         q, k, v, state, key_window, value_window, slots, pending, out, log2_gammas(tuple(slopes), q.device), scale,
-        heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D=head_dim, BV=columns, WINDOW=WINDOW, num_warps=4,
+        heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D=head_dim, BV=columns, WINDOW=WINDOW, num_warps=warps,
     )  # fmt: skip
 
 

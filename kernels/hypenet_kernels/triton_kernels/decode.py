@@ -15,16 +15,17 @@ def decode_in_place(
     head = tl.program_id(1) % heads
     d = tl.arange(0, D)
     e = tl.program_id(0) * BV + tl.arange(0, BV)
+    # What does not depend on the slot is asked for before the slot is known.
     slot = tl.load(slots + row).to(tl.int64)
-    result = tl.zeros([BV], dtype=tl.float32)
-    if slot >= 0:
-        at = state + (slot * heads + head) * D * D + d[:, None] * D + e[None, :]
-        q_row = tl.load(q + row * q_batch + head * q_head + d).to(tl.float32) * scale
-        k_row = tl.load(k + row * k_batch + head * k_head + d).to(tl.float32)
-        v_row = tl.load(v + row * v_batch + head * v_head + e).to(tl.float32)
-        s = tl.load(at) * tl.exp2(tl.load(log2_gammas + head)) + k_row[:, None] * v_row[None, :]
-        tl.store(at, s)
-        result = tl.sum(s * q_row[:, None], 0)
+    gamma = tl.exp2(tl.load(log2_gammas + head))
+    q_row = tl.load(q + row * q_batch + head * q_head + d).to(tl.float32) * scale
+    k_row = tl.load(k + row * k_batch + head * k_head + d).to(tl.float32)
+    v_row = tl.load(v + row * v_batch + head * v_head + e).to(tl.float32)
+    seated = slot >= 0
+    at = state + (tl.maximum(slot, 0) * heads + head) * D * D + d[:, None] * D + e[None, :]
+    s = tl.load(at, mask=seated, other=0.0) * gamma + k_row[:, None] * v_row[None, :]
+    tl.store(at, s, mask=seated)
+    result = tl.where(seated, tl.sum(s * q_row[:, None], 0), 0.0)
     tl.store(out + (row * heads + head) * D + e, result.to(out.dtype.element_ty))
 
 
@@ -44,36 +45,37 @@ def decode_deferred(
     d = tl.arange(0, D)
     e = tl.program_id(0) * BV + tl.arange(0, BV)
     j = tl.arange(0, WINDOW)
+    # What does not depend on the slot is asked for before the slot is known.
     slot = tl.load(slots + row).to(tl.int64)
-    result = tl.zeros([BV], dtype=tl.float32)
-    if slot >= 0:
-        n = tl.load(pending + row)
-        log2_gamma = tl.load(log2_gammas + head)
-        at = state + (slot * heads + head) * D * D + d[:, None] * D + e[None, :]
-        s = tl.load(at)
-        window = (slot * heads + head) * WINDOW * D
-        q_row = tl.load(q + row * q_batch + head * q_head + d).to(tl.float32) * scale
-        k_now = tl.load(k + row * k_batch + head * k_head + d)
-        v_now = tl.load(v + row * v_batch + head * v_head + e)
-        # This step's token comes from k and v, never from the window: another block may not have written it yet.
-        past = (j < n)[:, None]
-        k_past = tl.load(keys + window + j[:, None] * D + d[None, :], mask=past, other=0.0).to(tl.float32)
-        v_past = tl.load(values + window + j[:, None] * D + e[None, :], mask=past, other=0.0).to(tl.float32)
-        decay = tl.exp2(log2_gamma * tl.maximum(n - j, 0))
-        weights = tl.sum(k_past * q_row[None, :], 1) * decay
-        k_row = k_now.to(tl.float32)
-        v_row = v_now.to(tl.float32)
-        result = tl.sum(s * q_row[:, None], 0) * tl.exp2(log2_gamma * (n + 1))
-        result += tl.sum(v_past * weights[:, None], 0) + v_row * tl.sum(k_row * q_row)
-        if n == WINDOW - 1:
-            s = s * tl.exp2(log2_gamma * WINDOW) + k_row[:, None] * v_row[None, :]
-            for i in range(WINDOW - 1):
-                k_i = tl.load(keys + window + i * D + d).to(tl.float32)
-                v_i = tl.load(values + window + i * D + e).to(tl.float32)
-                s += (k_i * tl.exp2(log2_gamma * (WINDOW - 1 - i)))[:, None] * v_i[None, :]
-            tl.store(at, s)
-        else:
-            if tl.program_id(0) == 0:
-                tl.store(keys + window + n * D + d, k_now)
-            tl.store(values + window + n * D + e, v_now)
+    n = tl.load(pending + row)
+    log2_gamma = tl.load(log2_gammas + head)
+    q_row = tl.load(q + row * q_batch + head * q_head + d).to(tl.float32) * scale
+    k_now = tl.load(k + row * k_batch + head * k_head + d)
+    v_now = tl.load(v + row * v_batch + head * v_head + e)
+    seated = slot >= 0
+    place = tl.maximum(slot, 0) * heads + head
+    at = state + place * D * D + d[:, None] * D + e[None, :]
+    keys += place * WINDOW * D
+    values += place * WINDOW * D
+    s = tl.load(at, mask=seated, other=0.0)
+    # This step's token comes from k and v, never from the window: another block may not have written it yet.
+    past = seated & (j < n)[:, None]
+    k_past = tl.load(keys + j[:, None] * D + d[None, :], mask=past, other=0.0).to(tl.float32)
+    v_past = tl.load(values + j[:, None] * D + e[None, :], mask=past, other=0.0).to(tl.float32)
+    decay = tl.exp2(log2_gamma * tl.maximum(n - j, 0))
+    k_row = k_now.to(tl.float32)
+    v_row = v_now.to(tl.float32)
+    result = tl.sum(s * q_row[:, None], 0) * tl.exp2(log2_gamma * (n + 1))
+    weights = tl.sum(k_past * q_row[None, :], 1) * decay
+    result += tl.sum(v_past * weights[:, None], 0) + v_row * tl.sum(k_row * q_row)
+    result = tl.where(seated, result, 0.0)
+    if n == WINDOW - 1:
+        s = s * tl.exp2(log2_gamma * WINDOW) + k_row[:, None] * v_row[None, :]
+        faded = tl.trans(k_past * decay[:, None])
+        s = tl.dot(faded, v_past, s, input_precision="ieee")
+        tl.store(at, s, mask=seated)
+    else:
+        first = seated & (tl.program_id(0) == 0)
+        tl.store(keys + n * D + d, k_now, mask=first)
+        tl.store(values + n * D + e, v_now, mask=seated)
     tl.store(out + (row * heads + head) * D + e, result.to(out.dtype.element_ty))
