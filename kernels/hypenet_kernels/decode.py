@@ -95,7 +95,8 @@ def _decode_deferred_op(
     columns, warps = _blocks(batch * heads, head_dim)
     decode_deferred[(head_dim // columns, batch * heads)](
         q, k, v, state, key_window, value_window, slots, pending, out, log2_gammas(tuple(slopes), q.device), scale,
-        heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D=head_dim, BV=columns, WINDOW=WINDOW, num_warps=warps,
+        heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        D=head_dim, BV=columns, WINDOW=WINDOW, num_warps=warps,
     )  # fmt: skip
 
 
