@@ -187,8 +187,8 @@ def layer_results() -> dict[str, Any]:
 
 def captured_ms(steps: Callable[[], None], count: int) -> float:
     """Milliseconds per step of a CUDA graph that holds `count` steps."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()  # the other stream does not wait for what fills the tensors
+    with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
             steps()
     torch.cuda.synchronize()

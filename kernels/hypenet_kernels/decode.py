@@ -17,13 +17,15 @@ from torch import Tensor
 from hypenet_kernels.segments import log2_gammas
 
 WINDOW = 16
-# (Columns of the state per block, warps). Few states are cut into many small blocks, to fill the chip.
-_FEW_STATES, _MANY_STATES = (16, 4), (32, 4)
-_FEW = 256
+# Columns of the state per block, and warps (measured). Few states are cut into many small blocks, to fill the chip;
+# the deferred kernel reads its whole window of keys in every block, so it prefers fewer and larger ones.
+_FEW = 64
+_IN_PLACE, _DEFERRED = ((8, 1), (32, 8)), ((16, 2), (32, 4))
 
 
-def _blocks(states: int, head_dim: int) -> tuple[int, int]:
-    columns, warps = _FEW_STATES if states < _FEW else _MANY_STATES
+def _blocks(sizes: tuple[tuple[int, int], tuple[int, int]], states: int, head_dim: int) -> tuple[int, int]:
+    """(columns, warps) of `sizes` for few or for many states."""
+    columns, warps = sizes[states >= _FEW]
     return min(columns, head_dim), warps
 
 
@@ -66,7 +68,7 @@ def _decode_op(
     from hypenet_kernels.triton_kernels.decode import decode_in_place
 
     batch, heads, head_dim = q.shape
-    columns, warps = _blocks(batch * heads, head_dim)
+    columns, warps = _blocks(_IN_PLACE, batch * heads, head_dim)
     decode_in_place[(head_dim // columns, batch * heads)](
         q, k, v, state, slots, out, log2_gammas(tuple(slopes), q.device), scale, heads,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D=head_dim, BV=columns, num_warps=warps,
@@ -92,7 +94,7 @@ def _decode_deferred_op(
     from hypenet_kernels.triton_kernels.decode import decode_deferred
 
     batch, heads, head_dim = q.shape
-    columns, warps = _blocks(batch * heads, head_dim)
+    columns, warps = _blocks(_DEFERRED, batch * heads, head_dim)
     decode_deferred[(head_dim // columns, batch * heads)](
         q, k, v, state, key_window, value_window, slots, pending, out, log2_gammas(tuple(slopes), q.device), scale,
         heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],

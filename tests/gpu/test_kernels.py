@@ -184,8 +184,8 @@ def test_layer_and_decode_replay_from_a_cuda_graph():
         lightning_decode(*token, state, slots, decay_slopes(HEADS), 128**-0.5, out)
         return _run_layer(_layer, inputs, upstream)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(2):
             work()
     torch.cuda.synchronize()

@@ -71,8 +71,12 @@ def decode_deferred(
     result = tl.where(seated, result, 0.0)
     if n == WINDOW - 1:
         s = s * tl.exp2(log2_gamma * WINDOW) + k_row[:, None] * v_row[None, :]
-        faded = tl.trans(k_past * decay[:, None])
-        s = tl.dot(faded, v_past, s, input_precision="ieee")
+        for i in tl.static_range(
+            WINDOW - 1
+        ):  # rank-one updates: a product of tiles would cost every step registers
+            k_i = tl.load(keys + i * D + d, mask=seated, other=0.0).to(tl.float32)
+            v_i = tl.load(values + i * D + e, mask=seated, other=0.0).to(tl.float32)
+            s += (k_i * tl.exp2(log2_gamma * (WINDOW - 1 - i)))[:, None] * v_i[None, :]
         tl.store(at, s, mask=seated)
     else:
         first = seated & (tl.program_id(0) == 0)
