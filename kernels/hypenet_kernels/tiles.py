@@ -1,7 +1,9 @@
 """Tile sizes of the Lightning kernels, measured once and written down: nothing is tuned at a user's first call.
 
-Each (dtype, head_dim) has a short list, best first; the first tile whose shared memory the device has is taken. So an
-H200 (227 KiB per block) gets the first, an A100 (163 KiB) or an RTX 4090 (99 KiB) a later one.
+Each kernel and dtype has a short list, best first; the first tile that the device is new enough for and has the shared
+memory for is taken. Hopper keeps operands of its matrix products in shared memory (227 KiB per block on an H200); on
+older cards they go through registers, where a large tile spills, so an A100 or an RTX 4090 gets a smaller one. Tiles
+for Hopper were chosen by time; the others, for want of such cards, by what the compiler says of registers.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ OLDEST_CAPABILITY = (8, 0)
 class Tile:
     """How one block works: chunk tokens at a time, `columns` of the state, and how many blocks share a multiprocessor.
 
-    `shared_memory` in bytes is what the compiler asks for at head_dim 128; a test compares it with the compiler.
+    `shared_memory` in bytes is the most the compiler asks for at head_dim 128; a test compares it with the compiler.
     """
 
     chunk: int
@@ -27,13 +29,15 @@ class Tile:
     stages: int
     blocks_per_multiprocessor: int
     shared_memory: int
+    oldest_capability: tuple[int, int] = OLDEST_CAPABILITY
 
 
 _BF16 = (
-    Tile(64, 64, 4, 2, 2, 90_112),
-    Tile(32, 64, 4, 2, 2, 64_000),
+    Tile(64, 64, 4, 2, 2, 90_112, oldest_capability=(9, 0)),
+    Tile(32, 64, 8, 2, 1, 36_864),
 )
-_FP32 = (Tile(32, 32, 4, 1, 2, 64_000),)
+# Products in full fp32 run on the ordinary units, their operands in registers: larger tiles spill by kilobytes.
+_FP32 = (Tile(16, 32, 8, 1, 1, 19_456),)
 TILES: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     ("forward", torch.bfloat16): _BF16,
     ("backward", torch.bfloat16): _BF16,
@@ -79,7 +83,7 @@ def choose_tile(kernel: str, dtype: torch.dtype, limits: DeviceLimits) -> Tile:
             "or newer (A100, RTX 30 series and later): run on such a card, or on CPU tensors"
         )
     for tile in TILES[kernel, dtype]:
-        if tile.shared_memory <= limits.shared_memory:
+        if limits.capability >= tile.oldest_capability and limits.shared_memory >= tile.shared_memory:
             return tile
     raise ValueError(
         f"{limits.name} offers {limits.shared_memory} bytes of shared memory per block and no {kernel} tile for "
