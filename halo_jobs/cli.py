@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.text import Text
 
-from halo_jobs.commands import data, look, run
+from halo_jobs.commands import data, kernels, look, run
 from halo_jobs.commands.consoles import errors
 from halo_jobs.terminal import Interruption, quieten_libraries, sentence
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 for command in (run.demo, run.run, run.pretrain, look.status, look.report, data.tokenize):
     app.command()(command)
 app.add_typer(data.corpus, name="corpus")
+app.add_typer(kernels.kernels, name="kernels")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "docs" / "data.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "docs" / "data.md", ROOT / "docs" / "kernels.md"]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
@@ -32,7 +32,7 @@ def test_there_are_commands_to_check():
 def test_halo_command_parses(words):
     """The subcommand exists and knows every option that the document uses."""
     subcommand = [word for word in words[1:3] if re.fullmatch(r"[a-z][a-z-]*", word)]
-    if subcommand[0] != "corpus":
+    if subcommand[0] not in ("corpus", "kernels"):
         subcommand = subcommand[:1]
     done = subprocess.run(
         [sys.executable, "-m", "halo_jobs.cli", *subcommand, "--help"],

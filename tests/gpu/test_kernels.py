@@ -23,6 +23,7 @@ from hypenet_kernels import (  # noqa: E402
     lightning_decode,
     norm_rope,
 )
+from hypenet_kernels.warm_up import warm_up_calls  # noqa: E402
 
 HEADS = 16
 OVERALL, WORST_HEAD, FINAL_STATE = 4e-3, 5e-3, 3e-3
@@ -242,3 +243,9 @@ def test_vocabulary_losses(loss, dtype, bound):
         torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, wide), strict=True
     ):
         assert float((mine.double() - judge).norm() / judge.norm()) <= bound
+
+
+def test_warm_up_compiles_all_that_a_model_needs():
+    for _, call in warm_up_calls(8, 128, 1024, torch.bfloat16, torch.device("cuda")):
+        call()
+    torch.cuda.synchronize()

@@ -1,0 +1,88 @@
+"""Calls that compile every kernel a model needs, so that the first training step, or the first token, does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hypenet_kernels.decode import WINDOW, lightning_decode, lightning_decode_deferred
+from hypenet_kernels.lightning import decay_slopes
+from hypenet_kernels.lightning_ops import lightning_attention
+from hypenet_kernels.output_norm import gated_norm, gated_norm_with_sum, heads_sum_of_squares
+from hypenet_kernels.query_key_norm import norm_rope
+from hypenet_kernels.vocabulary_losses import chunked_cross_entropy, chunked_kl_divergence
+
+TOKENS = 256
+VOCABULARY = 512  # the kernels of the losses are the same for every vocabulary
+EPSILON = 1e-6
+
+
+def warm_up_calls(
+    heads: int, head_dim: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(what, call) for every kernel of a model with `heads` heads on a rank; each call runs it once, on zeros."""
+
+    def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=of, device=device, requires_grad=True)
+
+    def train(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        function(*inputs).float().sum().backward()
+
+    slopes, scale = decay_slopes(heads), head_dim**-0.5
+    fused = zeros(1, TOKENS, heads, 4, head_dim)
+    angles = torch.zeros(TOKENS, head_dim // 2, device=device)
+
+    def attention(fused: Tensor) -> Tensor:
+        q, k, v, _ = fused.unbind(3)
+        return lightning_attention(q, k, v, slopes, scale)[0]
+
+    def attention_with_states(fused: Tensor, state: Tensor) -> Tensor:
+        q, k, v, _ = fused.unbind(3)
+        o, final = lightning_attention(q, k, v, slopes, scale, initial_state=state, output_final_state=True)
+        assert final is not None
+        return o.float().sum() + final.sum()
+
+    def normed(fused: Tensor, weight: Tensor) -> Tensor:
+        query, _, key, _ = fused.unbind(3)
+        return torch.cat(norm_rope(query, key, weight, weight, angles.cos(), angles.sin(), EPSILON))
+
+    def gated(fused: Tensor, o: Tensor, weight: Tensor) -> Tensor:
+        return gated_norm(o, fused.unbind(3)[1], weight, EPSILON)
+
+    def gated_under_tensor_parallelism(fused: Tensor, o: Tensor, weight: Tensor) -> Tensor:
+        sums = heads_sum_of_squares(o)
+        return gated_norm_with_sum(o, fused.unbind(3)[1], weight, sums, weight.numel(), EPSILON)
+
+    weights = zeros(heads * head_dim)
+    o = zeros(1, TOKENS, heads, head_dim)
+    yield "Lightning Attention", partial(train, attention, fused)
+    state = zeros(1, heads, head_dim, head_dim, of=torch.float32)
+    yield "Lightning Attention with states", partial(train, attention_with_states, fused, state)
+    yield "q/k norm and RoPE", partial(train, normed, fused, zeros(head_dim))
+    yield "output norm and gate", partial(train, gated, fused, o, weights)
+    yield "output norm over ranks", partial(train, gated_under_tensor_parallelism, fused, o, weights)
+    for batch in (1, 64):  # few states and many are cut differently
+        yield f"decoding, batch {batch}", partial(_decode, batch, heads, head_dim, dtype, device)
+    head = zeros(VOCABULARY, hidden_size)
+    share = torch.ones(TOKENS, device=device)
+    labels = torch.zeros(TOKENS, dtype=torch.int64, device=device)
+    hidden = zeros(TOKENS, hidden_size)
+    yield (
+        "cross entropy",
+        partial(train, lambda x, w: chunked_cross_entropy(x, w, labels, share), hidden, head),
+    )
+    yield "KL divergence", partial(train, lambda x, w: chunked_kl_divergence(x, w, x, w, share), hidden, head)
+
+
+def _decode(batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    slopes, scale = decay_slopes(heads), head_dim**-0.5
+    q, k, v, out = torch.zeros(4, batch, heads, head_dim, dtype=dtype, device=device)
+    state = torch.zeros(batch, heads, head_dim, head_dim, device=device)
+    keys, values = torch.zeros(2, batch, heads, WINDOW, head_dim, dtype=dtype, device=device)
+    slots = torch.arange(batch, dtype=torch.int32, device=device)
+    pending = torch.zeros_like(slots)
+    lightning_decode(q, k, v, state, slots, slopes, scale, out)
+    lightning_decode_deferred(q, k, v, state, keys, values, slots, pending, slopes, scale, out)
