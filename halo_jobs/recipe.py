@@ -39,6 +39,9 @@ class TrainingSection(Section):
     clip_gradient: Annotated[float, Field(gt=0)] = 1.0
     recall_share: Share = 0.0
     checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    keep_checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    watchdog_seconds: Annotated[float, Field(gt=0)] = 600.0
     spike_factor: Annotated[float, Field(gt=1)] = 20.0
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from halo_cluster import StageResult
+from halo_cluster import Attempt, StageResult
 from halo_jobs.models import DTYPES, ModelBuilder, read_shape
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection, resolve_path
 from halo_jobs.training.batches import BatchCursor, Sampler
@@ -38,7 +38,7 @@ _tokenizer_identity = cache(
 
 @dataclass(frozen=True)
 class StageContext:
-    """`inputs` maps the names of earlier stages to their finished folders."""
+    """`inputs` maps the names of earlier stages to their finished folders; `attempt` is this try at the stage."""
 
     name: str
     recipe: Recipe
@@ -46,6 +46,7 @@ class StageContext:
     inputs: Mapping[str, Path]
     console: Console
     device: torch.device
+    attempt: Attempt
 
     @property
     def conversion(self) -> ConversionRecipe:
@@ -84,7 +85,9 @@ class StageContext:
     ) -> Trainer:
         """A trainer for this stage, not yet run."""
         cursor = BatchCursor(self.sampler(section), section.global_batch, section.micro_batch, self.device)
-        return Trainer(self.name, section, objective, cursor, self.folder, self.console, keep_keys)
+        return Trainer(
+            self.name, section, objective, cursor, self.folder, self.console, keep_keys, self.attempt
+        )
 
 
 __all__ = ["StageContext", "StageResult", "recall_store_name"]

@@ -1,8 +1,6 @@
-"""Megatron distributed checkpoints, published whole: temporary folder, checksums, fsync, rename.
+"""Weights folders, what a stage hands on: Megatron distributed checkpoints, published whole.
 
-A training checkpoint holds weights, optimizer and step; the data order and the learning rate are functions of the step
-and no random number is drawn while training, so that is all there is to resume from. A weights folder (what a stage
-hands on) holds weights alone.
+Checkpoints to resume from are another thing: halo_jobs/checkpointing.
 """
 
 from __future__ import annotations
@@ -12,21 +10,19 @@ import queue
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from durable_files import FolderManifest, discard_leftovers, publish_folder, temporary_sibling
+from halo_jobs.checkpointing.ranks import on_first_rank
 from hypenet_megatron.model import HypeNetModel
 
 # Megatron has a process of its own for the results of writers in other processes, and that process outlives a parent
@@ -34,7 +30,6 @@ from hypenet_megatron.model import HypeNetModel
 filesystem_async._results_queue = queue.Queue()
 
 KeyFilter = Callable[[str], bool]
-_STEP_PREFIX = "step-"
 _METADATA_FORMAT = "fully_reshardable"
 _ROOM_BYTES = 2**20
 
@@ -80,24 +75,6 @@ def _raise_if_full(folder: Path) -> None:
             probe.unlink()
 
 
-def _on_first_rank[T](work: Callable[[], T]) -> T:
-    """Run `work` in the first process alone; all get its result, or fail if it failed (RuntimeError in the others)."""
-    outcome: list[Any] = [None, None]
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as problem:
-            error = problem
-            outcome[1] = str(problem)
-    dist.broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    if outcome[1] is not None:
-        raise RuntimeError(f"the first process failed: {outcome[1]}")
-    return outcome[0]
-
-
 def _new_temporary(folder: Path) -> Path:
     discard_leftovers(folder.parent)
     temporary = temporary_sibling(folder)
@@ -112,11 +89,11 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 def _save(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` under a temporary name, every process its part, and publish it as `folder`."""
-    temporary = _on_first_rank(lambda: _new_temporary(folder))
+    temporary = on_first_rank(lambda: _new_temporary(folder))
     try:
         with _plain_errors(temporary):
             dist_checkpointing.save(state, str(temporary))
-        _on_first_rank(lambda: _publish(temporary, folder))
+        on_first_rank(lambda: _publish(temporary, folder))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -180,64 +157,3 @@ def load_full_tensors(model: HypeNetModel, tensors: dict[str, Tensor]) -> None:
                     f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}"
                 )
             value.copy_(tensors[key])
-
-
-@dataclass(frozen=True)
-class TrainingCheckpoints:
-    """The `checkpoints` folder of a training stage: step-00000100, ...; the newest valid one counts."""
-
-    folder: Path
-    keep_last: int = 2
-
-    def steps(self) -> list[int]:
-        return sorted(
-            int(path.name.removeprefix(_STEP_PREFIX)) for path in self.folder.glob(f"{_STEP_PREFIX}????????")
-        )
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"{_STEP_PREFIX}{step:08d}"
-
-    def _state(
-        self, model: HypeNetModel, optimizer: MegatronOptimizer, keep: KeyFilter | None, is_loading: bool
-    ) -> dict[str, Any]:
-        weights = sharded_weights(model, keep)
-        return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading)}
-
-    def save(
-        self,
-        step: int,
-        model: HypeNetModel,
-        optimizer: MegatronOptimizer,
-        extra: dict[str, Any],
-        keep: KeyFilter | None,
-    ) -> None:
-        """Publish the state after `step` finished steps and drop all but the newest `keep_last`."""
-        state = self._state(model, optimizer, keep, is_loading=False)
-        _save(self.path(step), {**state, "training": {"step": step, **extra}})
-        _on_first_rank(self._drop_old)
-
-    def _drop_old(self) -> None:
-        for old in self.steps()[: -self.keep_last]:
-            shutil.rmtree(self.path(old))
-
-    def newest_valid(self) -> tuple[int | None, list[str]]:
-        """Newest checkpoint whose files match their checksums, and what is wrong with the newer ones."""
-        damage: list[str] = []
-        for step in reversed(self.steps()):
-            try:
-                _check(self.path(step))
-                return step, damage
-            except ValueError as problem:
-                damage.append(str(problem))
-        return None, damage
-
-    def load(
-        self, step: int, model: HypeNetModel, optimizer: MegatronOptimizer, keep: KeyFilter | None
-    ) -> dict[str, Any]:
-        """Restore weights and optimizer in place; returns what `save` was given as extra, with the step."""
-        state = self._state(model, optimizer, keep, is_loading=True)
-        with _plain_errors(self.path(step)):
-            loaded = dist_checkpointing.load({**state, "training": {}}, str(self.path(step)))
-        model.load_state_dict(loaded["model"], strict=False)
-        optimizer.load_state_dict(loaded["optimizer"])
-        return loaded["training"]

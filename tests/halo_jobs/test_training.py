@@ -9,10 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from halo_jobs.checkpointing import TrainingCheckpoints
 from halo_jobs.models import is_student_key
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.checkpoints import TrainingCheckpoints, load_weights, read_weights, save_weights
+from halo_jobs.training.checkpoints import load_weights, read_weights, save_weights
 from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
 from halo_jobs.training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
 from halo_jobs.training.trainer import Trainer
@@ -150,7 +151,7 @@ def test_damaged_checkpoint_is_skipped(world, tmp_path):
     damaged = _trainer(tmp_path / "damaged", "finetune")
     damaged.run()
     newest = TrainingCheckpoints(tmp_path / "damaged" / "checkpoints").path(6)
-    victim = max(newest.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim = max(newest.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-100])
     step, damage = TrainingCheckpoints(tmp_path / "damaged" / "checkpoints").newest_valid()
     assert step == 3
