@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from rich.console import Console
 
@@ -38,22 +39,24 @@ class Trainer:
     keep_keys: KeyFilter | None = None
 
     def __post_init__(self) -> None:
-        self.model = self.objective.ddp.module
+        self.model = self.objective.model
         self.checkpoints = TrainingCheckpoints(self.folder / "checkpoints")
         self.guard = DivergenceGuard(self.section.spike_factor)
+        self._is_first = dist.get_rank() == 0
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns a summary (steps, tokens, final loss, tokens per second)."""
-        optimizer = build_optimizer(self.objective.ddp, self.section)
+        optimizer = build_optimizer(self.objective.chunks, self.section)
         first_step = self._resume(optimizer)
-        log = MetricsLog(self.folder, resume_step=first_step)
+        log = MetricsLog(self.folder, resume_step=first_step, writes=self._is_first)
         reporter = ProgressReporter(self.title, self.section.steps, self.console)
         self.model.train()
         try:
             with reporter.live():
                 summary = self._loop(optimizer, first_step, log, reporter)
         except TrainingDiverged as problem:
-            self._save_bad_batch(problem)
+            if self._is_first:
+                self._save_bad_batch(problem)
             raise
         finally:
             log.close()
@@ -105,9 +108,10 @@ class Trainer:
     def _step(self, optimizer: MegatronOptimizer, step: int) -> tuple[float, float]:
         """One optimizer step; returns (loss, gradient norm before clipping)."""
         batches = self.cursor.batches(step)
-        samples = tuple(sample for batch in batches for sample in batch.samples)
+        samples = tuple(self.cursor.global_samples(step))
         set_learning_rate(optimizer, learning_rate(self.section, step))
-        self.objective.ddp.zero_grad_buffer()
+        for chunk in self.objective.chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         loss = float(self.objective.accumulate(batches))
         self.guard.check_loss(loss, step=step, samples=samples)
