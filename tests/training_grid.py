@@ -66,9 +66,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        named = {key: value for key, value in dataclasses.asdict(self.layout).items() if value}
-        sizes = "_".join(f"{key}={value}" for key, value in named.items() if value != 1 or value is True)
-        return f"{self.kind}-{'tied' if self.tied else 'untied'}-{sizes or 'single'}".replace("|", "I")
+        usual = dataclasses.asdict(SINGLE)
+        named = {key: value for key, value in dataclasses.asdict(self.layout).items() if value != usual[key]}
+        sizes = "_".join(f"{key}={value}" for key, value in named.items())
+        return f"{self.kind}-{'tied' if self.tied else 'untied'}-{sizes}"
 
 
 class RandomWindows:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from durable_files import FolderManifest, discard_leftovers, publish_folder, temporary_sibling
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import LocalModel
 
 # Megatron has a process of its own for the results of writers in other processes, and that process outlives a parent
 # that is killed. Our writers are threads of this one.
@@ -46,7 +46,7 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def sharded_weights(model: HypeNetModel, keep: KeyFilter | None = None) -> dict[str, Any]:
+def sharded_weights(model: LocalModel, keep: KeyFilter | None = None) -> dict[str, Any]:
     """The model's sharded state dict, restricted to the keys that `keep` accepts."""
     state = model.sharded_state_dict(metadata=_metadata())
     return {key: value for key, value in state.items() if keep is None or keep(key)}
@@ -128,24 +128,25 @@ def _check(folder: Path) -> None:
         raise ValueError(f"{problem}; delete {folder} and rerun to make it again")
 
 
-def save_weights(folder: Path, model: HypeNetModel, keep: KeyFilter | None = None) -> None:
+def save_weights(folder: Path, model: LocalModel, keep: KeyFilter | None = None) -> None:
     _save(folder, sharded_weights(model, keep))
 
 
-def load_weights(folder: Path, model: HypeNetModel, *, rename: Callable[[str], str] | None = None) -> None:
-    """Load a weights folder into `model`, strictly. `rename` maps a model key to the stored key; keys that it maps to
-    "" are left as they are in the model."""
+def load_weights(folder: Path, model: LocalModel, *, rename: Callable[[str], str] | None = None) -> None:
+    """Load a weights folder into `model`, strictly. `rename` maps a key of the whole model (a pipeline stage counts its own
+    layers from 0, keys do not) to the stored key; keys that it maps to "" are left as they are in the model."""
     _check(folder)
     wanted: dict[str, Any] = {}
     left_alone = set()
-    for key, entry in sharded_weights(model).items():
-        stored = rename(key) if rename else key
+    for name, entry in sharded_weights(model).items():
         # Gated feed-forward weights come as factories (two halves under one key), all others as tensors.
-        if stored and isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+        is_tensor = isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+        stored = (rename(entry.key) if rename else entry.key) if is_tensor else ""
+        if stored:
             entry.key = stored
-            wanted[key] = entry
+            wanted[name] = entry
         else:
-            left_alone.add(key)
+            left_alone.add(name)
     with _plain_errors(folder):
         loaded = dist_checkpointing.load(wanted, str(folder))
     missing, unexpected = model.load_state_dict(loaded, strict=False)
@@ -166,7 +167,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     _save(folder, {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()})
 
 
-def load_full_tensors(model: HypeNetModel, tensors: dict[str, Tensor]) -> None:
+def load_full_tensors(model: LocalModel, tensors: dict[str, Tensor]) -> None:
     """Whole tensors into a single-process model, in the model's dtype; ValueError on a key or shape that differs."""
     own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     own = {key: value for key, value in own.items() if not key.endswith("_extra_state")}
@@ -198,7 +199,7 @@ class TrainingCheckpoints:
         return self.folder / f"{_STEP_PREFIX}{step:08d}"
 
     def _state(
-        self, model: HypeNetModel, optimizer: MegatronOptimizer, keep: KeyFilter | None, is_loading: bool
+        self, model: LocalModel, optimizer: MegatronOptimizer, keep: KeyFilter | None, is_loading: bool
     ) -> dict[str, Any]:
         weights = sharded_weights(model, keep)
         return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading)}
@@ -206,7 +207,7 @@ class TrainingCheckpoints:
     def save(
         self,
         step: int,
-        model: HypeNetModel,
+        model: LocalModel,
         optimizer: MegatronOptimizer,
         extra: dict[str, Any],
         keep: KeyFilter | None,
@@ -232,7 +233,7 @@ class TrainingCheckpoints:
         return None, damage
 
     def load(
-        self, step: int, model: HypeNetModel, optimizer: MegatronOptimizer, keep: KeyFilter | None
+        self, step: int, model: LocalModel, optimizer: MegatronOptimizer, keep: KeyFilter | None
     ) -> dict[str, Any]:
         """Restore weights and optimizer in place; returns what `save` was given as extra, with the step."""
         state = self._state(model, optimizer, keep, is_loading=True)
