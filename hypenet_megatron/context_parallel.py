@@ -1,8 +1,8 @@
 """What mixers exchange when the sequence is split over ranks: heads for softmax attention, states for Lightning.
 
-Rank r of n holds tokens r * s / n ... (r + 1) * s / n - 1: contiguous slices, for everything. A recurrent layer then has
-one state to hand on per rank (with the zig-zag slices of ring attention it would be two, in both directions), and softmax
-attention does not mind: in the all-to-all every rank gets whole sequences of some heads, so causality costs all the same.
+Rank r of n holds tokens r * s / n ... (r + 1) * s / n - 1: contiguous slices, for everything. A recurrent layer then
+hands on one state per rank (with the zig-zag slices of ring attention it would be two), and softmax attention does not
+mind: after the all-to-all every rank has whole sequences of some heads, so causality costs all ranks the same.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def shared_heads_for_sequence(x: Tensor, query_heads: int, group: dist.ProcessGr
 def state_before_slice(k: Tensor, v: Tensor, slopes: Sequence[float], group: dist.ProcessGroup) -> Tensor:
     """Lightning's state before this rank's slice, from every rank's keys and values, differentiable.
 
-        S(r) = sum over t in slice r of gamma^(L - 1 - t) k_t^T v_t,   before(r) = sum over j < r of gamma^((r - 1 - j) L) S(j)
+        S(r)      = sum over t in slice r of gamma^(L - 1 - t) k_t^T v_t
+        before(r) = sum over j < r of gamma^((r - 1 - j) L) S(j)
 
     k, v [batch, L, heads, head_dim]; the result is [batch, heads, head_dim, head_dim], fp32 (fp64 when k is). What
     travels is one state per rank and layer, whatever the length: an all-gather forward, a reduce-scatter backward.

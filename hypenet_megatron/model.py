@@ -6,7 +6,7 @@ at the final hidden states, because every loss of ours works from those in chunk
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -137,12 +137,15 @@ class ModelChunks(torch.nn.ModuleList):
     Names of parameters begin with the chunk's number; the keys of checkpoints do not.
     """
 
+    def chunks(self) -> list[HypeNetModel]:
+        return cast("list[HypeNetModel]", list(self))
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         return {
             f"{prefix}{number}.{name}": entry
-            for number, chunk in enumerate(self)
+            for number, chunk in enumerate(self.chunks())
             for name, entry in chunk.sharded_state_dict("", sharded_offsets, metadata).items()
         }
 
@@ -161,7 +164,7 @@ def build_model(config: HypeNetConfig, *, aligned: bool = False) -> LocalModel:
 
 def model_chunks(model: LocalModel) -> list[HypeNetModel]:
     """The one or several parts that `model` consists of on this rank."""
-    return [model] if isinstance(model, HypeNetModel) else list(model)
+    return [model] if isinstance(model, HypeNetModel) else model.chunks()
 
 
 def count_parameters(model: torch.nn.Module, *, trainable_only: bool = False) -> int:

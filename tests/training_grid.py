@@ -9,18 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 from megatron.core import parallel_state
 from rich.console import Console
 
-from durable_files import read_json, write_json
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.training.batches import BatchCursor
 from halo_jobs.training.checkpoints import load_weights, save_weights
@@ -32,13 +30,13 @@ from halo_jobs.training.objectives import (
 )
 from halo_jobs.training.trainer import Trainer
 from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel, LocalModel, build_model
+from hypenet_megatron.model import LocalModel, build_model
 from hypenet_megatron.presets import ModelShape
-from hypenet_megatron.runtime import ParallelLayout, joined_world, model_parallel, reset_seeds
+from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout, joined_world, model_parallel, reset_seeds
 from tokenized_data import Window
 
 KINDS = ("align", "distil", "finetune", "pretrain")
-SINGLE = ParallelLayout()
+SINGLE = ONE_PROCESS
 CONTEXT_LENGTH = 24
 SECTION = TrainingSection(
     steps=5,

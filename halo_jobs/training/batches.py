@@ -18,8 +18,8 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch: input_ids, labels int64 [micro_batch, context_length]; loss_weights fp32 of the same shape. Of each
-    window, this context-parallel rank's slice."""
+    """One micro-batch: input_ids, labels int64 [micro_batch, context_length]; loss_weights fp32 of the same shape. With
+    context parallelism, this rank's slice of each window."""
 
     input_ids: Tensor
     labels: Tensor
@@ -29,9 +29,12 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class BatchCursor:
-    """Deterministic batches of one rank. Which samples a step reads, and in which order they are dealt out to
-    micro-batches and data-parallel ranks, depends on the step and the batch sizes alone: a run may go on in another world.
-    Context-parallel ranks read the same samples and take contiguous slices of the windows."""
+    """Deterministic batches of one rank.
+
+    Which samples a step reads depends on the step and global_batch alone, so a run may go on in another world. They are
+    dealt out in order: micro-batch n of the step goes to data-parallel rank n modulo their number. Context-parallel
+    ranks read the same samples and take contiguous slices of the windows.
+    """
 
     sampler: Sampler
     global_batch: int

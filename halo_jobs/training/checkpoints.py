@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
@@ -133,8 +134,8 @@ def save_weights(folder: Path, model: LocalModel, keep: KeyFilter | None = None)
 
 
 def load_weights(folder: Path, model: LocalModel, *, rename: Callable[[str], str] | None = None) -> None:
-    """Load a weights folder into `model`, strictly. `rename` maps a key of the whole model (a pipeline stage counts its own
-    layers from 0, keys do not) to the stored key; keys that it maps to "" are left as they are in the model."""
+    """Load a weights folder into `model`, strictly. `rename` maps a key of the whole model (which counts layers from the
+    first, not a stage's) to the stored key; what it maps to "" is left as it is in the model."""
     _check(folder)
     wanted: dict[str, Any] = {}
     left_alone = set()
@@ -167,20 +168,31 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     _save(folder, {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()})
 
 
+def _parts(entry: Any) -> list[ShardedTensor]:
+    """The pieces of whole tensors that a sharded state dict's entry stands for; their data are views of the model's."""
+    if isinstance(entry, ShardedTensorFactory):
+        return list(nested_values(entry.build()))
+    return [entry] if isinstance(entry, ShardedTensor) else []
+
+
 def load_full_tensors(model: LocalModel, tensors: dict[str, Tensor]) -> None:
-    """Whole tensors into a single-process model, in the model's dtype; ValueError on a key or shape that differs."""
-    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    own = {key: value for key, value in own.items() if not key.endswith("_extra_state")}
-    different = sorted(own.keys() ^ tensors.keys())
-    if different:
-        raise ValueError(f"weights and model differ in tensor {different[0]} ({len(different)} in all)")
+    """Whole tensors into this rank's part of a model, in its dtype; ValueError on a key or shape that differs."""
+    parts = [part for entry in sharded_weights(model).values() for part in _parts(entry)]
+    missing = {part.key for part in parts} - tensors.keys()
+    if (
+        parallel_state.get_pipeline_model_parallel_world_size() == 1
+    ):  # else other stages may have what is left over
+        missing |= tensors.keys() - {part.key for part in parts}
+    if missing:
+        raise ValueError(f"weights and model differ in tensor {min(missing)} ({len(missing)} in all)")
     with torch.no_grad():
-        for key, value in own.items():
-            if value.shape != tensors[key].shape:
+        for part in parts:
+            whole = tensors[part.key]
+            if whole.shape != part.global_shape:
                 raise ValueError(
-                    f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}"
+                    f"{part.key} has shape {tuple(whole.shape)}, the model needs {tuple(part.global_shape)}"
                 )
-            value.copy_(tensors[key])
+            part.data.copy_(whole[part.global_slice()])
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from halo_jobs.training.batches import TokenBatch
 from hypenet_kernels import chunked_cross_entropy, chunked_kl_divergence
 from hypenet_megatron.alignment import Route
 from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import LocalModel, model_chunks
-from hypenet_megatron.runtime import ParallelLayout
+from hypenet_megatron.model import HypeNetModel, LocalModel, model_chunks
+from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 
 
 class Objective(Protocol):
@@ -46,8 +46,8 @@ class Objective(Protocol):
 def wrap_for_gradients(
     model: LocalModel, *, distributed_optimizer: bool = False, overlap: bool = False
 ) -> list[DistributedDataParallel]:
-    """Megatron DDP around every part of the model: contiguous fp32 gradient buffers, reduced over the ranks that hold the
-    same weights. `overlap` communicates while computing (see `ParallelLayout`)."""
+    """Megatron DDP around every part of the model: contiguous fp32 gradient buffers, reduced over the ranks that hold
+    the same weights. `overlap` communicates while computing (see `ParallelLayout`)."""
     config: HypeNetConfig = model_chunks(model)[0].config
     chunks = [
         DistributedDataParallel(
@@ -129,7 +129,7 @@ def _by_token(x: Tensor) -> Tensor:
 class _HiddenStateObjective:
     """Shared by the two losses that start from the final hidden states, which the last pipeline stage has."""
 
-    def __init__(self, model: LocalModel, layout: ParallelLayout = ParallelLayout()):
+    def __init__(self, model: LocalModel, layout: ParallelLayout = ONE_PROCESS):
         self.model = model
         self.head = model_chunks(model)[-1]
         self.chunks = wrap_for_gradients(
@@ -143,8 +143,8 @@ class _HiddenStateObjective:
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
         total_weight = _total_loss_weight(batches)
         meter = _LossMeter(total_weight.device)
-        # Undone here: Megatron divides the loss by the micro-batches, and averages gradients over data ranks. That it also
-        # averages them over context ranks, the schedule makes good itself.
+        # Undone here: Megatron divides the loss by the micro-batches, and averages gradients over data ranks. That it
+        # averages them over context ranks too, its schedule makes good.
         scale = len(batches) * parallel_state.get_data_parallel_world_size()
 
         def loss_of(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -180,9 +180,7 @@ class DistillationObjective(_HiddenStateObjective):
     """KL(teacher || student). The frozen teacher runs its own forward-only schedule first; of it only the final
     hidden states stay, on the last stage, never the logits."""
 
-    def __init__(
-        self, model: LocalModel, teacher: LocalModel, layout: ParallelLayout = ParallelLayout()
-    ) -> None:
+    def __init__(self, model: LocalModel, teacher: LocalModel, layout: ParallelLayout = ONE_PROCESS) -> None:
         super().__init__(model, layout)
         teacher.eval().requires_grad_(False)
         self.teacher = model_chunks(teacher)
@@ -222,7 +220,7 @@ class AlignmentObjective:
     stream on and calls backward for its own mixers.
     """
 
-    def __init__(self, model: LocalModel, layout: ParallelLayout = ParallelLayout()):
+    def __init__(self, model: LocalModel, layout: ParallelLayout = ONE_PROCESS):
         self.model = model
         parts = model_chunks(model)
         for part in parts:
@@ -236,17 +234,18 @@ class AlignmentObjective:
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
         meter = _LossMeter(batches[0].input_ids.device)
         tensor_group = parallel_state.get_tensor_model_parallel_group()
-        # Each mixer's loss is the mean over the tokens it sees here. With sequence parallelism those are a tensor rank's
+        # A mixer's loss is the mean over the tokens that it sees. With sequence parallelism those are a tensor rank's
         # share, and the backward passes of the ranks add up.
         shares = tensor_group.size() if self.config.sequence_parallel else 1
         parts = self.config.num_layers * len(batches) * shares
 
         def forward_step(
-            batches: Iterator[TokenBatch], model: torch.nn.Module
+            batches: Iterator[TokenBatch], model: DistributedDataParallel
         ) -> tuple[Tensor, Callable[..., Any]]:
             # The teacher runs without a graph; each aligned mixer switches gradients on for its student alone.
             hidden = model(next(batches).input_ids)
-            losses = [mixer.loss for mixer in model.module.aligned_mixers()]
+            part: HypeNetModel = model.module
+            losses = [mixer.loss for mixer in part.aligned_mixers()]
             loss = torch.stack([x for x in losses if x is not None]).sum() / parts
             loss.backward()
             meter.add(loss)

@@ -22,14 +22,14 @@ _RECOMPUTE: dict[str | None, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How many ranks share a layer (tensor), the layers (pipeline) and the sequence (context). What remains of the world
+    """How many ranks share a layer (tensor), the layers (pipeline) and the sequence (context); the rest of the world
     are data-parallel copies.
 
     `virtual_pipeline` is the number of model chunks per pipeline rank (interleaved schedule). Stages are equal unless
     `first_stage_layers`, `last_stage_layers` or `pipeline_layout` (Megatron's notation, as in "Et|tt|tL": E embedding,
-    t layer, L head) says otherwise. `overlap` runs the data-parallel collectives beside the computation; the parameters'
-    all-gather, which only `distributed_optimizer` has, included. `recompute` trades time for memory in the backward
-    pass: "attention" for the softmax cores, "layers" for everything.
+    t layer, L head) says otherwise. `distributed_optimizer` splits master weights and moments over data-parallel ranks;
+    `overlap` runs its collectives beside the computation. `recompute` trades time for memory in the backward pass:
+    "attention" for the softmax cores, "layers" for everything.
     """
 
     tensor: int = 1
@@ -53,8 +53,8 @@ class ParallelLayout:
         """Data-parallel copies in a world of `processes`; ValueError if that is no whole number."""
         if processes % self.model_ranks:
             raise ValueError(
-                f"{processes} processes cannot be shared out: tensor {self.tensor} x pipeline {self.pipeline} x context "
-                f"{self.context} takes {self.model_ranks} per copy of the model; use a multiple of that"
+                f"{processes} processes cannot be shared out: tensor {self.tensor} x pipeline {self.pipeline} x "
+                f"context {self.context} takes {self.model_ranks} per copy of the model; use a multiple of that"
             )
         return processes // self.model_ranks
 
@@ -65,7 +65,9 @@ class ParallelLayout:
             "pipeline_model_parallel_size": self.pipeline,
             "context_parallel_size": self.context,
             "sequence_parallel": self.sequence_parallel,
-            "virtual_pipeline_model_parallel_size": self.virtual_pipeline if self.virtual_pipeline > 1 else None,
+            "virtual_pipeline_model_parallel_size": self.virtual_pipeline
+            if self.virtual_pipeline > 1
+            else None,
             "num_layers_in_first_pipeline_stage": self.first_stage_layers,
             "num_layers_in_last_pipeline_stage": self.last_stage_layers,
             "pipeline_model_parallel_layout": self.pipeline_layout,
@@ -131,15 +133,15 @@ class ParallelLayout:
             raise ValueError(f"pipeline_layout {written!r} is not Megatron's notation: {problem}") from None
         if len(chunks) != self.pipeline * self.virtual_pipeline:
             raise ValueError(
-                f"pipeline_layout {written!r} names {len(chunks)} chunks but pipeline {self.pipeline} x virtual_pipeline "
-                f"{self.virtual_pipeline} makes {self.pipeline * self.virtual_pipeline}; name one per '|'"
+                f"pipeline_layout {written!r} names {len(chunks)} chunks, pipeline {self.pipeline} x virtual_pipeline "
+                f"{self.virtual_pipeline} makes {self.pipeline * self.virtual_pipeline}; separate them by '|'"
             )
         kinds = [kind for chunk in chunks for kind in chunk]
         wanted = [LayerType.embedding, *[LayerType.decoder] * shape.num_layers, LayerType.loss]
         if kinds != wanted or any(LayerType.decoder not in chunk for chunk in chunks):
             raise ValueError(
-                f"pipeline_layout {written!r} should begin with E, end with L and have the {shape.num_layers} layers of "
-                f"{shape.name} between them as t, at least one in every chunk"
+                f"pipeline_layout {written!r} should begin with E, end with L and have the {shape.num_layers} layers "
+                f"of {shape.name} between them as t, at least one in every chunk"
             )
 
     def check_batch(self, context_length: int, global_batch: int, micro_batch: int, processes: int) -> None:
@@ -162,3 +164,6 @@ class ParallelLayout:
                 f"virtual_pipeline needs the {micro_batches} micro-batches of a data-parallel rank to be a multiple of "
                 f"pipeline {self.pipeline}; change global_batch or micro_batch"
             )
+
+
+ONE_PROCESS = ParallelLayout()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from hypenet_megatron.runtime import cpu_backend
-from hypenet_megatron.runtime.layout import ParallelLayout
+from hypenet_megatron.runtime.layout import ONE_PROCESS, ParallelLayout
 
 
 @contextmanager
@@ -50,8 +50,15 @@ def reset_seeds(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
+def _leave_groups(groups: Sequence[dist.ProcessGroup | None]) -> None:
+    """Megatron forgets its groups without ending them, and each keeps threads; None stands for the whole world."""
+    for group in groups:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
 @contextmanager
-def model_parallel(layout: ParallelLayout = ParallelLayout(), *, seed: int = 0) -> Iterator[torch.device]:
+def model_parallel(layout: ParallelLayout = ONE_PROCESS, *, seed: int = 0) -> Iterator[torch.device]:
     """Process groups for `layout` for the duration of the block; yields the device that models live on."""
     cpu_backend.install()
     from megatron.core import parallel_state
@@ -75,4 +82,5 @@ def model_parallel(layout: ParallelLayout = ParallelLayout(), *, seed: int = 0) 
                 else torch.device("cpu")
             )
         finally:
+            _leave_groups(parallel_state._global_process_group_list or [])
             parallel_state.destroy_model_parallel()
