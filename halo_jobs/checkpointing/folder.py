@@ -39,7 +39,7 @@ from halo_jobs.checkpointing.storage import (
     load_shards,
     read_rank_tensors,
 )
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import LocalModel
 
 TRAINING_FILE = "TRAINING.json"
 RANDOM_PREFIX = "random/"
@@ -112,7 +112,7 @@ class TrainingCheckpoints:
     def load(
         self,
         step: int,
-        models: Sequence[HypeNetModel],
+        model: LocalModel,
         optimizer: MegatronOptimizer,
         keep: KeyFilter | None,
     ) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class TrainingCheckpoints:
         """
         folder = self.path(step)
         training: dict[str, Any] = read_json(folder / TRAINING_FILE)
-        load_shards(folder, training_shards(models, optimizer, keep))
+        load_shards(folder, training_shards(model, optimizer, keep))
         set_optimizer_step(optimizer, training["optimizer_step"])
         if training["layout"] == current_layout():
             restore_random_states(read_rank_tensors(folder, dist.get_rank(), RANDOM_PREFIX))

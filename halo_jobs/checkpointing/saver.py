@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from halo_jobs.checkpointing.storage import (
     rank_file,
     write_safetensors,
 )
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import LocalModel
 
 _PATIENCE_SECONDS = 0.5
 
@@ -130,13 +130,13 @@ class BackgroundSaver:
     def begin(
         self,
         step: int,
-        models: Sequence[HypeNetModel],
+        model: LocalModel,
         optimizer: MegatronOptimizer,
         training: Mapping[str, Any],
     ) -> None:
         """Copy the state after `step` finished steps and start to write it. Finishes an earlier save first."""
         self.finish()
-        shards = training_shards(models, optimizer, self.keep)
+        shards = training_shards(model, optimizer, self.keep)
         main = [shard for shard in shards if is_main_replica(shard.replica_id)]
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(checkpointable(main), is_coordinator=dist.get_rank() == 0)

@@ -9,7 +9,7 @@ gathers the whole state on every data-parallel rank; here each rank describes th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import LocalModel
 
 KeyFilter = Callable[[str], bool]
 MASTER_WEIGHT, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
@@ -68,15 +68,14 @@ def flat_boxes(
 
 
 def _model_entries(
-    models: Iterable[HypeNetModel], keep: KeyFilter | None
+    model: LocalModel, keep: KeyFilter | None
 ) -> list[ShardedTensor | ShardedTensorFactory]:
-    """Tensors of the model chunks of this rank. Extra state of Transformer Engine, a pickle, is left out."""
+    """Tensors of this rank's part of the model. Extra state of Transformer Engine, a pickle, is left out."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return [
         entry
-        for model in models
-        for key, entry in model.sharded_state_dict(metadata=metadata).items()
-        if isinstance(entry, (ShardedTensor, ShardedTensorFactory)) and (keep is None or keep(key))
+        for entry in model.sharded_state_dict(metadata=metadata).values()
+        if isinstance(entry, (ShardedTensor, ShardedTensorFactory)) and (keep is None or keep(entry.key))
     ]
 
 
@@ -111,9 +110,9 @@ def _updated(optimizer: MegatronOptimizer) -> Iterator[_Updated]:
                     part.distributed_optimizer_instance_id,
                 )
         else:
-            models = {id(main): model for model, main in _master_weights(part)}
+            parameters = {id(main): parameter for parameter, main in _master_weights(part)}
             for main in (main for group in groups for main in group["params"]):
-                yield _Updated(models.get(id(main), main), main, 0, main.numel(), part.optimizer)
+                yield _Updated(parameters.get(id(main), main), main, 0, main.numel(), part.optimizer)
 
 
 def _prime(updated: _Updated) -> None:
@@ -163,13 +162,13 @@ def _optimizer_shards(
 
 
 def training_shards(
-    models: Sequence[HypeNetModel], optimizer: MegatronOptimizer, keep: KeyFilter | None
+    model: LocalModel, optimizer: MegatronOptimizer, keep: KeyFilter | None
 ) -> list[ShardedTensor]:
     """Everything of this rank that a checkpoint saves and restores; `data` are views of the live tensors.
 
-    Replicas are included: a save takes only the main one, a load fills them all. `keep` restricts by model key.
+    Replicas are included: a save takes only the main one, a load fills them all. `keep` restricts by the weight's key.
     """
-    entries = _model_entries(models, keep)
+    entries = _model_entries(model, keep)
     by_parameter = {id(entry.data): entry for entry in entries}
     shards = [piece for entry in entries for piece in _pieces(entry)]
     for updated in _updated(optimizer):

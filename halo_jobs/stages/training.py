@@ -16,7 +16,6 @@ from halo_jobs.training.objectives import (
     NextTokenObjective,
     Objective,
 )
-from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import reset_seeds
 
@@ -32,9 +31,8 @@ def _train_and_publish(
 ) -> StageResult:
     """Train to the end, hand on the weights, and drop the checkpoints that nobody will resume from."""
     summary: dict[str, Any] = context.train(section, objective, keep_keys).run()
-    model: HypeNetModel = objective.ddp.module
     folder = context.folder / weights
-    save_weights(folder, model, keep_keys)
+    save_weights(folder, objective.model, keep_keys)
     shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
     return StageResult([folder, context.folder / "metrics.jsonl"], summary)
 

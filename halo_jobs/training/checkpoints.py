@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from durable_files import FolderManifest, discard_leftovers, publish_folder, temporary_sibling
 from halo_jobs.checkpointing.ranks import on_first_rank
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import LocalModel
 
 # Megatron has a process of its own for the results of writers in other processes, and that process outlives a parent
 # that is killed. Our writers are threads of this one.
@@ -41,7 +42,7 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def sharded_weights(model: HypeNetModel, keep: KeyFilter | None = None) -> dict[str, Any]:
+def sharded_weights(model: LocalModel, keep: KeyFilter | None = None) -> dict[str, Any]:
     """The model's sharded state dict, restricted to the keys that `keep` accepts."""
     state = model.sharded_state_dict(metadata=_metadata())
     return {key: value for key, value in state.items() if keep is None or keep(key)}
@@ -105,24 +106,25 @@ def _check(folder: Path) -> None:
         raise ValueError(f"{problem}; delete {folder} and rerun to make it again")
 
 
-def save_weights(folder: Path, model: HypeNetModel, keep: KeyFilter | None = None) -> None:
+def save_weights(folder: Path, model: LocalModel, keep: KeyFilter | None = None) -> None:
     _save(folder, sharded_weights(model, keep))
 
 
-def load_weights(folder: Path, model: HypeNetModel, *, rename: Callable[[str], str] | None = None) -> None:
-    """Load a weights folder into `model`, strictly. `rename` maps a model key to the stored key; keys that it maps to
-    "" are left as they are in the model."""
+def load_weights(folder: Path, model: LocalModel, *, rename: Callable[[str], str] | None = None) -> None:
+    """Load a weights folder into `model`, strictly. `rename` maps a key of the whole model (which counts layers from the
+    first, not a stage's) to the stored key; what it maps to "" is left as it is in the model."""
     _check(folder)
     wanted: dict[str, Any] = {}
     left_alone = set()
-    for key, entry in sharded_weights(model).items():
-        stored = rename(key) if rename else key
+    for name, entry in sharded_weights(model).items():
         # Gated feed-forward weights come as factories (two halves under one key), all others as tensors.
-        if stored and isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+        is_tensor = isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+        stored = (rename(entry.key) if rename else entry.key) if is_tensor else ""
+        if stored:
             entry.key = stored
-            wanted[key] = entry
+            wanted[name] = entry
         else:
-            left_alone.add(key)
+            left_alone.add(name)
     with _plain_errors(folder):
         loaded = dist_checkpointing.load(wanted, str(folder))
     missing, unexpected = model.load_state_dict(loaded, strict=False)
@@ -143,17 +145,28 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     _save(folder, {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()})
 
 
-def load_full_tensors(model: HypeNetModel, tensors: dict[str, Tensor]) -> None:
-    """Whole tensors into a single-process model, in the model's dtype; ValueError on a key or shape that differs."""
-    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    own = {key: value for key, value in own.items() if not key.endswith("_extra_state")}
-    different = sorted(own.keys() ^ tensors.keys())
-    if different:
-        raise ValueError(f"weights and model differ in tensor {different[0]} ({len(different)} in all)")
+def _parts(entry: Any) -> list[ShardedTensor]:
+    """The pieces of whole tensors that a sharded state dict's entry stands for; their data are views of the model's."""
+    if isinstance(entry, ShardedTensorFactory):
+        return list(nested_values(entry.build()))
+    return [entry] if isinstance(entry, ShardedTensor) else []
+
+
+def load_full_tensors(model: LocalModel, tensors: dict[str, Tensor]) -> None:
+    """Whole tensors into this rank's part of a model, in its dtype; ValueError on a key or shape that differs."""
+    parts = [part for entry in sharded_weights(model).values() for part in _parts(entry)]
+    missing = {part.key for part in parts} - tensors.keys()
+    if (
+        parallel_state.get_pipeline_model_parallel_world_size() == 1
+    ):  # else other stages may have what is left over
+        missing |= tensors.keys() - {part.key for part in parts}
+    if missing:
+        raise ValueError(f"weights and model differ in tensor {min(missing)} ({len(missing)} in all)")
     with torch.no_grad():
-        for key, value in own.items():
-            if value.shape != tensors[key].shape:
+        for part in parts:
+            whole = tensors[part.key]
+            if whole.shape != part.global_shape:
                 raise ValueError(
-                    f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}"
+                    f"{part.key} has shape {tuple(whole.shape)}, the model needs {tuple(part.global_shape)}"
                 )
-            value.copy_(tensors[key])
+            part.data.copy_(whole[part.global_slice()])

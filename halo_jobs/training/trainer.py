@@ -62,14 +62,15 @@ class Trainer:
     attempt: Attempt | None = None
 
     def __post_init__(self) -> None:
-        self.model = self.objective.ddp.module
+        self.model = self.objective.model
         self.checkpoints = TrainingCheckpoints(
             self.folder / "checkpoints", self.section.keep_checkpoints, self.section.keep_checkpoint_every
         )
         self.saver = BackgroundSaver(self.checkpoints, self.keep_keys)
         self.stop = StopRequests(self.folder)
         self.guard = DivergenceGuard(self.section.spike_factor)
-        if dist.get_rank() != 0:
+        self._is_first = dist.get_rank() == 0
+        if not self._is_first:
             self.console = Console(quiet=True)
 
     def run(self) -> dict[str, Any]:
@@ -77,9 +78,9 @@ class Trainer:
 
         Raises TrainingDiverged, StopRequested after saving, PeerLost when another rank is gone.
         """
-        optimizer = build_optimizer(self.objective.ddp, self.section)
+        optimizer = build_optimizer(self.objective.chunks, self.section)
         first_step = self._resume(optimizer)
-        log = MetricsLog(self.folder, resume_step=first_step) if dist.get_rank() == 0 else None
+        log = MetricsLog(self.folder, resume_step=first_step, writes=self._is_first)
         reporter = ProgressReporter(self.title, self.section.steps, self.console)
         self.model.train()
         try:
@@ -87,12 +88,11 @@ class Trainer:
                 summary = self._loop(optimizer, first_step, log, reporter, watchdog)
         except TrainingDiverged as problem:
             self.saver.finish()
-            if dist.get_rank() == 0:
+            if self._is_first:
                 self._save_bad_batch(problem)
             raise
         finally:
-            if log is not None:
-                log.close()
+            log.close()
         return summary
 
     @contextmanager
@@ -121,7 +121,7 @@ class Trainer:
         self.checkpoints.set_damaged_aside(step)
         if step is None:
             return 0
-        restored = self.checkpoints.load(step, [self.model], optimizer, self.keep_keys)
+        restored = self.checkpoints.load(step, self.model, optimizer, self.keep_keys)
         self._check_same_training(step, restored)
         self.guard.recent = deque(restored["recent_losses"])
         self.console.print(
@@ -158,12 +158,11 @@ class Trainer:
         self,
         optimizer: MegatronOptimizer,
         first_step: int,
-        log: MetricsLog | None,
+        log: MetricsLog,
         reporter: ProgressReporter,
         watchdog: Watchdog,
     ) -> dict[str, Any]:
         started = time.monotonic()
-        earlier = log.elapsed_before if log else 0.0
         loss = self.guard.recent[-1] if self.guard.recent else float("nan")
         for step in range(first_step, self.section.steps):
             loss, gradient_norm = self._step(optimizer, step)
@@ -175,12 +174,11 @@ class Trainer:
                 learning_rate=learning_rate(self.section, step),
                 gradient_norm=gradient_norm,
                 tokens_per_second=(done - first_step) * self.section.tokens_per_step / elapsed,
-                elapsed_seconds=earlier + elapsed,
+                elapsed_seconds=log.elapsed_before + elapsed,
                 consumed_samples=done * self.section.global_batch,
                 consumed_tokens=done * self.section.tokens_per_step,
             )
-            if log is not None:
-                log.write(metrics)
+            log.write(metrics)
             reporter.update(done, f"loss {loss:.4g}  {metrics.tokens_per_second:,.0f} tokens/s")
             watchdog.progress(done)
             self._between_steps(done, optimizer, watchdog)
@@ -189,15 +187,16 @@ class Trainer:
             "steps": self.section.steps,
             "tokens": self.section.steps * self.section.tokens_per_step,
             "final_loss": loss,
-            "train_seconds": earlier + time.monotonic() - started,
+            "train_seconds": log.elapsed_before + time.monotonic() - started,
         }
 
     def _step(self, optimizer: MegatronOptimizer, step: int) -> tuple[float, float]:
         """One optimizer step; returns (loss, gradient norm before clipping)."""
         batches = self.cursor.batches(step)
-        samples = tuple(range(step * self.section.global_batch, (step + 1) * self.section.global_batch))
+        samples = tuple(self.cursor.global_samples(step))
         set_learning_rate(optimizer, learning_rate(self.section, step))
-        self.objective.ddp.zero_grad_buffer()
+        for chunk in self.objective.chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         loss = float(self.objective.accumulate(batches))
         self.guard.check_loss(loss, step=step, samples=samples)
@@ -213,10 +212,13 @@ class Trainer:
             self.saver.publish_written()
         due = done % self.section.checkpoint_every == 0 and done < self.section.steps
         if due or stop:
-            self.saver.begin(done, [self.model], optimizer, self._training_state(done))
+            for chunk in self.objective.chunks:
+                if chunk.ddp_config.overlap_param_gather:  # weights are gathered in the next forward pass; do it now
+                    chunk.start_param_sync(force_sync=True)
+            self.saver.begin(done, self.model, optimizer, self._training_state(done))
         if stop:
             self.saver.finish(watchdog.progress)
-            if dist.get_rank() == 0:
+            if self._is_first:
                 self.stop.forget_file()
             raise StopRequested(
                 f"{self.title}: stopped by {self.stop.reason(stop)} after step {done} of {self.section.steps}, "
