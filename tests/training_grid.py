@@ -12,15 +12,18 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.multiprocessing
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 from rich.console import Console
 
 from halo_jobs.recipe import TrainingSection
+from halo_jobs.training import objectives
 from halo_jobs.training.batches import BatchCursor
 from halo_jobs.training.checkpoints import load_weights, save_weights
 from halo_jobs.training.objectives import (
@@ -45,6 +48,7 @@ LAYOUTS = {  # by the number of ranks
         ParallelLayout(pipeline=2, virtual_pipeline=2),
         ParallelLayout(context=2),
         ParallelLayout(distributed_optimizer=True),
+        ParallelLayout(distributed_optimizer=True, overlap=True),
     ],
     4: [
         ParallelLayout(tensor=2, pipeline=2),
@@ -59,7 +63,6 @@ MORE_LAYOUTS = {  # what the ones above leave untouched, and what they do not me
     ],
     2: [
         ParallelLayout(),
-        ParallelLayout(distributed_optimizer=True, overlap=True),
         ParallelLayout(pipeline=2, pipeline_layout="Ettt|tL"),
         ParallelLayout(pipeline=2, virtual_pipeline=2, recompute="layers"),
         ParallelLayout(context=2, recompute="attention"),
@@ -163,6 +166,8 @@ def objective_of(cell: Cell, weights: Path) -> Objective:
 
 def train(cell: Cell, weights: Path, folder: Path) -> None:
     """Train one cell in this rank's part of the world, which has the cell's layout; the numbers lie in `folder`."""
+    if cell.layout.overlap:  # many small buckets, as a large model has
+        objectives.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)
     cursor = BatchCursor(
         RandomWindows(),
         SECTION.global_batch,

@@ -17,7 +17,7 @@ from halo_jobs.recipe import TrainingSection
 from halo_jobs.training.batches import BatchCursor
 from halo_jobs.training.checkpoints import KeyFilter, TrainingCheckpoints
 from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
-from halo_jobs.training.objectives import Objective
+from halo_jobs.training.objectives import Objective, gather_weights
 from halo_jobs.training.optimizer import build_optimizer, set_learning_rate
 from halo_jobs.training.progress import MetricsLog, ProgressReporter, StepMetrics
 from halo_jobs.training.schedule import learning_rate
@@ -98,6 +98,7 @@ class Trainer:
             reporter.update(done, f"loss {loss:.4g}  {metrics.tokens_per_second:,.0f} tokens/s")
             if done % self.section.checkpoint_every == 0 and done < self.section.steps:
                 self._checkpoint(done, optimizer)
+        gather_weights(self.objective.chunks)
         return {
             "steps": self.section.steps,
             "tokens": self.section.steps * self.section.tokens_per_step,
@@ -120,6 +121,7 @@ class Trainer:
         return loss, float(gradient_norm)
 
     def _checkpoint(self, step: int, optimizer: MegatronOptimizer) -> None:
+        gather_weights(self.objective.chunks)
         extra = {"recent_losses": list(self.guard.recent)}
         self.checkpoints.save(step, self.model, optimizer, extra, self.keep_keys)
 

@@ -1,7 +1,7 @@
 """Every stage under every layout gives the numbers of one process: losses and gradient norms of five steps.
 
-`make test` runs every layout of the grid with every kind of training, tied and untied heads taking turns; `make test-grid`
-the whole, and more layouts.
+`make test` runs every layout of the grid with every kind of training, tied and untied heads taking turns; `make
+test-grid` the whole, and more layouts.
 """
 
 from __future__ import annotations
