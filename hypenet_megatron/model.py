@@ -22,6 +22,7 @@ from hypenet_megatron.alignment import AlignedSelfAttention, Route
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.context_parallel import sequence_slice
 from hypenet_megatron.layer_specs import block_spec
+from hypenet_megatron.norms import weight_in_use
 
 
 class HypeNetModel(LanguageModule):
@@ -98,9 +99,9 @@ class HypeNetModel(LanguageModule):
 
     def head_weight(self) -> Tensor:
         """Output head [vocab / tp, d], the embedding when tied."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        # A later stage than the embedding's has a copy of a tied weight in its output layer.
+        is_here = self.share_embeddings_and_output_weights and self.pre_process
+        return weight_in_use(self.embedding.word_embeddings if is_here else self.output_layer)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """Final hidden states over the whole sequence: undoes the sequence-parallel split, if any."""

@@ -7,19 +7,23 @@ cells of that size in it.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.multiprocessing
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 from rich.console import Console
 
 from halo_jobs.recipe import TrainingSection
+from halo_jobs.training import objectives
 from halo_jobs.training.batches import BatchCursor
 from halo_jobs.training.checkpoints import load_weights, save_weights
 from halo_jobs.training.objectives import (
@@ -35,6 +39,44 @@ from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout, joined_world, model_parallel, reset_seeds
 from tokenized_data import Window
 
+LAYOUTS = {  # by the number of ranks
+    2: [
+        ParallelLayout(tensor=2),
+        ParallelLayout(tensor=2, sequence_parallel=True),
+        ParallelLayout(pipeline=2),
+        ParallelLayout(pipeline=2, first_stage_layers=1),
+        ParallelLayout(pipeline=2, virtual_pipeline=2),
+        ParallelLayout(context=2),
+        ParallelLayout(distributed_optimizer=True),
+        ParallelLayout(distributed_optimizer=True, overlap=True),
+    ],
+    4: [
+        ParallelLayout(tensor=2, pipeline=2),
+        ParallelLayout(tensor=2, context=2),
+    ],
+}
+MORE_LAYOUTS = {  # what the ones above leave untouched, and what they do not meet in
+    1: [
+        ParallelLayout(recompute="attention"),
+        ParallelLayout(recompute="layers"),
+        ParallelLayout(distributed_optimizer=True),
+    ],
+    2: [
+        ParallelLayout(),
+        ParallelLayout(pipeline=2, pipeline_layout="Ettt|tL"),
+        ParallelLayout(pipeline=2, virtual_pipeline=2, recompute="layers"),
+        ParallelLayout(context=2, recompute="attention"),
+    ],
+    4: [
+        ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True),
+        ParallelLayout(tensor=2, context=2, sequence_parallel=True),
+        ParallelLayout(pipeline=2, virtual_pipeline=2, context=2),
+        ParallelLayout(pipeline=2, virtual_pipeline=2, distributed_optimizer=True, overlap=True),
+        ParallelLayout(tensor=2, distributed_optimizer=True),
+        ParallelLayout(context=2, distributed_optimizer=True),
+        ParallelLayout(context=4),
+    ],
+}
 KINDS = ("align", "distil", "finetune", "pretrain")
 SINGLE = ONE_PROCESS
 CONTEXT_LENGTH = 24
@@ -124,6 +166,8 @@ def objective_of(cell: Cell, weights: Path) -> Objective:
 
 def train(cell: Cell, weights: Path, folder: Path) -> None:
     """Train one cell in this rank's part of the world, which has the cell's layout; the numbers lie in `folder`."""
+    if cell.layout.overlap:  # many small buckets, as a large model has
+        objectives.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)
     cursor = BatchCursor(
         RandomWindows(),
         SECTION.global_batch,
@@ -157,6 +201,7 @@ def _rank_main(rank: int, ranks: int, port: int, cells: Sequence[Cell], weights:
         for cell in cells:
             with model_parallel(cell.layout, seed=7):
                 train(cell, weights, folder)
+            gc.collect()  # models refer to themselves by their hooks, and keep the groups of their layout alive
 
 
 def run_ranks(ranks: int, port: int, cells: Sequence[Cell], weights: Path, folder: Path) -> None:

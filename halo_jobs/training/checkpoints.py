@@ -111,8 +111,8 @@ def save_weights(folder: Path, model: LocalModel, keep: KeyFilter | None = None)
 
 
 def load_weights(folder: Path, model: LocalModel, *, rename: Callable[[str], str] | None = None) -> None:
-    """Load a weights folder into `model`, strictly. `rename` maps a key of the whole model (which counts layers from the
-    first, not a stage's) to the stored key; what it maps to "" is left as it is in the model."""
+    """Load a weights folder into `model`, strictly. `rename` maps a key of the whole model (layer numbers count from
+    the first layer of all) to the stored key; what it maps to "" is left as it is in the model."""
     _check(folder)
     wanted: dict[str, Any] = {}
     left_alone = set()

@@ -69,6 +69,13 @@ def wrap_for_gradients(
     return chunks
 
 
+def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Let every rank have the whole of the last update, where gathering it was left to the next forward pass."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def _run_schedule(
     forward_step: Callable[..., Any],
     chunks: Sequence[torch.nn.Module],

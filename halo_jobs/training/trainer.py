@@ -24,7 +24,7 @@ from halo_jobs.recipe import TrainingSection
 from halo_jobs.supervision import PeerLost, StopRequests, Watchdog, is_lost_peer
 from halo_jobs.training.batches import BatchCursor
 from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
-from halo_jobs.training.objectives import Objective
+from halo_jobs.training.objectives import Objective, gather_weights
 from halo_jobs.training.optimizer import build_optimizer, set_learning_rate
 from halo_jobs.training.progress import MetricsLog, ProgressReporter, StepMetrics
 from halo_jobs.training.schedule import learning_rate
@@ -183,6 +183,7 @@ class Trainer:
             watchdog.progress(done)
             self._between_steps(done, optimizer, watchdog)
         self.saver.finish(watchdog.progress)
+        gather_weights(self.objective.chunks)
         return {
             "steps": self.section.steps,
             "tokens": self.section.steps * self.section.tokens_per_step,
@@ -212,9 +213,7 @@ class Trainer:
             self.saver.publish_written()
         due = done % self.section.checkpoint_every == 0 and done < self.section.steps
         if due or stop:
-            for chunk in self.objective.chunks:
-                if chunk.ddp_config.overlap_param_gather:  # weights are gathered in the next forward pass; do it now
-                    chunk.start_param_sync(force_sync=True)
+            gather_weights(self.objective.chunks)
             self.saver.begin(done, self.model, optimizer, self._training_state(done))
         if stop:
             self.saver.finish(watchdog.progress)

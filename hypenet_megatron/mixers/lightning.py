@@ -28,7 +28,7 @@ from hypenet_kernels import (
 )
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.context_parallel import state_before_slice
-from hypenet_megatron.norms import HeadsRMSNorm
+from hypenet_megatron.norms import HeadsRMSNorm, weight_in_use
 
 
 class LightningCore(MegatronModule):
@@ -50,7 +50,7 @@ class LightningCore(MegatronModule):
         """q, k (normalised and rotated), v, gate [b, s / cp, heads / tp, dh]; returns [b, s / cp, heads / tp * dh]."""
         before = state_before_slice(k, v, self.slopes, self.cp_group) if self.cp_group.size() > 1 else None
         o, _ = lightning_attention(q, k, v, self.slopes, self.scale, initial_state=before)
-        weight, epsilon = self.o_norm.weight, self.config.layernorm_epsilon
+        weight, epsilon = weight_in_use(self.o_norm), self.config.layernorm_epsilon
         if self.tp_group.size() == 1:
             return gated_norm(o, gate, weight, epsilon)
         # Tensor parallelism splits the heads, so the sum of squares is summed over ranks, forward and backward.
@@ -75,8 +75,8 @@ class LightningSelfAttention(SelfAttention):
         q, k = norm_rope(
             query,
             key,
-            self.q_layernorm.weight,
-            self.k_layernorm.weight,
+            weight_in_use(self.q_layernorm),
+            weight_in_use(self.k_layernorm),
             torch.cos(angles),
             torch.sin(angles),
             self.config.layernorm_epsilon,
