@@ -214,7 +214,7 @@ class SafetensorsReader(dcp.StorageReader):
 def load_shards(folder: Path, shards: Sequence[ShardedTensor]) -> None:
     """Fill the `data` of `shards` in place from a checkpoint of any layout. ValueError names what is missing."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # every rank reads for itself
             dcp.load(
                 checkpointable(shards),

@@ -6,6 +6,7 @@ Training blocks in C code while it waits for another rank, so nobody else in the
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -35,7 +36,7 @@ class Watchdog:
 
     def __init__(self, title: str, limit: float, folder: Path, on_end: Callable[[str], None] | None = None):
         self.title, self.limit, self.folder, self._on_end = title, limit, folder, on_end
-        self._step, self._idle = 0, 0.0
+        self._step, self._idle = 0, -math.inf
         self._ended = threading.Event()
         self._board: PeerBoard | None = None
 
@@ -62,7 +63,8 @@ class Watchdog:
         Path(self._stacks.name).unlink()
 
     def progress(self, step: int | None = None) -> None:
-        """Called by the training loop whenever it has got on; `step` counts finished steps."""
+        """Called by the training loop when it begins and whenever it has got on; `step` counts finished steps. Before
+        the first call (a checkpoint is read for as long as it takes) only the other ranks are watched."""
         self._step = self._step if step is None else step
         self._idle = 0.0
 
@@ -78,7 +80,8 @@ class Watchdog:
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._ended.wait(POLL_SECONDS):
-            faulthandler.dump_traceback_later(self.limit + _LOCKED_SECONDS, exit=True, file=self._stacks)
+            if self._idle >= 0.0:
+                faulthandler.dump_traceback_later(self.limit + _LOCKED_SECONDS, exit=True, file=self._stacks)
             now = time.monotonic()
             passed, last = min(now - last, 2 * POLL_SECONDS), now
             self._idle += passed

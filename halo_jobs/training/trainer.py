@@ -78,14 +78,20 @@ class Trainer:
 
         Raises TrainingDiverged, StopRequested after saving, PeerLost when another rank is gone.
         """
-        optimizer = build_optimizer(self.objective.chunks, self.section)
-        first_step = self._resume(optimizer)
-        log = MetricsLog(self.folder, resume_step=first_step, writes=self._is_first)
+        with self._watched() as watchdog, self.stop.heeded():
+            optimizer = build_optimizer(self.objective.chunks, self.section)
+            first_step = self._resume(optimizer)
+            log = MetricsLog(self.folder, resume_step=first_step, writes=self._is_first)
+            return self._run_from(first_step, optimizer, log, watchdog)
+
+    def _run_from(
+        self, first_step: int, optimizer: MegatronOptimizer, log: MetricsLog, watchdog: Watchdog
+    ) -> dict[str, Any]:
         reporter = ProgressReporter(self.title, self.section.steps, self.console)
         self.model.train()
         try:
-            with reporter.live(), self.stop.heeded(), self._watched() as watchdog:
-                summary = self._loop(optimizer, first_step, log, reporter, watchdog)
+            with reporter.live():
+                return self._loop(optimizer, first_step, log, reporter, watchdog)
         except TrainingDiverged as problem:
             self.saver.finish()
             if self._is_first:
@@ -93,7 +99,6 @@ class Trainer:
             raise
         finally:
             log.close()
-        return summary
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:
@@ -163,6 +168,7 @@ class Trainer:
         watchdog: Watchdog,
     ) -> dict[str, Any]:
         started = time.monotonic()
+        watchdog.progress(first_step)
         loss = self.guard.recent[-1] if self.guard.recent else float("nan")
         for step in range(first_step, self.section.steps):
             loss, gradient_norm = self._step(optimizer, step)
