@@ -136,12 +136,40 @@ def index_content(metadata: Metadata, written: Sequence[WrittenFile]) -> dict[st
     return {"format": FORMAT, "tensors": tensors}
 
 
+def _read_index(path: Path) -> tuple[Metadata, dict[tuple[str, tuple[int, ...]], str]]:
+    """INDEX.json as torch's planner wants it, and the file of every rectangle (key, offsets).
+
+    ValueError if it is not one of ours or names files elsewhere.
+    """
+    content = read_json(path)
+    files: dict[tuple[str, tuple[int, ...]], str] = {}
+    state: dict[str, Any] = {}
+    try:
+        if content["format"] != FORMAT:
+            raise ValueError(f"{path} is of format {content['format']!r}, this code reads {FORMAT!r}")
+        for key, entry in content["tensors"].items():
+            chunks = [
+                ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"]))
+                for chunk in entry["chunks"]
+            ]
+            for chunk in entry["chunks"]:
+                if not _RANK_FILE.fullmatch(chunk["file"]):
+                    raise ValueError(f"{path} names {chunk['file']!r}, which is no file of a checkpoint")
+                files[key, tuple(chunk["offsets"])] = chunk["file"]
+            properties = TensorProperties(_DTYPES[entry["dtype"]])
+            state[key] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{path} is not the index of a training checkpoint") from problem
+    return Metadata(state), files
+
+
 class SafetensorsReader(dcp.StorageReader):
     """Reads what a load plan asks for, slice by slice, from the files that INDEX.json names."""
 
     def __init__(self, folder: Path):
+        """Raises the ValueError of a bad index."""
         self.folder = folder
-        self._files: dict[tuple[str, tuple[int, ...]], str] = {}
+        self._metadata, self._files = _read_index(folder / INDEX_FILE)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
 
@@ -150,26 +178,7 @@ class SafetensorsReader(dcp.StorageReader):
         return True
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index as torch's planner wants it; ValueError if it is not one of ours or names files elsewhere."""
-        path = self.folder / INDEX_FILE
-        content = read_json(path)
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{path} is of format {content.get('format')!r}, this code reads {FORMAT!r}")
-        state: dict[str, Any] = {}
-        for key, entry in content["tensors"].items():
-            for chunk in entry["chunks"]:
-                if not _RANK_FILE.fullmatch(chunk["file"]):
-                    raise ValueError(f"{path} names {chunk['file']!r}, which is no file of a checkpoint")
-                self._files[key, tuple(chunk["offsets"])] = chunk["file"]
-            state[key] = TensorStorageMetadata(
-                TensorProperties(_DTYPES[entry["dtype"]]),
-                torch.Size(entry["shape"]),
-                [
-                    ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"]))
-                    for chunk in entry["chunks"]
-                ],
-            )
-        return Metadata(state)
+        return self._metadata
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -213,12 +222,13 @@ class SafetensorsReader(dcp.StorageReader):
 
 def load_shards(folder: Path, shards: Sequence[ShardedTensor]) -> None:
     """Fill the `data` of `shards` in place from a checkpoint of any layout. ValueError names what is missing."""
+    reader = SafetensorsReader(folder)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # every rank reads for itself
             dcp.load(
                 checkpointable(shards),
-                storage_reader=SafetensorsReader(folder),
+                storage_reader=reader,
                 planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 no_dist=True,
             )

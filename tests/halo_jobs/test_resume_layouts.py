@@ -17,6 +17,10 @@ from tests.resume_grid import SAVED_STEP, Task, World, checkpoint_tensors, losse
 from tests.training_grid import SECTION, save_whole_weights
 
 TOLERANCE = 1e-6  # relative for losses, absolute for weights, which are of order one
+ALIGNED = [  # checkpoints of students alone
+    World(2, ParallelLayout(tensor=2), "align"),
+    World(2, ParallelLayout(pipeline=2, distributed_optimizer=True), "align"),
+]
 WORLDS = [
     World(1, ParallelLayout()),
     World(2, ParallelLayout(tensor=2)),
@@ -50,7 +54,7 @@ def weights(tmp_path_factory) -> Path:
 def whole(weights, tmp_path_factory) -> Path:
     """Uninterrupted trainings at every layout, each with its checkpoint of step 3."""
     root = tmp_path_factory.mktemp("whole")
-    run([Task(world) for world in WORLDS], weights, root)
+    run([Task(world) for world in WORLDS + ALIGNED], weights, root)
     return root
 
 
@@ -98,7 +102,7 @@ def _check_all(tasks: list[Task], weights: Path, root: Path) -> None:
 @pytest.mark.slow
 def test_every_layout_is_left_and_entered(weights, whole):
     moved = WORLDS[1:] + WORLDS[:1]
-    pairs = [*zip(WORLDS, WORLDS, strict=True), *zip(WORLDS, moved, strict=True)]
+    pairs = [*zip(WORLDS, WORLDS, strict=True), *zip(WORLDS, moved, strict=True), *itertools.permutations(ALIGNED)]
     _check_all([Task(world, source) for source, world in pairs], weights, whole)
 
 
