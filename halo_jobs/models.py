@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from durable_files import read_json, write_json
+from halo_jobs.recipe import Recipe
 from halo_jobs.training.checkpoints import load_full_tensors, load_weights, read_weights
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel, LocalModel, build_model
@@ -40,6 +41,11 @@ def _teacher_key(key: str) -> str:
 
 def _student_key(key: str) -> str:
     return key if is_student_key(key) else ""
+
+
+def layout_of(recipe: Recipe) -> ParallelLayout:
+    """The layout of the training stages of `recipe`."""
+    return ParallelLayout(**recipe.layout.model_dump(exclude={"processes"}))
 
 
 def whole(model: LocalModel) -> HypeNetModel:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 from rich.console import Console
 
 from halo_cluster import Attempt, StageResult
@@ -17,6 +18,7 @@ from halo_jobs.training.batches import BatchCursor, Sampler
 from halo_jobs.training.checkpoints import KeyFilter
 from halo_jobs.training.objectives import Objective
 from halo_jobs.training.trainer import Trainer
+from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from tokenized_data import BlendedSampler, TokenStore, WindowSampler, load_tokenizer_identity
 
 TRAIN_STORE, HELD_OUT_STORE = "train", "held_out"
@@ -47,6 +49,8 @@ class StageContext:
     console: Console
     device: torch.device
     attempt: Attempt
+    layout: ParallelLayout = ONE_PROCESS
+    """Of the world that this process is in."""
 
     @property
     def conversion(self) -> ConversionRecipe:
@@ -63,7 +67,8 @@ class StageContext:
         return self.inputs["init" if isinstance(self.recipe, ConversionRecipe) else "pretrain"]
 
     def builder(self) -> ModelBuilder:
-        return ModelBuilder(read_shape(self.teacher_folder()), DTYPES[self.recipe.precision], self.device)
+        shape = read_shape(self.teacher_folder())
+        return ModelBuilder(shape, DTYPES[self.recipe.precision], self.device, self.layout)
 
     def store(self, name: str) -> TokenStore:
         """A store of the tokenize stage; ValueError if it was made with another tokenizer than this recipe's."""
@@ -84,7 +89,16 @@ class StageContext:
         self, section: TrainingSection, objective: Objective, keep_keys: KeyFilter | None = None
     ) -> Trainer:
         """A trainer for this stage, not yet run."""
-        cursor = BatchCursor(self.sampler(section), section.global_batch, section.micro_batch, self.device)
+        cursor = BatchCursor(
+            self.sampler(section),
+            section.global_batch,
+            section.micro_batch,
+            self.device,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_ranks=parallel_state.get_data_parallel_world_size(),
+            context_rank=parallel_state.get_context_parallel_rank(),
+            context_ranks=parallel_state.get_context_parallel_world_size(),
+        )
         return Trainer(
             self.name, section, objective, cursor, self.folder, self.console, keep_keys, self.attempt
         )
