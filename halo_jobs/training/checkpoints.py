@@ -1,8 +1,6 @@
-"""Megatron distributed checkpoints, published whole: temporary folder, checksums, fsync, rename.
+"""Weights folders, what a stage hands on: Megatron distributed checkpoints, published whole.
 
-A training checkpoint holds weights, optimizer and step; the data order and the learning rate are functions of the step
-and no random number is drawn while training, so that is all there is to resume from. A weights folder (what a stage
-hands on) holds weights alone.
+Checkpoints to resume from are another thing: halo_jobs/checkpointing.
 """
 
 from __future__ import annotations
@@ -12,29 +10,27 @@ import queue
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from durable_files import FolderManifest, discard_leftovers, publish_folder, temporary_sibling
-from hypenet_megatron.model import HypeNetModel
+from halo_jobs.checkpointing.ranks import on_first_rank
+from hypenet_megatron.model import LocalModel
 
 # Megatron has a process of its own for the results of writers in other processes, and that process outlives a parent
 # that is killed. Our writers are threads of this one.
 filesystem_async._results_queue = queue.Queue()
 
 KeyFilter = Callable[[str], bool]
-_STEP_PREFIX = "step-"
 _METADATA_FORMAT = "fully_reshardable"
 _ROOM_BYTES = 2**20
 
@@ -46,7 +42,7 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def sharded_weights(model: HypeNetModel, keep: KeyFilter | None = None) -> dict[str, Any]:
+def sharded_weights(model: LocalModel, keep: KeyFilter | None = None) -> dict[str, Any]:
     """The model's sharded state dict, restricted to the keys that `keep` accepts."""
     state = model.sharded_state_dict(metadata=_metadata())
     return {key: value for key, value in state.items() if keep is None or keep(key)}
@@ -80,24 +76,6 @@ def _raise_if_full(folder: Path) -> None:
             probe.unlink()
 
 
-def _on_first_rank[T](work: Callable[[], T]) -> T:
-    """Run `work` in the first process alone; all get its result, or fail if it failed (RuntimeError in the others)."""
-    outcome: list[Any] = [None, None]
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as problem:
-            error = problem
-            outcome[1] = str(problem)
-    dist.broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    if outcome[1] is not None:
-        raise RuntimeError(f"the first process failed: {outcome[1]}")
-    return outcome[0]
-
-
 def _new_temporary(folder: Path) -> Path:
     discard_leftovers(folder.parent)
     temporary = temporary_sibling(folder)
@@ -112,11 +90,11 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 def _save(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` under a temporary name, every process its part, and publish it as `folder`."""
-    temporary = _on_first_rank(lambda: _new_temporary(folder))
+    temporary = on_first_rank(lambda: _new_temporary(folder))
     try:
         with _plain_errors(temporary):
             dist_checkpointing.save(state, str(temporary))
-        _on_first_rank(lambda: _publish(temporary, folder))
+        on_first_rank(lambda: _publish(temporary, folder))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -128,24 +106,25 @@ def _check(folder: Path) -> None:
         raise ValueError(f"{problem}; delete {folder} and rerun to make it again")
 
 
-def save_weights(folder: Path, model: HypeNetModel, keep: KeyFilter | None = None) -> None:
+def save_weights(folder: Path, model: LocalModel, keep: KeyFilter | None = None) -> None:
     _save(folder, sharded_weights(model, keep))
 
 
-def load_weights(folder: Path, model: HypeNetModel, *, rename: Callable[[str], str] | None = None) -> None:
-    """Load a weights folder into `model`, strictly. `rename` maps a model key to the stored key; keys that it maps to
-    "" are left as they are in the model."""
+def load_weights(folder: Path, model: LocalModel, *, rename: Callable[[str], str] | None = None) -> None:
+    """Load a weights folder into `model`, strictly. `rename` maps a key of the whole model (layer numbers count from
+    the first layer of all) to the stored key; what it maps to "" is left as it is in the model."""
     _check(folder)
     wanted: dict[str, Any] = {}
     left_alone = set()
-    for key, entry in sharded_weights(model).items():
-        stored = rename(key) if rename else key
+    for name, entry in sharded_weights(model).items():
         # Gated feed-forward weights come as factories (two halves under one key), all others as tensors.
-        if stored and isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+        is_tensor = isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+        stored = (rename(entry.key) if rename else entry.key) if is_tensor else ""
+        if stored:
             entry.key = stored
-            wanted[key] = entry
+            wanted[name] = entry
         else:
-            left_alone.add(key)
+            left_alone.add(name)
     with _plain_errors(folder):
         loaded = dist_checkpointing.load(wanted, str(folder))
     missing, unexpected = model.load_state_dict(loaded, strict=False)
@@ -166,78 +145,28 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     _save(folder, {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()})
 
 
-def load_full_tensors(model: HypeNetModel, tensors: dict[str, Tensor]) -> None:
-    """Whole tensors into a single-process model, in the model's dtype; ValueError on a key or shape that differs."""
-    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    own = {key: value for key, value in own.items() if not key.endswith("_extra_state")}
-    different = sorted(own.keys() ^ tensors.keys())
-    if different:
-        raise ValueError(f"weights and model differ in tensor {different[0]} ({len(different)} in all)")
+def _parts(entry: Any) -> list[ShardedTensor]:
+    """The pieces of whole tensors that a sharded state dict's entry stands for; their data are views of the model's."""
+    if isinstance(entry, ShardedTensorFactory):
+        return list(nested_values(entry.build()))
+    return [entry] if isinstance(entry, ShardedTensor) else []
+
+
+def load_full_tensors(model: LocalModel, tensors: dict[str, Tensor]) -> None:
+    """Whole tensors into this rank's part of a model, in its dtype; ValueError on a key or shape that differs."""
+    parts = [part for entry in sharded_weights(model).values() for part in _parts(entry)]
+    missing = {part.key for part in parts} - tensors.keys()
+    if (
+        parallel_state.get_pipeline_model_parallel_world_size() == 1
+    ):  # else other stages may have what is left over
+        missing |= tensors.keys() - {part.key for part in parts}
+    if missing:
+        raise ValueError(f"weights and model differ in tensor {min(missing)} ({len(missing)} in all)")
     with torch.no_grad():
-        for key, value in own.items():
-            if value.shape != tensors[key].shape:
+        for part in parts:
+            whole = tensors[part.key]
+            if whole.shape != part.global_shape:
                 raise ValueError(
-                    f"{key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}"
+                    f"{part.key} has shape {tuple(whole.shape)}, the model needs {tuple(part.global_shape)}"
                 )
-            value.copy_(tensors[key])
-
-
-@dataclass(frozen=True)
-class TrainingCheckpoints:
-    """The `checkpoints` folder of a training stage: step-00000100, ...; the newest valid one counts."""
-
-    folder: Path
-    keep_last: int = 2
-
-    def steps(self) -> list[int]:
-        return sorted(
-            int(path.name.removeprefix(_STEP_PREFIX)) for path in self.folder.glob(f"{_STEP_PREFIX}????????")
-        )
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"{_STEP_PREFIX}{step:08d}"
-
-    def _state(
-        self, model: HypeNetModel, optimizer: MegatronOptimizer, keep: KeyFilter | None, is_loading: bool
-    ) -> dict[str, Any]:
-        weights = sharded_weights(model, keep)
-        return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading)}
-
-    def save(
-        self,
-        step: int,
-        model: HypeNetModel,
-        optimizer: MegatronOptimizer,
-        extra: dict[str, Any],
-        keep: KeyFilter | None,
-    ) -> None:
-        """Publish the state after `step` finished steps and drop all but the newest `keep_last`."""
-        state = self._state(model, optimizer, keep, is_loading=False)
-        _save(self.path(step), {**state, "training": {"step": step, **extra}})
-        _on_first_rank(self._drop_old)
-
-    def _drop_old(self) -> None:
-        for old in self.steps()[: -self.keep_last]:
-            shutil.rmtree(self.path(old))
-
-    def newest_valid(self) -> tuple[int | None, list[str]]:
-        """Newest checkpoint whose files match their checksums, and what is wrong with the newer ones."""
-        damage: list[str] = []
-        for step in reversed(self.steps()):
-            try:
-                _check(self.path(step))
-                return step, damage
-            except ValueError as problem:
-                damage.append(str(problem))
-        return None, damage
-
-    def load(
-        self, step: int, model: HypeNetModel, optimizer: MegatronOptimizer, keep: KeyFilter | None
-    ) -> dict[str, Any]:
-        """Restore weights and optimizer in place; returns what `save` was given as extra, with the step."""
-        state = self._state(model, optimizer, keep, is_loading=True)
-        with _plain_errors(self.path(step)):
-            loaded = dist_checkpointing.load({**state, "training": {}}, str(self.path(step)))
-        model.load_state_dict(loaded["model"], strict=False)
-        optimizer.load_state_dict(loaded["optimizer"])
-        return loaded["training"]
+            part.data.copy_(whole[part.global_slice()])

@@ -183,7 +183,7 @@ def test_training_runs_and_resumes(device, tmp_path, kind):
     runs = []
     for _ in range(2):
         objective = _objective(kind, device)
-        before = {name: p.detach().clone() for name, p in objective.ddp.module.named_parameters()}
+        before = {name: p.detach().clone() for name, p in objective.model.named_parameters()}
         cursor = BatchCursor(_Windows(), SECTION.global_batch, SECTION.micro_batch, device)
         keep = is_student_key if kind == "align" else None
         trainer = Trainer(kind, SECTION, objective, cursor, tmp_path, Console(quiet=True), keep)
