@@ -9,7 +9,7 @@ from halo_jobs.models import DTYPES, ModelBuilder, is_student_key, write_shape
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.selected import attention_layers_of, variant_of
-from halo_jobs.training.checkpoints import KeyFilter, save_weights
+from halo_jobs.training.checkpoints import KeyFilter
 from halo_jobs.training.objectives import (
     AlignmentObjective,
     DistillationObjective,
@@ -19,6 +19,7 @@ from halo_jobs.training.objectives import (
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import reset_seeds
+from hypenet_tools.model_weights import save_weights
 
 TEACHER_WEIGHTS, STUDENT_WEIGHTS, HYBRID_WEIGHTS = "teacher", "students", "hybrid"
 

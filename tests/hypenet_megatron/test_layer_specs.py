@@ -12,13 +12,14 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from halo_jobs.training.checkpoints import load_weights, save_weights, sharded_weights
+from halo_jobs.training.checkpoints import sharded_weights
 from hypenet_megatron.alignment import Route
 from hypenet_megatron.attention import SoftmaxAttentionCore
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.norms import RMSNorm
 from hypenet_megatron.presets import ModelShape
+from hypenet_tools.model_weights import load_weights, save_weights
 
 SHAPE = ModelShape("tiny", 3, 48, 80, 4, 2, 16, 96, tied_embeddings=True)
 TEACHER = SHAPE.teacher_mixers()

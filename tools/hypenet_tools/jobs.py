@@ -166,6 +166,21 @@ def run_job(
         return _publish_if_complete(job)
 
 
+def run_afresh(job: Job) -> None:
+    """Do a job from the beginning, in this process; nothing is left of it if it fails, and an `out` is replaced.
+
+    For stages and tests, which begin again by themselves.
+    """
+    shutil.rmtree(job.unfinished, ignore_errors=True)
+    try:
+        job.files.mkdir(parents=True)
+        sums = {shard.name: shard.write(job.files, lambda count: None) for shard in job.shards}
+        job.finish(job.files, sums)
+        publish_folder(job.files, job.out)
+    finally:
+        shutil.rmtree(job.unfinished, ignore_errors=True)
+
+
 def _require_room(job: Job, shards: Sequence[Shard]) -> None:
     done = job.sums()
     needed = sum(shard.nbytes for shard in shards if shard.name not in done)

@@ -72,6 +72,15 @@ class TensorView(Mapping[str, Tensor]):
             at += len(block)
         return whole.view(info.shape)
 
+    @property
+    def elements(self) -> int:
+        """Of all tensors together."""
+        return sum(info.elements for info in self.infos.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.infos.values())
+
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self.infos
 
