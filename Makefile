@@ -1,10 +1,12 @@
 # What there is to run; `make` alone says so. Everything happens in .venv, which the first target that needs it makes.
 BIN := .venv/bin
-.PHONY: help demo test lint clean bootstrap
+.PHONY: help demo test test-grid test-faults lint clean bootstrap
 
 help:
 	@echo "make demo   convert a small real model on this machine's CPU, with a report (12 minutes on 2 cores)"
 	@echo "make test   everything CI checks: lint, then the tests"
+	@echo "make test-grid   every kind of training under every parallel layout (10 minutes on 2 cores)"
+	@echo "make test-faults   kills processes that train together, twenty times at random (1 minute on 2 cores)"
 	@echo "make lint   ruff, mypy and the import rules of the rooms"
 	@echo "make clean  remove .venv and caches; runs/ stays"
 
@@ -23,6 +25,16 @@ lint: bootstrap
 test: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(BIN)/pytest
+
+# The subset that `make test` runs covers every layout and every kind; here is every pair, and more layouts.
+test-grid: export OMP_NUM_THREADS ?= 1
+test-grid: bootstrap
+	$(BIN)/pytest -m grid -rP tests/halo_jobs/test_parallel_training.py tests/halo_jobs/test_resume_layouts.py
+
+# `make test` kills three times.
+test-faults: export OMP_NUM_THREADS ?= 1
+test-faults: bootstrap
+	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

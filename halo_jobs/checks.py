@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from halo_jobs.evaluation.niah import VARIANTS, needle_task
 from halo_jobs.evaluation.suites import recall_tasks
+from halo_jobs.models import layout_of
 from halo_jobs.recall import load_words
 from halo_jobs.recall.episodes import check_episode_settings
 from halo_jobs.recall.materials import Materials
@@ -47,6 +49,7 @@ def check_recipe(recipe: Recipe) -> ModelShape:
             )
     if isinstance(recipe, ConversionRecipe):
         _check_selection(recipe, shape)
+    _check_layout(recipe, shape)
     _check_teacher_contexts(recipe, shape)
     _check_recall(recipe)
     _check_tasks(recipe, tokenizer)
@@ -95,6 +98,20 @@ def _check_selection(recipe: ConversionRecipe, shape: ModelShape) -> None:
             shape.hybrid_mixers(layers)
         except ValueError as error:
             raise ValueError(f"{error}; choose from 0 to {shape.num_layers - 1}") from None
+
+
+def _check_layout(recipe: Recipe, shape: ModelShape) -> None:
+    layout, processes = layout_of(recipe), recipe.layout.processes
+    with _about("layout"):
+        layout.check_model(shape)
+        layout.data_ranks(processes)
+        if torch.cuda.is_available() and processes > torch.cuda.device_count():
+            raise ValueError(
+                f"{processes} processes need a GPU each and here are {torch.cuda.device_count()}; lower processes"
+            )
+    for name, section in training_sections(recipe).items():
+        with _about(f"{name} in this layout"):
+            layout.check_batch(section.context_length, section.global_batch, section.micro_batch, processes)
 
 
 def _check_teacher_contexts(recipe: Recipe, shape: ModelShape) -> None:

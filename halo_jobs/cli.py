@@ -7,9 +7,10 @@ import sys
 import typer
 from rich.text import Text
 
+from halo_cluster import StopRequested
 from halo_jobs.commands import data, look, run
 from halo_jobs.commands.consoles import errors
-from halo_jobs.terminal import Interruption, quieten_libraries, sentence
+from halo_jobs.terminal import STOPPED_EXIT_CODE, Interruption, quieten_libraries, sentence
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,7 +24,8 @@ app.add_typer(data.corpus, name="corpus")
 
 
 def main() -> None:
-    """Entry point: 0, or one sentence on stderr and 2 for user errors, 1 for failures, 130 for Ctrl-C and SIGTERM."""
+    """Entry point: 0, or one sentence on stderr and 2 for user errors, 1 for failures, 130 for Ctrl-C and SIGTERM,
+    75 for a training that was asked to stop and has saved."""
     interruption = Interruption()
     quieten_libraries()
     try:
@@ -32,6 +34,9 @@ def main() -> None:
         # Whatever libraries and typer have made of the KeyboardInterrupt by now.
         if interruption.requested:
             interruption.end()
+        if isinstance(problem, StopRequested):
+            errors.print(f"{sentence(problem)}; the same command resumes there", soft_wrap=True, highlight=False)
+            sys.exit(STOPPED_EXIT_CODE)
         if not isinstance(problem, (ValueError, RuntimeError, OSError)):
             raise
         errors.print(Text.assemble(("error:", "red"), f" {sentence(problem)}"), soft_wrap=True)

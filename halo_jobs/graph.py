@@ -9,7 +9,7 @@ from typing import Any
 
 from durable_files import sha256_file
 from halo_cluster import input_hash
-from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, resolve_path
+from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection, resolve_path
 from halo_jobs.stages.context import StageContext, StageResult
 from halo_jobs.stages.data import recall_episodes_needed, run_tokenize, tokenizer_folder
 from halo_jobs.stages.export import run_export, run_export_teacher
@@ -20,6 +20,8 @@ from halo_jobs.stages.selected import MAIN_VARIANT
 from halo_jobs.stages.training import run_align, run_distil, run_finetune, run_pretrain
 
 HASH_WHOLE_FILE_BYTES = 64 * 10**6
+# They say how a run is looked after, not what comes out.
+_WITHOUT_EFFECT = {"keep_checkpoints", "keep_checkpoint_every", "watchdog_seconds"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ def fingerprint(path: Path) -> list[Any]:
     return entries
 
 
+def _settings(section: TrainingSection) -> dict[str, Any]:
+    return section.model_dump(exclude=_WITHOUT_EFFECT)
+
+
 def _data_node(recipe: Recipe) -> StageNode:
     settings = {
         "corpus": recipe.corpus.model_dump(),
@@ -61,8 +67,8 @@ def _variant_nodes(recipe: ConversionRecipe, variant: str) -> list[StageNode]:
     distil, finetune, calibrate = (f"{stage}.{variant}" for stage in ("distil", "finetune", "calibrate"))
     data = ("tokenize", "init", "select")
     return [
-        StageNode(distil, run_distil, (*data, "align"), recipe.distil.model_dump()),
-        StageNode(finetune, run_finetune, (*data, distil), recipe.finetune.model_dump()),
+        StageNode(distil, run_distil, (*data, "align"), _settings(recipe.distil)),
+        StageNode(finetune, run_finetune, (*data, distil), _settings(recipe.finetune)),
         StageNode(calibrate, run_calibrate, (*data, finetune), recipe.calibrate.model_dump()),
         StageNode(
             f"evaluate.{variant}", run_evaluate, (*data, finetune, calibrate), recipe.evaluate.model_dump()
@@ -78,7 +84,7 @@ def _conversion_nodes(recipe: ConversionRecipe) -> list[StageNode]:
     return [
         _data_node(recipe),
         StageNode("init", run_init, (), teacher),
-        StageNode("align", run_align, ("tokenize", "init"), recipe.align.model_dump()),
+        StageNode("align", run_align, ("tokenize", "init"), _settings(recipe.align)),
         StageNode("select", run_select, ("tokenize", "init", "align"), select),
         *main,
         StageNode(f"evaluate.{TEACHER}", run_evaluate, ("tokenize", "init"), recipe.evaluate.model_dump()),
@@ -93,7 +99,7 @@ def _conversion_nodes(recipe: ConversionRecipe) -> list[StageNode]:
 
 
 def _pretrain_nodes(recipe: PretrainRecipe) -> list[StageNode]:
-    training = {"pretrain": recipe.pretrain.model_dump(), "shape": recipe.shape.model_dump()}
+    training = {"pretrain": _settings(recipe.pretrain), "shape": recipe.shape.model_dump()}
     evaluate = f"evaluate.{TEACHER}"
     return [
         _data_node(recipe),

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from durable_files import read_json, write_json
+from halo_jobs.recipe import Recipe
 from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import HypeNetModel, LocalModel, build_model
 from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from hypenet_tools.initialise import hybrid_of
 from hypenet_tools.model_weights import load_weights, read_weights
 
@@ -41,56 +43,77 @@ def _student_key(key: str) -> str:
     return key if is_student_key(key) else ""
 
 
+def layout_of(recipe: Recipe) -> ParallelLayout:
+    """The layout of the training stages of `recipe`."""
+    return ParallelLayout(**recipe.layout.model_dump(exclude={"processes"}))
+
+
+def whole(model: LocalModel) -> HypeNetModel:
+    """A model built without a layout, as the one process holds it that selects and evaluates."""
+    assert isinstance(model, HypeNetModel)
+    return model
+
+
 @dataclass(frozen=True)
 class ModelBuilder:
-    """Builds the models of a run in one dtype on one device."""
+    """Builds the models of a run in one dtype on one device: of each, this rank's part in `layout`."""
 
     shape: ModelShape
     dtype: torch.dtype
     device: torch.device
+    layout: ParallelLayout = ONE_PROCESS
 
-    def _build(self, config: HypeNetConfig, *, aligned: bool = False) -> HypeNetModel:
-        return HypeNetModel(config, aligned=aligned).to(self.device)
+    def _build(self, config: HypeNetConfig, *, aligned: bool = False) -> LocalModel:
+        return build_model(config, aligned=aligned).to(self.device)
 
     def _teacher_config(self) -> HypeNetConfig:
         return HypeNetConfig.from_shape(
-            self.shape, self.shape.teacher_mixers(), hybrid=False, dtype=self.dtype
+            self.shape,
+            self.shape.teacher_mixers(),
+            hybrid=False,
+            dtype=self.dtype,
+            **self.layout.megatron_options(),
         )
 
-    def fresh_teacher(self) -> HypeNetModel:
+    def fresh_teacher(self) -> LocalModel:
         """A randomly initialised Qwen3-architecture model (pretraining)."""
         return self._build(self._teacher_config())
 
-    def teacher(self, weights: Path) -> HypeNetModel:
+    def teacher(self, weights: Path) -> LocalModel:
         model = self.fresh_teacher()
         load_weights(weights, model)
         return model
 
-    def aligned(self, teacher_weights: Path, student_weights: Path) -> HypeNetModel:
+    def aligned(self, teacher_weights: Path, student_weights: Path) -> LocalModel:
         """Teacher with a student mixer in every layer, from the two weights folders."""
         model = self._build(self._teacher_config(), aligned=True)
         load_weights(teacher_weights, model, rename=_teacher_key)
         load_weights(student_weights, model, rename=_student_key)
         return model
 
-    def _hybrid(self, attention_layers: Collection[int], logits_scaling_base: float | None) -> HypeNetModel:
+    def _hybrid(self, attention_layers: Collection[int], logits_scaling_base: float | None) -> LocalModel:
         mixers = self.shape.hybrid_mixers(tuple(attention_layers))
         return self._build(
             HypeNetConfig.from_shape(
-                self.shape, mixers, hybrid=True, dtype=self.dtype, logits_scaling_base=logits_scaling_base
+                self.shape,
+                mixers,
+                hybrid=True,
+                dtype=self.dtype,
+                logits_scaling_base=logits_scaling_base,
+                **self.layout.megatron_options(),
             )
         )
 
     def hybrid(
         self, weights: Path, attention_layers: Collection[int], logits_scaling_base: float | None = None
-    ) -> HypeNetModel:
+    ) -> LocalModel:
         model = self._hybrid(attention_layers, logits_scaling_base)
         load_weights(weights, model)
         return model
 
     def hybrid_from_parts(
         self, teacher_weights: Path, student_weights: Path, attention_layers: Collection[int], seed: int
-    ) -> HypeNetModel:
+    ) -> LocalModel:
         """The hybrid that distillation starts from: teacher, aligned students, fresh gates in attention layers."""
         model = self._hybrid(attention_layers, None)
         hybrid = hybrid_of(

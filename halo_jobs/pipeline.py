@@ -52,7 +52,7 @@ def _run_stage(
 ) -> StageResult:
     reset_seeds(recipe.seed)
     inputs = {name: records[name].folder for name in node.depends_on}
-    return node.run(StageContext(node.name, recipe, attempt.record.folder, inputs, console, device))
+    return node.run(StageContext(node.name, recipe, attempt.record.folder, inputs, console, device, attempt))
 
 
 def run_recipe(recipe: Recipe, runs: Path, console: Console) -> RunResult:

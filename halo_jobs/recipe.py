@@ -39,6 +39,9 @@ class TrainingSection(Section):
     clip_gradient: Annotated[float, Field(gt=0)] = 1.0
     recall_share: Share = 0.0
     checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    keep_checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    watchdog_seconds: Annotated[float, Field(gt=0)] = 600.0
     spike_factor: Annotated[float, Field(gt=1)] = 20.0
 
     @model_validator(mode="after")
@@ -110,11 +113,32 @@ class ShapeSection(Section):
     max_positions: PositiveInt = 4096
 
 
+class LayoutSection(Section):
+    """How the processes of a training stage share the model and the batch; results depend on it by rounding alone.
+
+    Fields but `processes` are those of hypenet_megatron's ParallelLayout.
+    """
+
+    processes: PositiveInt = 1
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+    sequence_parallel: bool = False
+    virtual_pipeline: PositiveInt = 1
+    first_stage_layers: PositiveInt | None = None
+    last_stage_layers: PositiveInt | None = None
+    pipeline_layout: str | None = None
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    recompute: Literal["attention", "layers"] | None = None
+
+
 class _Common(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     corpus: CorpusSection
+    layout: LayoutSection = LayoutSection()
 
 
 class ConversionRecipe(_Common):
@@ -197,6 +221,11 @@ def _set_override(content: dict[str, Any], override: str) -> None:
     content[last] = yaml.safe_load(value)
 
 
+def recipe_class(content: dict[str, Any]) -> type[ConversionRecipe] | type[PretrainRecipe]:
+    """What kind of recipe `content`, as YAML or JSON had it, is to be read as."""
+    return PretrainRecipe if content.get("kind") == "pretrain" else ConversionRecipe
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe; ValueError names the file, the key and the mend."""
     if not path.is_file():
@@ -213,7 +242,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path} holds no recipe; it should be a mapping of sections")
     for override in overrides:
         _set_override(content, override)
-    model = PretrainRecipe if content.get("kind") == "pretrain" else ConversionRecipe
+    model = recipe_class(content)
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -221,5 +250,5 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe with every default spelt out, as frozen in a run folder."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    """The recipe with every default spelt out, as frozen in a run folder; without the layout, which may change."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"layout"}), sort_keys=False)

@@ -13,6 +13,8 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 PATIENCE_SECONDS = 20.0
+# Stopped on request with everything saved: EX_TEMPFAIL of sysexits.h, "try again later".
+STOPPED_EXIT_CODE = 75
 
 # They speak of absent Apex and Transformer Engine, of APIs to come, of a world of one process.
 _CHATTY_WARNINGS = re.compile(r"[/\\](megatron|torch[/\\]distributed)[/\\]")

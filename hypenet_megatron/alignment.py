@@ -25,8 +25,8 @@ class Route(Enum):
 class AlignedSelfAttention(MegatronModule):
     """Drop-in `self_attention`: teacher softmax attention (frozen) and Lightning student over one input.
 
-    On the ALIGN route `loss` holds the mean squared distance of the student's output to the teacher's, over tokens and
-    channels (fp32 scalar with gradient to the student only); the residual stream stays the teacher's.
+    On the ALIGN route `loss` holds the mean squared distance of the student's output to the teacher's, over this rank's
+    tokens and all channels (fp32 scalar with gradient to the student only); the residual stream stays the teacher's.
     """
 
     def __init__(

@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.context_parallel import (
+    heads_for_sequence,
+    sequence_for_heads,
+    shared_heads_for_sequence,
+)
 
 
 def logits_scale(length: int, base: float, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -29,13 +35,20 @@ def scale_queries(query: Tensor, config: HypeNetConfig, *, training: bool) -> Te
 
 class SoftmaxAttentionCore(MegatronModule):
     """`core_attention` of an attention layer on the local path: query [s, b, heads, dh], key and value
-    [s, b, kv groups, dh], result [s, b, heads * dh]. Causal, no padding (training windows are full)."""
+    [s, b, kv groups, dh], result [s, b, heads * dh]. Causal, no padding (training windows are full).
 
-    def __init__(self, config: HypeNetConfig, **_: Any):
+    With context parallelism s is this rank's slice; the ranks exchange heads, so that each attends over the whole
+    sequence with some of them (the key and value heads repeated where there are fewer than ranks).
+    """
+
+    def __init__(self, config: HypeNetConfig, *, pg_collection: ProcessGroupCollection, **_: Any):
         super().__init__(config)
+        self.cp_group = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        key, value = (shared_heads_for_sequence(x, query.shape[2], self.cp_group) for x in (key, value))
+        query = heads_for_sequence(query, self.cp_group)
         query = scale_queries(query, self.config, training=self.training)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return output.permute(2, 0, 1, 3).flatten(2)
+        return sequence_for_heads(output.permute(2, 0, 1, 3), self.cp_group).flatten(2)

@@ -64,7 +64,10 @@ def backend_for(config: HypeNetConfig) -> Backend:
             query = scale_queries(query, self.config, training=self.training)
             return super().forward(query, *args, **options)
 
-    return Backend(te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear, ScaledTEDotProductAttention)
+    # Transformer Engine's context parallelism wants zig-zag slices of the sequence, ours are contiguous.
+    contiguous = config.context_parallel_size > 1
+    softmax_core = SoftmaxAttentionCore if contiguous else ScaledTEDotProductAttention
+    return Backend(te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear, softmax_core)
 
 
 def mixer_spec(mixer: MixerType, backend: Backend) -> ModuleSpec:

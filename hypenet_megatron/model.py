@@ -6,7 +6,7 @@ at the final hidden states, because every loss of ours works from those in chunk
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -20,13 +20,16 @@ from torch import Tensor
 
 from hypenet_megatron.alignment import AlignedSelfAttention, Route
 from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.context_parallel import sequence_slice
 from hypenet_megatron.layer_specs import block_spec
+from hypenet_megatron.norms import weight_in_use
 
 
 class HypeNetModel(LanguageModule):
     """Teacher, hybrid or (with `aligned`) the teacher with a student mixer beside each attention.
 
-    `forward` takes token ids [b, s] and returns, on the last pipeline stage, final-norm hidden states [s, b, d].
+    `forward` takes token ids [b, s] and returns, on the last pipeline stage, final-norm hidden states [s, b, d] and on
+    others the residual stream. With context parallelism s is this rank's slice.
     """
 
     def __init__(self, config: HypeNetConfig, *, aligned: bool = False, vp_stage: int | None = None) -> None:
@@ -83,8 +86,9 @@ class HypeNetModel(LanguageModule):
         return self.embedding(input_ids=input_ids, position_ids=None)
 
     def rotary(self, sequence_length: int) -> Tensor:
-        """RoPE angles [s, 1, 1, dh], fp32."""
-        return self.rotary_pos_emb(sequence_length)
+        """RoPE angles [s / cp, 1, 1, dh], fp32, of this rank's slice of a sequence of `sequence_length` tokens."""
+        # RotaryEmbedding's own forward would cut zig-zag slices.
+        return sequence_slice(self.rotary_pos_emb.get_emb(sequence_length), 0, self.cp_group)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden = self.embed(input_ids) if self.pre_process else None
@@ -95,9 +99,9 @@ class HypeNetModel(LanguageModule):
 
     def head_weight(self) -> Tensor:
         """Output head [vocab / tp, d], the embedding when tied."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        # A later stage than the embedding's has a copy of a tied weight in its output layer.
+        is_here = self.share_embeddings_and_output_weights and self.pre_process
+        return weight_in_use(self.embedding.word_embeddings if is_here else self.output_layer)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """Final hidden states over the whole sequence: undoes the sequence-parallel split, if any."""
@@ -126,6 +130,42 @@ class HypeNetModel(LanguageModule):
             f"{prefix}output_layer._extra_state", None
         )  # empty; kept out so that keys equal the local path's
         return state
+
+
+class ModelChunks(torch.nn.ModuleList):
+    """The parts of one model on a pipeline rank of the interleaved schedule, in layer order; each is a HypeNetModel.
+
+    Names of parameters begin with the chunk's number; the keys of checkpoints do not.
+    """
+
+    def chunks(self) -> list[HypeNetModel]:
+        return cast("list[HypeNetModel]", list(self))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return {
+            f"{prefix}{number}.{name}": entry
+            for number, chunk in enumerate(self.chunks())
+            for name, entry in chunk.sharded_state_dict("", sharded_offsets, metadata).items()
+        }
+
+
+LocalModel = HypeNetModel | ModelChunks
+"""What this rank holds of a model."""
+
+
+def build_model(config: HypeNetConfig, *, aligned: bool = False) -> LocalModel:
+    """This rank's part of the model: one HypeNetModel, or with a virtual pipeline one per chunk."""
+    chunks = config.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return HypeNetModel(config, aligned=aligned)
+    return ModelChunks(HypeNetModel(config, aligned=aligned, vp_stage=stage) for stage in range(chunks))
+
+
+def model_chunks(model: LocalModel) -> list[HypeNetModel]:
+    """The one or several parts that `model` consists of on this rank."""
+    return [model] if isinstance(model, HypeNetModel) else model.chunks()
 
 
 def count_parameters(model: torch.nn.Module, *, trainable_only: bool = False) -> int:

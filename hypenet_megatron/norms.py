@@ -14,6 +14,19 @@ from torch import Tensor, nn
 from hypenet_megatron.config import HypeNetConfig
 
 
+def weight_in_use(module: nn.Module) -> Tensor:
+    """`module.weight`, for those who read it without calling the module.
+
+    When parameters are gathered while computing, Megatron waits for them in a forward pre-hook of the module that owns
+    them; a weight read past the hook could be the one before the last update.
+    """
+    for announce in module._forward_pre_hooks.values():
+        announce(module, ())
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 class RMSNorm(nn.Module):
     """y = weight * x / rms(x) over the last dimension, statistics in fp32.
 

@@ -6,7 +6,8 @@ every attempt's log and end, and publishes the result once (record.py); holds a 
 """
 
 from halo_cluster.attempts import AttemptState, AttemptStatus
-from halo_cluster.local import PlannedStage, StageFailed, StageResult, run_stages
+from halo_cluster.local import PlannedStage, StageFailed, StageResult, StopRequested, run_stages
+from halo_cluster.processes import ProcessIdentity
 from halo_cluster.record import Attempt, StageRecord, input_hash
 from halo_cluster.run_folder import RunFolder, StageStatus
 from halo_cluster.storage import StorageError, storage_errors
@@ -16,11 +17,13 @@ __all__ = [
     "AttemptState",
     "AttemptStatus",
     "PlannedStage",
+    "ProcessIdentity",
     "RunFolder",
     "StageFailed",
     "StageRecord",
     "StageResult",
     "StageStatus",
+    "StopRequested",
     "StorageError",
     "input_hash",
     "run_stages",

@@ -41,11 +41,16 @@ class StageFailed(RuntimeError):
     """A stage ended in an error that is not the user's; the message names the stage and its log."""
 
 
+class StopRequested(Exception):
+    """A stage was asked to stop, has saved what it had, and ends unfinished; the message says by what and where."""
+
+
 def run_stages(stages: Sequence[PlannedStage], console: Console) -> dict[str, dict[str, Any]]:
     """Bring every stage to DONE, in order; returns each stage's DONE.json by name.
 
     The caller holds the run folder. The first stage that does not finish ends the call: ValueError (a user
-    error, as the stage raised it), StorageError, StageFailed, or KeyboardInterrupt. The next call resumes there.
+    error, as the stage raised it), StorageError, StageFailed, StopRequested, or KeyboardInterrupt. The next call
+    resumes there.
     """
     width = max((len(stage.name) for stage in stages), default=0)
     published: dict[str, dict[str, Any]] = {}
@@ -76,6 +81,10 @@ def _run_stage(stage: PlannedStage, console: Console, width: int) -> dict[str, A
     except KeyboardInterrupt:
         attempt.interrupt("Ctrl-C")
         _say(console, stage, width, "interrupted", "the same command resumes here")
+        raise
+    except StopRequested as request:
+        attempt.interrupt(str(request))
+        _say(console, stage, width, "interrupted", "saved; the same command resumes here")
         raise
     except Exception as error:
         reason = _reason(stage.record.folder, error)

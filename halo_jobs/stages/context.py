@@ -8,15 +8,17 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 from rich.console import Console
 
-from halo_cluster import StageResult
+from halo_cluster import Attempt, StageResult
+from halo_jobs.checkpointing.state import KeyFilter
 from halo_jobs.models import DTYPES, ModelBuilder, read_shape
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection, resolve_path
 from halo_jobs.training.batches import BatchCursor, Sampler
-from halo_jobs.training.checkpoints import KeyFilter
 from halo_jobs.training.objectives import Objective
 from halo_jobs.training.trainer import Trainer
+from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from tokenized_data import BlendedSampler, TokenStore, WindowSampler, load_tokenizer_identity
 
 TRAIN_STORE, HELD_OUT_STORE = "train", "held_out"
@@ -38,7 +40,7 @@ _tokenizer_identity = cache(
 
 @dataclass(frozen=True)
 class StageContext:
-    """`inputs` maps the names of earlier stages to their finished folders."""
+    """`inputs` maps the names of earlier stages to their finished folders; `attempt` is this try at the stage."""
 
     name: str
     recipe: Recipe
@@ -46,6 +48,9 @@ class StageContext:
     inputs: Mapping[str, Path]
     console: Console
     device: torch.device
+    attempt: Attempt
+    layout: ParallelLayout = ONE_PROCESS
+    """Of the world that this process is in."""
 
     @property
     def conversion(self) -> ConversionRecipe:
@@ -62,7 +67,8 @@ class StageContext:
         return self.inputs["init" if isinstance(self.recipe, ConversionRecipe) else "pretrain"]
 
     def builder(self) -> ModelBuilder:
-        return ModelBuilder(read_shape(self.teacher_folder()), DTYPES[self.recipe.precision], self.device)
+        shape = read_shape(self.teacher_folder())
+        return ModelBuilder(shape, DTYPES[self.recipe.precision], self.device, self.layout)
 
     def store(self, name: str) -> TokenStore:
         """A store of the tokenize stage; ValueError if it was made with another tokenizer than this recipe's."""
@@ -83,8 +89,19 @@ class StageContext:
         self, section: TrainingSection, objective: Objective, keep_keys: KeyFilter | None = None
     ) -> Trainer:
         """A trainer for this stage, not yet run."""
-        cursor = BatchCursor(self.sampler(section), section.global_batch, section.micro_batch, self.device)
-        return Trainer(self.name, section, objective, cursor, self.folder, self.console, keep_keys)
+        cursor = BatchCursor(
+            self.sampler(section),
+            section.global_batch,
+            section.micro_batch,
+            self.device,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_ranks=parallel_state.get_data_parallel_world_size(),
+            context_rank=parallel_state.get_context_parallel_rank(),
+            context_ranks=parallel_state.get_context_parallel_world_size(),
+        )
+        return Trainer(
+            self.name, section, objective, cursor, self.folder, self.console, keep_keys, self.attempt
+        )
 
 
 __all__ = ["StageContext", "StageResult", "recall_store_name"]

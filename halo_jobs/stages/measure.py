@@ -15,6 +15,7 @@ from halo_jobs.corpora.ngram import NGramBaseline
 from halo_jobs.evaluation.megatron_scorer import MegatronScorer
 from halo_jobs.evaluation.runner import TaskMetrics, evaluate, niah_grid
 from halo_jobs.evaluation.suites import evaluation_suite
+from halo_jobs.models import whole
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe
 from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.select import TOKENS_PER_BATCH, held_out_material
@@ -50,7 +51,7 @@ def run_calibrate(context: StageContext) -> StageResult:
     weights = context.inputs[f"finetune.{variant_of(context)}"] / HYBRID_WEIGHTS
     load = partial(context.builder().hybrid, weights, attention_layers_of(context))
     candidates = [
-        {"base": base, "loss": _mean_loss(load(base), windows)}
+        {"base": base, "loss": _mean_loss(whole(load(base)), windows)}
         for base in track([None, *section.candidates], context.name, console=context.console)
     ]
     best = min((c for c in candidates if c["base"] is not None), key=lambda c: (c["loss"], c["base"]))
@@ -66,12 +67,13 @@ def _model_under_test(context: StageContext) -> HypeNetModel:
     variant = variant_of(context)
     builder = context.builder()
     if variant == TEACHER:
-        return builder.teacher(context.teacher_folder() / TEACHER_WEIGHTS)
-    return builder.hybrid(
+        return whole(builder.teacher(context.teacher_folder() / TEACHER_WEIGHTS))
+    hybrid = builder.hybrid(
         context.inputs[f"finetune.{variant}"] / HYBRID_WEIGHTS,
         attention_layers_of(context),
         logits_scaling_base_of(context.inputs[f"calibrate.{variant}"]),
     )
+    return whole(hybrid)
 
 
 def _suite_metrics(context: StageContext, scorer: MegatronScorer, training_context: int) -> TaskMetrics:

@@ -10,6 +10,7 @@ import torch
 from durable_files import read_json, write_json
 from halo_jobs.evaluation.runner import TaskMetrics, evaluate_models
 from halo_jobs.evaluation.suites import HeldOut, group_score, group_standard_error, selection_suite
+from halo_jobs.models import whole
 from halo_jobs.recall import load_words
 from halo_jobs.selection.scores import (
     LayerScore,
@@ -82,7 +83,7 @@ def run_select(context: StageContext) -> StageResult:
     aligned = builder.aligned(
         context.inputs["init"] / TEACHER_WEIGHTS, context.inputs["align"] / STUDENT_WEIGHTS
     )
-    switch = LayerSwitch(aligned, context.device)
+    switch = LayerSwitch(whole(aligned), context.device)
     sweep, per_model = _measure(context, switch, builder.shape.num_layers)
     importance = layer_importance(section.method, sweep)
     if section.attention_layers is not None:

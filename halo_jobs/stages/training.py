@@ -5,18 +5,19 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+import torch.distributed as dist
+
+from halo_jobs.checkpointing.state import KeyFilter
 from halo_jobs.models import DTYPES, ModelBuilder, is_student_key, write_shape
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.selected import attention_layers_of, variant_of
-from halo_jobs.training.checkpoints import KeyFilter
 from halo_jobs.training.objectives import (
     AlignmentObjective,
     DistillationObjective,
     NextTokenObjective,
     Objective,
 )
-from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import reset_seeds
 from hypenet_tools.model_weights import save_weights
@@ -33,10 +34,10 @@ def _train_and_publish(
 ) -> StageResult:
     """Train to the end, hand on the weights, and drop the checkpoints that nobody will resume from."""
     summary: dict[str, Any] = context.train(section, objective, keep_keys).run()
-    model: HypeNetModel = objective.ddp.module
     folder = context.folder / weights
-    save_weights(folder, model, keep_keys)
-    shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
+    save_weights(folder, objective.model, keep_keys)
+    if dist.get_rank() == 0:
+        shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
     return StageResult([folder, context.folder / "metrics.jsonl"], summary)
 
 
@@ -45,15 +46,16 @@ def run_pretrain(context: StageContext) -> StageResult:
     vocabulary = context.store(TRAIN_STORE).tokenizer.vocab_size
     shape = ModelShape(name=recipe.name, vocab_size=vocabulary, **recipe.shape.model_dump())
     reset_seeds(recipe.seed)
-    model = ModelBuilder(shape, DTYPES[recipe.precision], context.device).fresh_teacher()
-    result = _train_and_publish(context, recipe.pretrain, NextTokenObjective(model), TEACHER_WEIGHTS)
+    builder = ModelBuilder(shape, DTYPES[recipe.precision], context.device, context.layout)
+    objective = NextTokenObjective(builder.fresh_teacher(), context.layout)
+    result = _train_and_publish(context, recipe.pretrain, objective, TEACHER_WEIGHTS)
     return StageResult([*result.outputs, write_shape(context.folder, shape)], result.summary)
 
 
 def run_align(context: StageContext) -> StageResult:
     start = context.inputs["init"]
     model = context.builder().aligned(start / TEACHER_WEIGHTS, start / STUDENT_WEIGHTS)
-    objective = AlignmentObjective(model)
+    objective = AlignmentObjective(model, context.layout)
     return _train_and_publish(context, context.conversion.align, objective, STUDENT_WEIGHTS, is_student_key)
 
 
@@ -64,11 +66,12 @@ def run_distil(context: StageContext) -> StageResult:
     student = builder.hybrid_from_parts(
         teacher_weights, context.inputs["align"] / STUDENT_WEIGHTS, layers, context.recipe.seed
     )
-    objective = DistillationObjective(student, builder.teacher(teacher_weights))
+    objective = DistillationObjective(student, builder.teacher(teacher_weights), context.layout)
     return _train_and_publish(context, context.conversion.distil, objective, HYBRID_WEIGHTS)
 
 
 def run_finetune(context: StageContext) -> StageResult:
     distilled = context.inputs[f"distil.{variant_of(context)}"] / HYBRID_WEIGHTS
     model = context.builder().hybrid(distilled, attention_layers_of(context))
-    return _train_and_publish(context, context.conversion.finetune, NextTokenObjective(model), HYBRID_WEIGHTS)
+    objective = NextTokenObjective(model, context.layout)
+    return _train_and_publish(context, context.conversion.finetune, objective, HYBRID_WEIGHTS)

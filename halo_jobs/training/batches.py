@@ -18,7 +18,8 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch: input_ids, labels int64 [micro_batch, context_length]; loss_weights fp32 of the same shape."""
+    """One micro-batch: input_ids, labels int64 [micro_batch, context_length]; loss_weights fp32 of the same shape. With
+    context parallelism, this rank's slice of each window."""
 
     input_ids: Tensor
     labels: Tensor
@@ -28,7 +29,12 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class BatchCursor:
-    """Deterministic batches of one data-parallel rank; sample order is independent of the world size."""
+    """Deterministic batches of one rank.
+
+    Which samples a step reads depends on the step and global_batch alone, so a run may go on in another world. They are
+    dealt out in order: micro-batch n of the step goes to data-parallel rank n modulo their number. Context-parallel
+    ranks read the same samples and take contiguous slices of the windows.
+    """
 
     sampler: Sampler
     global_batch: int
@@ -36,6 +42,8 @@ class BatchCursor:
     device: torch.device
     data_rank: int = 0
     data_ranks: int = 1
+    context_rank: int = 0
+    context_ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.global_batch % (self.micro_batch * self.data_ranks):
@@ -46,10 +54,13 @@ class BatchCursor:
 
     def step_samples(self, step: int) -> list[tuple[int, ...]]:
         """Sample numbers of this rank's micro-batches in (0-based) step `step`."""
-        stride = self.micro_batch * self.data_ranks
-        starts = range(step * self.global_batch, (step + 1) * self.global_batch, stride)
-        offset = self.data_rank * self.micro_batch
-        return [tuple(range(start + offset, start + offset + self.micro_batch)) for start in starts]
+        samples = self.global_samples(step)
+        starts = range(self.data_rank, len(samples) // self.micro_batch, self.data_ranks)
+        return [tuple(samples[n * self.micro_batch : (n + 1) * self.micro_batch]) for n in starts]
+
+    def global_samples(self, step: int) -> range:
+        """All ranks' sample numbers of step `step`."""
+        return range(step * self.global_batch, (step + 1) * self.global_batch)
 
     def batches(self, step: int) -> list[TokenBatch]:
         return [self._collate(samples) for samples in self.step_samples(step)]
@@ -58,4 +69,10 @@ class BatchCursor:
         windows = [self.sampler.window(sample) for sample in samples]
         tokens = torch.from_numpy(np.stack([w.tokens for w in windows])).to(self.device)
         weights = torch.from_numpy(np.stack([w.loss_weights for w in windows])).to(self.device)
-        return TokenBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, samples)
+        # Labels are shifted before windows are cut: the last label of a slice is the first token of the next.
+        return TokenBatch(
+            self._slice(tokens[:, :-1]), self._slice(tokens[:, 1:]), self._slice(weights), samples
+        )
+
+    def _slice(self, x: Tensor) -> Tensor:
+        return x.chunk(self.context_ranks, 1)[self.context_rank].contiguous()

@@ -8,6 +8,7 @@ the result does not depend on how the batch was cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,58 +27,87 @@ from halo_jobs.training.batches import TokenBatch
 from hypenet_kernels import chunked_cross_entropy, chunked_kl_divergence
 from hypenet_megatron.alignment import Route
 from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import HypeNetModel, LocalModel, model_chunks
+from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 
 
 class Objective(Protocol):
     """A trainable model together with its loss."""
 
-    ddp: DistributedDataParallel
+    model: LocalModel
+    chunks: list[DistributedDataParallel]
+    """The parts of `model` on this rank, each behind its gradient buffers."""
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
         """Gradients of one global batch into the gradient buffers; returns the mean loss, fp32 scalar."""
         ...
 
 
-def wrap_for_gradients(model: HypeNetModel) -> DistributedDataParallel:
-    """Megatron DDP: contiguous fp32 gradient buffers, reduced over data-parallel ranks."""
-    config: HypeNetConfig = model.config
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False),
-        model,
-    )
-    config.no_sync_func = ddp.no_sync
+def wrap_for_gradients(
+    model: LocalModel, *, distributed_optimizer: bool = False, overlap: bool = False
+) -> list[DistributedDataParallel]:
+    """Megatron DDP around every part of the model: contiguous fp32 gradient buffers, reduced over the ranks that hold
+    the same weights. `overlap` communicates while computing (see `ParallelLayout`)."""
+    config: HypeNetConfig = model_chunks(model)[0].config
+    chunks = [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=distributed_optimizer,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap and distributed_optimizer,
+            ),
+            chunk,
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(model_chunks(model))
+    ]
+    no_sync = [chunk.no_sync for chunk in chunks]
+    config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     config.finalize_model_grads_func = finalize_model_grads
-    return ddp
+    return chunks
+
+
+def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Let every rank have the whole of the last update, where gathering it was left to the next forward pass."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _run_schedule(
     forward_step: Callable[..., Any],
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     batches: Sequence[TokenBatch],
     *,
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
-    micro_batch, context_length = batches[0].input_ids.shape
+    """Megatron's schedule for this layout; every chunk reads the batches from the beginning."""
+    micro_batch, slice_length = batches[0].input_ids.shape
+    interleaved = len(chunks) > 1
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+        model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batches),
-        seq_length=context_length,
+        seq_length=slice_length * parallel_state.get_context_parallel_world_size(),
         micro_batch_size=micro_batch,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
     )
 
 
+def _sum_over_data(value: Tensor) -> Tensor:
+    """In place, over the ranks that hold the same weights and other tokens: data and context parallel."""
+    dist.all_reduce(value, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return value
+
+
 def _total_loss_weight(batches: Sequence[TokenBatch]) -> Tensor:
-    """Loss weight of the global batch over all data-parallel ranks."""
-    weight = torch.stack([batch.loss_weights.sum() for batch in batches]).sum()
-    dist.all_reduce(weight, group=parallel_state.get_data_parallel_group())
-    return weight
+    """Loss weight of the global batch."""
+    return _sum_over_data(torch.stack([batch.loss_weights.sum() for batch in batches]).sum())
 
 
 class _LossMeter:
@@ -90,9 +120,8 @@ class _LossMeter:
         self.value += loss.detach()
 
     def everywhere(self) -> Tensor:
-        dist.all_reduce(self.value, group=parallel_state.get_data_parallel_group())
         dist.broadcast(
-            self.value,
+            _sum_over_data(self.value),
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
@@ -105,11 +134,14 @@ def _by_token(x: Tensor) -> Tensor:
 
 
 class _HiddenStateObjective:
-    """Shared by the two losses that start from the final hidden states."""
+    """Shared by the two losses that start from the final hidden states, which the last pipeline stage has."""
 
-    def __init__(self, model: HypeNetModel):
+    def __init__(self, model: LocalModel, layout: ParallelLayout = ONE_PROCESS):
         self.model = model
-        self.ddp = wrap_for_gradients(model)
+        self.head = model_chunks(model)[-1]
+        self.chunks = wrap_for_gradients(
+            model, distributed_optimizer=layout.distributed_optimizer, overlap=layout.overlap
+        )
 
     def _token_loss(self, rows: Tensor, batch: TokenBatch, token_weights: Tensor) -> Tensor:
         """Weighted sum of losses; rows [s * b, d], token_weights [s * b], both in Megatron's token order."""
@@ -118,11 +150,12 @@ class _HiddenStateObjective:
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
         total_weight = _total_loss_weight(batches)
         meter = _LossMeter(total_weight.device)
-        # Megatron divides the loss by the micro-batches and averages gradients over data ranks: undo both.
+        # Undone here: Megatron divides the loss by the micro-batches, and averages gradients over data ranks. That it
+        # averages them over context ranks too, its schedule makes good.
         scale = len(batches) * parallel_state.get_data_parallel_world_size()
 
         def loss_of(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            rows = self.model.head_input(hidden).flatten(0, 1)
+            rows = self.head.head_input(hidden).flatten(0, 1)
             loss = self._token_loss(rows, batch, _by_token(batch.loss_weights) / total_weight)
             meter.add(loss)
             return loss * scale, {}
@@ -133,7 +166,7 @@ class _HiddenStateObjective:
             batch = next(batches)
             return model(batch.input_ids), partial(loss_of, batch)
 
-        _run_schedule(forward_step, self.ddp, batches, forward_only=False)
+        _run_schedule(forward_step, self.chunks, batches, forward_only=False)
         return meter.everywhere()
 
 
@@ -143,10 +176,10 @@ class NextTokenObjective(_HiddenStateObjective):
     def _token_loss(self, rows: Tensor, batch: TokenBatch, token_weights: Tensor) -> Tensor:
         return chunked_cross_entropy(
             rows,
-            self.model.head_weight(),
+            self.head.head_weight(),
             _by_token(batch.labels),
             token_weights,
-            group=self.model.pg_collection.tp,
+            group=self.head.pg_collection.tp,
         )
 
 
@@ -154,9 +187,10 @@ class DistillationObjective(_HiddenStateObjective):
     """KL(teacher || student). The frozen teacher runs its own forward-only schedule first; of it only the final
     hidden states stay, on the last stage, never the logits."""
 
-    def __init__(self, model: HypeNetModel, teacher: HypeNetModel):
-        super().__init__(model)
-        self.teacher = teacher.eval().requires_grad_(False)
+    def __init__(self, model: LocalModel, teacher: LocalModel, layout: ParallelLayout = ONE_PROCESS) -> None:
+        super().__init__(model, layout)
+        teacher.eval().requires_grad_(False)
+        self.teacher = model_chunks(teacher)
         self._teacher_hidden: Iterator[Tensor] = iter(())
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
@@ -174,13 +208,15 @@ class DistillationObjective(_HiddenStateObjective):
         return super().accumulate(batches)
 
     def _token_loss(self, rows: Tensor, batch: TokenBatch, token_weights: Tensor) -> Tensor:
+        # The last stage takes micro-batches in order in both schedules.
+        teacher = self.teacher[-1]
         return chunked_kl_divergence(
             rows,
-            self.model.head_weight(),
-            self.teacher.head_input(next(self._teacher_hidden)).flatten(0, 1),
-            self.teacher.head_weight(),
+            self.head.head_weight(),
+            teacher.head_input(next(self._teacher_hidden)).flatten(0, 1),
+            teacher.head_weight(),
             token_weights,
-            group=self.model.pg_collection.tp,
+            group=self.head.pg_collection.tp,
         )
 
 
@@ -191,34 +227,45 @@ class AlignmentObjective:
     stream on and calls backward for its own mixers.
     """
 
-    def __init__(self, model: HypeNetModel):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".student." in name)
-        model.set_route(Route.ALIGN)
+    def __init__(self, model: LocalModel, layout: ParallelLayout = ONE_PROCESS):
         self.model = model
-        self.ddp = wrap_for_gradients(model)
+        parts = model_chunks(model)
+        for part in parts:
+            for name, parameter in part.named_parameters():
+                parameter.requires_grad_(".student." in name)
+            part.set_route(Route.ALIGN)
+        self.config: HypeNetConfig = parts[0].config
+        # No overlap: Megatron starts overlapped reductions from its backward schedule, which never runs here.
+        self.chunks = wrap_for_gradients(model, distributed_optimizer=layout.distributed_optimizer)
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
-        layers = self.model.config.num_layers
         meter = _LossMeter(batches[0].input_ids.device)
-
-        count = len(batches)
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        # A mixer's loss is the mean over the tokens that it sees. With sequence parallelism those are a tensor rank's
+        # share, and the backward passes of the ranks add up.
+        shares = tensor_group.size() if self.config.sequence_parallel else 1
+        parts = self.config.num_layers * len(batches) * shares
 
         def forward_step(
-            batches: Iterator[TokenBatch], model: torch.nn.Module
+            batches: Iterator[TokenBatch], model: DistributedDataParallel
         ) -> tuple[Tensor, Callable[..., Any]]:
             # The teacher runs without a graph; each aligned mixer switches gradients on for its student alone.
             hidden = model(next(batches).input_ids)
-            losses = [mixer.loss for mixer in self.model.aligned_mixers()]
-            loss = torch.stack([x for x in losses if x is not None]).sum() / (layers * count)
+            part: HypeNetModel = model.module
+            losses = [mixer.loss for mixer in part.aligned_mixers()]
+            loss = torch.stack([x for x in losses if x is not None]).sum() / parts
             loss.backward()
             meter.add(loss)
             return hidden, lambda hidden, non_loss_data=False: (hidden.sum() * 0, {})
 
-        with self.ddp.no_sync():
-            _run_schedule(forward_step, self.ddp, batches, forward_only=True)
-        finalize_model_grads([self.ddp])
-        total = meter.value / parallel_state.get_data_parallel_world_size()
+        with ExitStack() as without_reduction:
+            for chunk in self.chunks:
+                without_reduction.enter_context(chunk.no_sync())
+            _run_schedule(forward_step, self.chunks, batches, forward_only=True)
+        finalize_model_grads(self.chunks)
+        data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        total = _sum_over_data(meter.value / data_group.size())
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        if shares > 1:
+            dist.all_reduce(total, group=tensor_group)
         return total

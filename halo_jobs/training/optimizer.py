@@ -11,8 +11,12 @@ from halo_jobs.recipe import TrainingSection
 BETAS = (0.9, 0.95)
 
 
-def build_optimizer(ddp: DistributedDataParallel, section: TrainingSection) -> MegatronOptimizer:
-    """Optimizer over the trainable parameters of `ddp`; bf16 models get fp32 master weights."""
+def build_optimizer(chunks: list[DistributedDataParallel], section: TrainingSection) -> MegatronOptimizer:
+    """Optimizer over the trainable parameters of `chunks`; bf16 models get fp32 master weights.
+
+    Distributed (master weights and moments split over data-parallel ranks) if the chunks' gradient buffers are.
+    """
+    dtype, buffers = chunks[0].config.params_dtype, chunks[0].ddp_config
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -22,11 +26,12 @@ def build_optimizer(ddp: DistributedDataParallel, section: TrainingSection) -> M
             adam_beta2=BETAS[1],
             adam_eps=1e-8,
             clip_grad=section.clip_gradient,
-            bf16=ddp.config.params_dtype == torch.bfloat16,
-            params_dtype=ddp.config.params_dtype,
-            use_distributed_optimizer=False,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=buffers.use_distributed_optimizer,
+            overlap_param_gather=buffers.overlap_param_gather,
         ),
-        [ddp],
+        chunks,
     )
 
 

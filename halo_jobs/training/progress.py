@@ -40,11 +40,19 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of one stage. Lines after the step resumed from are dropped."""
+    """metrics.jsonl and TensorBoard events of one stage. Lines after the step resumed from are dropped.
 
-    def __init__(self, folder: Path, *, resume_step: int):
+    Of the processes that train together one `writes`; in the others nothing happens.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int, writes: bool = True):
         self.path = folder / "metrics.jsonl"
         self.elapsed_before = 0.0
+        self._writes = writes
+        if writes:
+            self._open(folder, resume_step)
+
+    def _open(self, folder: Path, resume_step: int) -> None:
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
@@ -59,13 +67,16 @@ class MetricsLog:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, metrics: StepMetrics) -> None:
+        if not self._writes:
+            return
         self._file.write(json.dumps(asdict(metrics)) + "\n")
         for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
             self._events.add_scalar(name, getattr(metrics, name), metrics.step)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
 
 class ProgressReporter:

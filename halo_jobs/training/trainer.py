@@ -4,29 +4,52 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from rich.console import Console
 
 from durable_files import write_json
+from halo_cluster import Attempt, StopRequested
+from halo_jobs.checkpointing import BackgroundSaver, KeyFilter, TrainingCheckpoints
+from halo_jobs.checkpointing.code_version import code_version
+from halo_jobs.checkpointing.layout import current_layout
+from halo_jobs.checkpointing.ranks import highest
 from halo_jobs.recipe import TrainingSection
+from halo_jobs.supervision import PeerLost, StopRequests, Watchdog, is_lost_peer
 from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.checkpoints import KeyFilter, TrainingCheckpoints
 from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
-from halo_jobs.training.objectives import Objective
+from halo_jobs.training.objectives import Objective, gather_weights
 from halo_jobs.training.optimizer import build_optimizer, set_learning_rate
 from halo_jobs.training.progress import MetricsLog, ProgressReporter, StepMetrics
 from halo_jobs.training.schedule import learning_rate
+
+# What a step depends on, besides the data: a checkpoint of other values is of another training.
+_SCHEDULE = (
+    "steps",
+    "context_length",
+    "global_batch",
+    "learning_rate",
+    "final_learning_rate",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "clip_gradient",
+    "recall_share",
+)
 
 
 @dataclass
 class Trainer:
     """Trains `objective` for `section.steps` steps in `folder`, from the newest valid checkpoint there.
 
-    `keep_keys` restricts checkpoints to the tensors that are trained (alignment leaves the teacher out).
+    Every rank runs one, in step. `keep_keys` restricts checkpoints to the tensors that are trained (alignment leaves
+    the teacher out). `attempt` gets the stacks and the reason if the watchdog ends the run; without it, `folder` does.
     """
 
     title: str
@@ -36,47 +59,117 @@ class Trainer:
     folder: Path
     console: Console
     keep_keys: KeyFilter | None = None
+    attempt: Attempt | None = None
 
     def __post_init__(self) -> None:
-        self.model = self.objective.ddp.module
-        self.checkpoints = TrainingCheckpoints(self.folder / "checkpoints")
+        self.model = self.objective.model
+        self.checkpoints = TrainingCheckpoints(
+            self.folder / "checkpoints", self.section.keep_checkpoints, self.section.keep_checkpoint_every
+        )
+        self.saver = BackgroundSaver(self.checkpoints, self.keep_keys)
+        self.stop = StopRequests(self.folder)
         self.guard = DivergenceGuard(self.section.spike_factor)
+        self._is_first = dist.get_rank() == 0
+        if not self._is_first:
+            self.console = Console(quiet=True)
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; returns a summary (steps, tokens, final loss, tokens per second)."""
-        optimizer = build_optimizer(self.objective.ddp, self.section)
-        first_step = self._resume(optimizer)
-        log = MetricsLog(self.folder, resume_step=first_step)
+        """Train to the end; returns a summary (steps, tokens, final loss, tokens per second).
+
+        Raises TrainingDiverged, StopRequested after saving, PeerLost when another rank is gone.
+        """
+        with self._watched() as watchdog, self.stop.heeded():
+            optimizer = build_optimizer(self.objective.chunks, self.section)
+            first_step = self._resume(optimizer)
+            log = MetricsLog(self.folder, resume_step=first_step, writes=self._is_first)
+            return self._run_from(first_step, optimizer, log, watchdog)
+
+    def _run_from(
+        self, first_step: int, optimizer: MegatronOptimizer, log: MetricsLog, watchdog: Watchdog
+    ) -> dict[str, Any]:
         reporter = ProgressReporter(self.title, self.section.steps, self.console)
         self.model.train()
         try:
             with reporter.live():
-                summary = self._loop(optimizer, first_step, log, reporter)
+                return self._loop(optimizer, first_step, log, reporter, watchdog)
         except TrainingDiverged as problem:
-            self._save_bad_batch(problem)
+            self.saver.finish()
+            if self._is_first:
+                self._save_bad_batch(problem)
             raise
         finally:
             log.close()
-        return summary
+
+    @contextmanager
+    def _watched(self) -> Iterator[Watchdog]:
+        """Under the watchdog, with the errors that a vanished rank causes in a sentence."""
+        with Watchdog(
+            self.title,
+            self.section.watchdog_seconds,
+            self.attempt.folder if self.attempt else self.folder,
+            self.attempt.fail if self.attempt else None,
+        ) as watchdog:
+            try:
+                yield watchdog
+            except RuntimeError as error:
+                if not is_lost_peer(error):
+                    raise
+                raise PeerLost(
+                    f"{watchdog.lost_peers() or 'another rank'} has ended; its own message says why, or the system's "
+                    "log if memory ran out; the same command resumes from the last checkpoint"
+                ) from error
 
     def _resume(self, optimizer: MegatronOptimizer) -> int:
         step, damage = self.checkpoints.newest_valid()
         for sentence in damage:
             self.console.print(f"[yellow]{self.title}: skipping a damaged checkpoint: {sentence}")
+        self.checkpoints.set_damaged_aside(step)
         if step is None:
             return 0
         restored = self.checkpoints.load(step, self.model, optimizer, self.keep_keys)
+        self._check_same_training(step, restored)
         self.guard.recent = deque(restored["recent_losses"])
         self.console.print(
             f"{self.title}: resuming after step {step} of {self.section.steps}", highlight=False
         )
+        if restored["code_version"] != code_version():
+            self.console.print(
+                f"{self.title}: the checkpoint was saved by code {restored['code_version']}, this is "
+                f"{code_version()}; numbers may differ from here on",
+                highlight=False,
+            )
         return step
 
+    def _check_same_training(self, step: int, restored: dict[str, Any]) -> None:
+        place = self.checkpoints.path(step)
+        for key in _SCHEDULE:
+            saved, now = restored["section"][key], getattr(self.section, key)
+            if saved != now:
+                raise ValueError(
+                    f"{place} was saved with {key} {saved}, the recipe says {now}; restore the recipe, or "
+                    f"remove {self.checkpoints.folder} to train anew"
+                )
+        now = self._recipe_hash()
+        if now and restored["recipe_hash"] not in ("", now):
+            raise ValueError(
+                f"{place} was saved for stage inputs {restored['recipe_hash']}, these are {now}; "
+                f"remove {self.checkpoints.folder} to train anew"
+            )
+
+    def _recipe_hash(self) -> str:
+        return self.attempt.record.input_hash if self.attempt else ""
+
     def _loop(
-        self, optimizer: MegatronOptimizer, first_step: int, log: MetricsLog, reporter: ProgressReporter
+        self,
+        optimizer: MegatronOptimizer,
+        first_step: int,
+        log: MetricsLog,
+        reporter: ProgressReporter,
+        watchdog: Watchdog,
     ) -> dict[str, Any]:
         started = time.monotonic()
-        loss = float("nan")
+        watchdog.progress(first_step)
+        loss = self.guard.recent[-1] if self.guard.recent else float("nan")
         for step in range(first_step, self.section.steps):
             loss, gradient_norm = self._step(optimizer, step)
             elapsed = time.monotonic() - started
@@ -93,8 +186,10 @@ class Trainer:
             )
             log.write(metrics)
             reporter.update(done, f"loss {loss:.4g}  {metrics.tokens_per_second:,.0f} tokens/s")
-            if done % self.section.checkpoint_every == 0 and done < self.section.steps:
-                self._checkpoint(done, optimizer)
+            watchdog.progress(done)
+            self._between_steps(done, optimizer, watchdog)
+        self.saver.finish(watchdog.progress)
+        gather_weights(self.objective.chunks)
         return {
             "steps": self.section.steps,
             "tokens": self.section.steps * self.section.tokens_per_step,
@@ -105,19 +200,49 @@ class Trainer:
     def _step(self, optimizer: MegatronOptimizer, step: int) -> tuple[float, float]:
         """One optimizer step; returns (loss, gradient norm before clipping)."""
         batches = self.cursor.batches(step)
-        samples = tuple(sample for batch in batches for sample in batch.samples)
+        samples = tuple(self.cursor.global_samples(step))
         set_learning_rate(optimizer, learning_rate(self.section, step))
-        self.objective.ddp.zero_grad_buffer()
+        for chunk in self.objective.chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         loss = float(self.objective.accumulate(batches))
         self.guard.check_loss(loss, step=step, samples=samples)
+        self.saver.before_update()
         _, gradient_norm, _ = optimizer.step()
         self.guard.check_gradient(float(gradient_norm), step=step, samples=samples)
         return loss, float(gradient_norm)
 
-    def _checkpoint(self, step: int, optimizer: MegatronOptimizer) -> None:
-        extra = {"recent_losses": list(self.guard.recent)}
-        self.checkpoints.save(step, self.model, optimizer, extra, self.keep_keys)
+    def _between_steps(self, done: int, optimizer: MegatronOptimizer, watchdog: Watchdog) -> None:
+        """What all ranks agree on after a step: publish the save that is written, begin the next, stop."""
+        stop, busy = highest([self.stop.code(), self.saver.busy])
+        if self.saver.in_flight and not busy:
+            self.saver.publish_written()
+        due = done % self.section.checkpoint_every == 0 and done < self.section.steps
+        if due or stop:
+            gather_weights(self.objective.chunks)
+            self.saver.begin(done, self.model, optimizer, self._training_state(done))
+        if stop:
+            self.saver.finish(watchdog.progress)
+            if self._is_first:
+                self.stop.forget_file()
+            raise StopRequested(
+                f"{self.title}: stopped by {self.stop.reason(stop)} after step {done} of {self.section.steps}, "
+                f"which is saved in {self.checkpoints.path(done)}"
+            )
+
+    def _training_state(self, done: int) -> dict[str, Any]:
+        """What a checkpoint says besides tensors. The data order and the learning rate are functions of the step."""
+        return {
+            "step": done,
+            "optimizer_step": done,
+            "consumed_samples": done * self.section.global_batch,
+            "consumed_tokens": done * self.section.tokens_per_step,
+            "section": self.section.model_dump(mode="json"),
+            "recipe_hash": self._recipe_hash(),
+            "code_version": code_version(),
+            "layout": current_layout(),
+            "recent_losses": list(self.guard.recent),
+        }
 
     def _save_bad_batch(self, problem: TrainingDiverged) -> None:
         windows = [self.cursor.sampler.window(sample) for sample in problem.samples]

@@ -27,7 +27,8 @@ from hypenet_kernels import (
     norm_rope,
 )
 from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.norms import HeadsRMSNorm
+from hypenet_megatron.context_parallel import state_before_slice
+from hypenet_megatron.norms import HeadsRMSNorm, weight_in_use
 
 
 class LightningCore(MegatronModule):
@@ -38,7 +39,7 @@ class LightningCore(MegatronModule):
 
     def __init__(self, config: HypeNetConfig, *, pg_collection: ProcessGroupCollection, **_: Any):
         super().__init__(config)
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         local_heads = config.num_attention_heads // self.tp_group.size()
         first = self.tp_group.rank() * local_heads
         self.slopes = decay_slopes(config.num_attention_heads)[first : first + local_heads]
@@ -46,9 +47,10 @@ class LightningCore(MegatronModule):
         self.o_norm = HeadsRMSNorm(config, local_heads * config.kv_channels, self.tp_group)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        """q, k (normalised and rotated), v, gate [b, s, heads / tp, dh]; returns [b, s, heads / tp * dh]."""
-        o, _ = lightning_attention(q, k, v, self.slopes, self.scale)
-        weight, epsilon = self.o_norm.weight, self.config.layernorm_epsilon
+        """q, k (normalised and rotated), v, gate [b, s / cp, heads / tp, dh]; returns [b, s / cp, heads / tp * dh]."""
+        before = state_before_slice(k, v, self.slopes, self.cp_group) if self.cp_group.size() > 1 else None
+        o, _ = lightning_attention(q, k, v, self.slopes, self.scale, initial_state=before)
+        weight, epsilon = weight_in_use(self.o_norm), self.config.layernorm_epsilon
         if self.tp_group.size() == 1:
             return gated_norm(o, gate, weight, epsilon)
         # Tensor parallelism splits the heads, so the sum of squares is summed over ranks, forward and backward.
@@ -63,7 +65,8 @@ class LightningSelfAttention(SelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [s, b, d] (sequence-parallel: [s / tp, b, d]), rotary_pos_emb angles [s, 1, 1, dh]."""
+        """hidden_states [s, b, d] (sequence-parallel: [s / tp, b, d]), rotary_pos_emb angles [s, 1, 1, dh]; s is this
+        rank's part of the sequence where context parallelism splits it."""
         mixed, _bias = self.linear_qkv(hidden_states)
         # Per head [query, gate, key, value]: as many key heads as query heads, so groups are heads.
         mixed = mixed.unflatten(-1, (-1, 4, self.hidden_size_per_attention_head)).transpose(0, 1)
@@ -72,8 +75,8 @@ class LightningSelfAttention(SelfAttention):
         q, k = norm_rope(
             query,
             key,
-            self.q_layernorm.weight,
-            self.k_layernorm.weight,
+            weight_in_use(self.q_layernorm),
+            weight_in_use(self.k_layernorm),
             torch.cos(angles),
             torch.sin(angles),
             self.config.layernorm_epsilon,

@@ -1,5 +1,6 @@
 """Process groups, seeds, and the CPU (gloo) backend."""
 
-from hypenet_megatron.runtime.process_groups import ParallelLayout, model_parallel, reset_seeds
+from hypenet_megatron.runtime.layout import ONE_PROCESS, ParallelLayout
+from hypenet_megatron.runtime.process_groups import joined_world, model_parallel, reset_seeds
 
-__all__ = ["ParallelLayout", "model_parallel", "reset_seeds"]
+__all__ = ["ONE_PROCESS", "ParallelLayout", "joined_world", "model_parallel", "reset_seeds"]

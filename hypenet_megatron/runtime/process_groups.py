@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -15,19 +14,19 @@ import torch
 import torch.distributed as dist
 
 from hypenet_megatron.runtime import cpu_backend
+from hypenet_megatron.runtime.layout import ONE_PROCESS, ParallelLayout
 
 
-@dataclass(frozen=True)
-class ParallelLayout:
-    """How many ranks share a layer (tensor), the layers (pipeline) and the sequence (context)."""
+@contextmanager
+def joined_world() -> Iterator[None]:
+    """Join the world that torchrun or Slurm described in the environment, or be a world of one without any socket.
 
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-
-
-def _join_world() -> None:
-    """Join the world that torchrun or Slurm described in the environment, or be a world of one without any socket."""
+    Nested in itself it does nothing, so that one world can be laid out several times, one after the other.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    cpu_backend.install()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -35,6 +34,10 @@ def _join_world() -> None:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def reset_seeds(seed: int) -> None:
@@ -47,26 +50,37 @@ def reset_seeds(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
+def _leave_groups(groups: Sequence[dist.ProcessGroup | None]) -> None:
+    """Megatron forgets its groups without ending them, and each keeps threads; None stands for the whole world."""
+    for group in groups:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
 @contextmanager
-def model_parallel(layout: ParallelLayout = ParallelLayout(), *, seed: int = 0) -> Iterator[torch.device]:
+def model_parallel(layout: ParallelLayout = ONE_PROCESS, *, seed: int = 0) -> Iterator[torch.device]:
     """Process groups for `layout` for the duration of the block; yields the device that models live on."""
     cpu_backend.install()
     from megatron.core import parallel_state
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    _join_world()
-    try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            context_parallel_size=layout.context,
-        )
-        reset_seeds(seed)
-        yield (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with joined_world():
+        layout.data_ranks(dist.get_world_size())
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tensor,
+                pipeline_model_parallel_size=layout.pipeline,
+                virtual_pipeline_model_parallel_size=(
+                    layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+                ),
+                context_parallel_size=layout.context,
+            )
+            reset_seeds(seed)
+            yield (
+                torch.device("cuda", torch.cuda.current_device())
+                if torch.cuda.is_available()
+                else torch.device("cpu")
+            )
+        finally:
+            _leave_groups(parallel_state._global_process_group_list or [])
+            parallel_state.destroy_model_parallel()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -99,13 +100,47 @@ def test_interrupted_run_goes_on_to_the_same_weights(finished, tmp_path, number)
     # A terminal's Ctrl-C reaches every process of the foreground, kill only the one.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert stderr == "interrupted; the same command resumes\n"
+    if number == signal.SIGTERM and process.returncode == 75:  # it came during a training, which then saves first
+        assert re.fullmatch(
+            r"\w+(\.\w+)?: stopped by SIGTERM after step \d of \d, which is saved in \S+/checkpoints/step-\d{8}; "
+            r"the same command resumes there\n",
+            stderr,
+        )
+    else:
+        assert process.returncode == 130
+        assert stderr == "interrupted; the same command resumes\n"
     with pytest.raises(ProcessLookupError):  # nobody is left of its session
         os.killpg(process.pid, 0)
     again = _halo("run", recipe, "--runs", tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert _weights(tmp_path / "tiny") == _weights(whole)
+
+
+def test_training_asked_to_stop_saves_first(finished, tmp_path):
+    recipe, _, _ = finished
+    settings = ["--set", "align.steps=100000", "--set", "align.checkpoint_every=100000"]
+    process = subprocess.Popen(
+        _command("run", recipe, "--runs", tmp_path, *settings), stderr=subprocess.PIPE, text=True
+    )
+    while not any(path.read_text().count("\n") >= 2 for path in tmp_path.glob("tiny/align/*/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR2)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75
+    (align,) = (tmp_path / "tiny" / "align").iterdir()
+    done = len((align / "metrics.jsonl").read_text().splitlines())
+    (checkpoint,) = (align / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{done:08d}"
+    assert stderr == (
+        f"align: stopped by SIGUSR2 after step {done} of 100000, which is saved in {checkpoint}; "
+        "the same command resumes there\n"
+    )
+    training = read_json(checkpoint / "TRAINING.json")
+    assert training["step"] == done and training["consumed_samples"] == 4 * done
+    assert training["recipe_hash"] == align.name and training["section"]["learning_rate"] == 1e-3
+    end = read_json(align / "attempt.1" / "exit.json")
+    assert end["outcome"] == "interrupted" and "stopped by SIGUSR2" in end["reason"]
 
 
 @pytest.fixture

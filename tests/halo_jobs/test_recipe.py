@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from halo_jobs.graph import input_hashes, stage_nodes
 from halo_jobs.recipe import SHIPPED_RECIPES, ConversionRecipe, PretrainRecipe, load_recipe, recipe_yaml
 from halo_jobs.training.schedule import learning_rate
 from hypenet_megatron.presets import HYPENET_PRESETS
@@ -21,6 +22,17 @@ def test_frozen_recipe_loads_to_the_same(tiny_recipe, tmp_path):
     path = tmp_path / "frozen.yaml"
     path.write_text(recipe_yaml(tiny_recipe))
     assert load_recipe(path) == tiny_recipe
+
+
+def test_layout_is_not_frozen(tiny_recipe_file):
+    """The same run may go on in another layout."""
+    elsewhere = load_recipe(tiny_recipe_file, ["layout.tensor=2", "layout.processes=4"])
+    assert (elsewhere.layout.tensor, elsewhere.layout.processes) == (2, 4)
+    assert recipe_yaml(elsewhere) == recipe_yaml(load_recipe(tiny_recipe_file))
+    hashes = [
+        input_hashes(recipe, stage_nodes(recipe)) for recipe in (elsewhere, load_recipe(tiny_recipe_file))
+    ]
+    assert hashes[0] == hashes[1]
 
 
 def _load(content: dict, tmp_path):
@@ -101,5 +113,7 @@ def test_published_recipe_has_the_published_layers():
     preset = HYPENET_PRESETS["hypenet-2b"]
     assert isinstance(recipe, ConversionRecipe)
     assert tuple(recipe.select.attention_layers or ()) == preset.attention_layers
-    tokens = [section.steps * section.tokens_per_step for section in (recipe.align, recipe.distil, recipe.finetune)]
+    tokens = [
+        section.steps * section.tokens_per_step for section in (recipe.align, recipe.distil, recipe.finetune)
+    ]
     assert [round(count / 1e9, 2) for count in tokens] == [0.33, 0.98, 1.05]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from halo_jobs.checkpointing import TrainingCheckpoints
 from halo_jobs.models import is_student_key
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.checkpoints import TrainingCheckpoints
 from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
 from halo_jobs.training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
 from halo_jobs.training.trainer import Trainer
@@ -151,7 +151,7 @@ def test_damaged_checkpoint_is_skipped(world, tmp_path):
     damaged = _trainer(tmp_path / "damaged", "finetune")
     damaged.run()
     newest = TrainingCheckpoints(tmp_path / "damaged" / "checkpoints").path(6)
-    victim = max(newest.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim = max(newest.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-100])
     step, damage = TrainingCheckpoints(tmp_path / "damaged" / "checkpoints").newest_valid()
     assert step == 3
@@ -192,12 +192,29 @@ def test_weights_folder_round_trip(world, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_sample_order_is_that_of_one_rank():
-    """Two data-parallel ranks together read the same samples per step as one."""
+@pytest.mark.parametrize(("data_ranks", "context_ranks"), [(2, 1), (4, 1), (1, 2), (2, 4)])
+def test_any_world_reads_the_batches_of_one_rank(data_ranks, context_ranks):
+    """Micro-batches go round the data-parallel ranks in order; context-parallel ranks have slices of the same ones."""
     one = BatchCursor(_Windows(), 8, 2, torch.device("cpu"))
-    ranks = [BatchCursor(_Windows(), 8, 2, torch.device("cpu"), rank, 2) for rank in range(2)]
-    for step in range(3):
-        together = sorted(s for rank in ranks for samples in rank.step_samples(step) for s in samples)
-        assert together == sorted(s for samples in one.step_samples(step) for s in samples)
+    ranks = [
+        [
+            BatchCursor(_Windows(), 8, 2, torch.device("cpu"), data, data_ranks, context, context_ranks)
+            for context in range(context_ranks)
+        ]
+        for data in range(data_ranks)
+    ]
+    for step in (0, 1, 7):
+        whole = one.batches(step)
+        assert [s for batch in whole for s in batch.samples] == list(one.global_samples(step))
+        dealt = [[cursor.batches(step) for cursor in row] for row in ranks]
+        for number, expected in enumerate(whole):
+            slices = [part[number // data_ranks] for part in dealt[number % data_ranks]]
+            assert all(part.samples == expected.samples for part in slices)
+            for field in ("input_ids", "labels", "loss_weights"):
+                assert torch.cat([getattr(part, field) for part in slices], 1).equal(getattr(expected, field))
+        assert sum(len(part) for row in dealt for part in row) == len(whole) * context_ranks
+
+
+def test_batches_that_cannot_be_dealt_out():
     with pytest.raises(ValueError, match="data-parallel ranks"):
         BatchCursor(_Windows(), 6, 2, torch.device("cpu"), 0, 2)

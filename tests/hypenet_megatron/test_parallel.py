@@ -63,7 +63,7 @@ def _measured(model: HypeNetModel) -> dict[str, np.ndarray]:
         hidden = model.head_input(model(batches[0].input_ids))
         found = {"logits": _gathered(model.logits(hidden), -1)}
     objective = NextTokenObjective(model)
-    objective.ddp.zero_grad_buffer()
+    objective.chunks[0].zero_grad_buffer()
     found["loss"] = objective.accumulate(batches)
     for name, parameter in model.named_parameters():
         gradient = parameter.main_grad

@@ -54,19 +54,24 @@ def _chunk(piece: ShardedTensor) -> Chunk:
 
 
 def load_weights(
-    source: Path | TensorView,
+    source: Path | Mapping[str, Tensor],
     model: torch.nn.Module,
     *,
     rename: Callable[[str], str] | None = None,
 ) -> None:
-    """Load a weights folder, or a view of whole tensors, into this rank's part of `model`, in the model's dtype.
+    """Load a weights folder, or whole tensors (in memory or a view), into this rank's part of `model`, in its dtype.
 
     `rename` maps a key of the whole model to the stored key; what it maps to "" is left as it is in the model.
     ValueError when a file is damaged (all ranks share the reading), a tensor is missing or of another shape.
     """
-    view = read_weights(source) if isinstance(source, Path) else source
+    view = read_weights(source) if isinstance(source, Path) else as_view(source)
     holder = source if isinstance(source, Path) else "what is to be loaded"
-    for piece in sharded_tensors(model):
+    pieces = sharded_tensors(model)
+    if rename is None and parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        left_over = sorted(view.infos.keys() - {piece.key for piece in pieces})
+        if left_over:
+            raise ValueError(f"{holder}: the model has no tensor {left_over[0]} ({len(left_over)} left over)")
+    for piece in pieces:
         stored = rename(piece.key) if rename else piece.key
         if not stored:
             continue

@@ -92,10 +92,10 @@ class TensorView(Mapping[str, Tensor]):
 
 
 class TensorsInMemory(TensorView):
-    """A dict of tensors as a view."""
+    """A dict of tensors as a view. Other entries of a state dict (Megatron's _extra_state) are no weights."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.tensors = {name: t.detach() for name, t in tensors.items() if isinstance(t, Tensor)}
         self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:

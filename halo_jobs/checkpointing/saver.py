@@ -1,0 +1,204 @@
+"""Saving while training goes on: copy to CPU memory, write in a thread, publish when every rank has written.
+
+A thread, not Megatron's spawned writer process: hashing, writing and flushing release Python's lock, so training
+hardly waits; nothing has to be pickled to another process or mapped into its memory; no process outlives a rank that
+is killed; and entry points need no main guard.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from halo_jobs.checkpointing.folder import RANDOM_PREFIX, TrainingCheckpoints
+from halo_jobs.checkpointing.random_states import random_states
+from halo_jobs.checkpointing.ranks import from_all_ranks, highest, on_first_rank
+from halo_jobs.checkpointing.state import KeyFilter, training_shards
+from halo_jobs.checkpointing.storage import (
+    WrittenFile,
+    checkpointable,
+    chunk_name,
+    rank_file,
+    write_safetensors,
+)
+from hypenet_megatron.model import LocalModel
+
+_PATIENCE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a rank could not write, in a form that other ranks can raise too."""
+
+    rank: int
+    error: OSError | None
+    text: str
+
+    @classmethod
+    def of(cls, rank: int, problem: BaseException, path: Path) -> _Failure:
+        if isinstance(problem, OSError):
+            return cls(rank, OSError(problem.errno, problem.strerror, str(path)), "")
+        return cls(rank, None, f"{type(problem).__name__}: {problem}")
+
+
+class _HostCopies:
+    """CPU copies of this rank's tensors, their memory reused by every save, pinned where they come from a GPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def take(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Start copying; from a GPU beside what it computes next, which must not overwrite the sources yet."""
+        self._buffers = {name: self._buffer(name, source) for name, source in sources.items()}
+        if any(source.is_cuda for source in sources.values()):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._copy(sources)
+            self._copied = self._stream.record_event()
+        else:
+            self._copy(sources)
+        return self._buffers
+
+    def _buffer(self, name: str, source: Tensor) -> Tensor:
+        held = self._buffers.get(name)
+        if held is not None and (held.shape, held.dtype) == (source.shape, source.dtype):
+            return held
+        return torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=source.is_cuda)
+
+    def _copy(self, sources: Mapping[str, Tensor]) -> None:
+        for name, source in sources.items():
+            self._buffers[name].copy_(source, non_blocking=True)
+
+    def before_overwriting(self) -> None:
+        """Called before the sources change: what the GPU computes from here on waits for the copies."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+    def wait(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+@dataclass
+class _Save:
+    """A save in flight."""
+
+    step: int
+    temporary: Path
+    plan: Metadata | None  # on the first rank
+    training: Mapping[str, Any]
+    thread: threading.Thread
+    outcome: WrittenFile | _Failure | None = None
+
+
+class BackgroundSaver:
+    """Saves checkpoints, at most one at a time. All ranks call its methods in the same order, `busy` and
+    `before_update` apart."""
+
+    def __init__(self, checkpoints: TrainingCheckpoints, keep: KeyFilter | None):
+        self.checkpoints = checkpoints
+        self.keep = keep
+        self._copies = _HostCopies()
+        self._save: _Save | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """A save was begun and is not yet published."""
+        return self._save is not None
+
+    @property
+    def busy(self) -> bool:
+        """This rank is still writing."""
+        return self._save is not None and self._save.thread.is_alive()
+
+    def begin(
+        self,
+        step: int,
+        model: LocalModel,
+        optimizer: MegatronOptimizer,
+        training: Mapping[str, Any],
+    ) -> None:
+        """Copy the state after `step` finished steps and start to write it. Finishes an earlier save first."""
+        self.finish()
+        shards = training_shards(model, optimizer, self.keep)
+        main = [shard for shard in shards if is_main_replica(shard.replica_id)]
+        planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(checkpointable(main), is_coordinator=dist.get_rank() == 0)
+        local_plan = planner.create_local_plan()
+        plans: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(local_plan, plans)
+        plan = planner.create_global_plan(plans)[1] if plans is not None else None
+        temporary = on_first_rank(lambda: self.checkpoints.new_temporary(step))
+        names = {(item.index.fqn, tuple(item.index.offset)): item for item in local_plan.items}
+        sources = {chunk_name(*chunk): planner.resolve_data(item) for chunk, item in names.items()}
+        sources |= {RANDOM_PREFIX + name: state for name, state in random_states().items()}
+        tensors = self._copies.take(sources)
+        path = temporary / rank_file(dist.get_rank())
+        thread = threading.Thread(
+            target=self._write, args=(path, tuple(names), tensors), name="checkpoint", daemon=True
+        )
+        self._save = _Save(step, temporary, plan, training, thread)
+        thread.start()
+
+    def _write(
+        self, path: Path, chunks: tuple[tuple[str, tuple[int, ...]], ...], tensors: Mapping[str, Tensor]
+    ) -> None:
+        save, rank = self._save, int(path.stem.removeprefix("rank-"))
+        assert save is not None
+        try:
+            self._copies.wait()
+            size, digest = write_safetensors(path, tensors)
+            save.outcome = WrittenFile(path.name, chunks, size, digest)
+        except BaseException as problem:
+            save.outcome = _Failure.of(rank, problem, path)
+
+    def before_update(self) -> None:
+        """Called before the optimizer changes what is being copied."""
+        self._copies.before_overwriting()
+
+    def publish_written(self) -> None:
+        """Publish the save in flight, which no rank is busy with any more. If a rank failed, all raise its error."""
+        save = self._save
+        assert save is not None and save.outcome is not None
+        self._save = None
+        outcomes = from_all_ranks(save.outcome)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, _Failure)]
+        if failures:
+            if dist.get_rank() == 0:
+                shutil.rmtree(save.temporary, ignore_errors=True)
+            raise failures[0].error or RuntimeError(
+                f"rank {failures[0].rank} could not write checkpoint {save.step}: {failures[0].text}; "
+                "the checkpoint before it is intact"
+            )
+        written = [outcome for outcome in outcomes if isinstance(outcome, WrittenFile)]
+
+        def publish() -> None:
+            assert save.plan is not None
+            self.checkpoints.publish(save.temporary, save.step, save.plan, written, save.training)
+
+        on_first_rank(publish)
+
+    def finish(self, progress: Callable[[], None] = lambda: None) -> None:
+        """Wait for the save in flight, if any, and publish it. `progress` is called while any rank writes."""
+        if self._save is None:
+            return
+        while highest([self.busy])[0]:
+            self._save.thread.join(timeout=_PATIENCE_SECONDS)
+            progress()
+        self.publish_written()

@@ -1,0 +1,108 @@
+"""Every stage under every layout gives the numbers of one process: losses and gradient norms of five steps.
+
+`make test` runs every layout of the grid with every kind of training, tied and untied heads taking turns; `make
+test-grid` the whole, and more layouts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hypenet_megatron.runtime import model_parallel
+from tests.training_grid import (
+    KINDS,
+    LAYOUTS,
+    MORE_LAYOUTS,
+    SECTION,
+    SINGLE,
+    Cell,
+    numbers,
+    run_ranks,
+    save_whole_weights,
+    train,
+)
+
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5  # relative
+GRID = [Cell(kind, tied, SINGLE) for kind in KINDS for tied in (True, False)]
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="gloo ranks on the CPU backend; with CUDA it is off"
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    with model_parallel(seed=1):
+        save_whole_weights(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(weights, tmp_path_factory) -> Path:
+    """Where the numbers of one process lie."""
+    folder = tmp_path_factory.mktemp("single")
+    with model_parallel(seed=1):
+        for cell in GRID:
+            train(cell, weights, folder)
+    return folder
+
+
+def _deviations(cells: list[Cell], folder: Path, single: Path) -> dict[str, tuple[float, float]]:
+    """By cell, the largest relative deviation of loss and of gradient norm over the steps."""
+    found = {}
+    for cell in cells:
+        expected = numbers(Cell(cell.kind, cell.tied, SINGLE), single)
+        here = numbers(cell, folder)
+        assert here.shape == expected.shape == (SECTION.steps, 2)
+        loss, norm = np.max(np.abs(here - expected) / np.abs(expected), axis=0)
+        found[cell.name] = (float(loss), float(norm))
+        print(f"{cell.name:75s} loss {loss:.1e}  gradient norm {norm:.1e}")
+    return found
+
+
+def _assert_equal_to_single(
+    ranks: int, cells: list[Cell], weights: Path, single: Path, folder: Path, port: int
+):
+    assert len({cell.name for cell in cells}) == len(cells)
+    run_ranks(ranks, port, cells, weights, folder)
+    deviations = _deviations(cells, folder, single)
+    apart = {
+        name: (loss, norm)
+        for name, (loss, norm) in deviations.items()
+        if not (loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE)
+    }
+    assert apart == {}
+
+
+def test_the_numbers_mean_something(single):
+    """Losses that move, that differ between kinds, and between models with tied and untied heads."""
+    tables = [numbers(cell, single) for cell in GRID]
+    assert all(table.min() > 1e-3 for table in tables)
+    assert all(np.ptp(table[:, 0]) > 1e-3 * table[0, 0] for table in tables)
+    for number, one in enumerate(tables):
+        assert all(not np.allclose(one, other, rtol=1e-3) for other in tables[:number])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_layouts_equal_one_process(weights, single, tmp_path, free_port, ranks):
+    cells = [
+        Cell(kind, (row + column) % 2 == 0, layout)
+        for row, layout in enumerate(LAYOUTS[ranks])
+        for column, kind in enumerate(KINDS)
+    ]
+    _assert_equal_to_single(ranks, cells, weights, single, tmp_path, free_port)
+
+
+@pytest.mark.grid
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_whole_grid(weights, single, tmp_path, free_port, ranks):
+    layouts = [*LAYOUTS.get(ranks, []), *MORE_LAYOUTS[ranks]]
+    cells = [Cell(kind, tied, layout) for layout in layouts for kind in KINDS for tied in (True, False)]
+    _assert_equal_to_single(ranks, cells, weights, single, tmp_path, free_port)
