@@ -5,14 +5,13 @@ Each function checks everything that can be checked without reading weights, and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.presets import HYPENET_PRESETS, ModelShape
 from hypenet_tools.companions import copy_companions, fingerprint, source_digest
 from hypenet_tools.hf_config import ModelDescription
 from hypenet_tools.hf_folder import read_model_folder
@@ -72,11 +71,12 @@ def convert_job(
     out: Path,
     layout: Layout,
     *,
-    attention_layers: Collection[int] | None = None,
+    hybrid: str | None = None,
     seed: int = 0,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Job:
-    """A Qwen3 folder as a weights folder; with `attention_layers` as the hybrid that stage 0 makes of it.
+    """A Qwen3 folder as a weights folder; with `hybrid` (see `attention_layers_from`) as the hybrid that
+    stage 0 makes of it.
 
     Gates are drawn from `seed`, which the provenance records. ValueError in one sentence when the folder, the layers
     or the layout will not do.
@@ -87,13 +87,13 @@ def convert_job(
         raise ValueError(f"{source} is a HypeNet already; import it with --from-hypenet")
     view, model = teacher.megatron_view(), teacher.description
     step: dict[str, Any] = {"step": "convert", "from": shape.name, "digest": source_digest(source)}
-    if attention_layers is not None:
+    if hybrid is not None:
         if shape.experts:
             raise ValueError(f"{source} is a mixture of experts, which can be a teacher but not a hybrid yet")
-        layers = sorted(attention_layers)
+        layers, base = attention_layers_from(hybrid, shape)
         view = initial_hybrid(view, shape, layers, seed)
-        model = replace(model, mixer_types=shape.hybrid_mixers(layers))
-        step |= {"hybrid": layers, "seed": seed}
+        model = ModelDescription(shape, shape.hybrid_mixers(layers), base)
+        step |= {"hybrid": list(layers), "seed": seed}
     layout.require_divides(shape, model.mixer_types or shape.teacher_mixers())
     return weights_job(
         out,
@@ -178,10 +178,8 @@ def _identity(source: Path, layout: Layout, step: Mapping[str, Any]) -> dict[str
     }
 
 
-def attention_layers_from(text: str, shape: ModelShape) -> tuple[int, ...]:
-    """The 0-based attention layers that `--hybrid` names: a preset's, or numbers such as 2,3,6."""
-    from hypenet_megatron.presets import HYPENET_PRESETS
-
+def attention_layers_from(text: str, shape: ModelShape) -> tuple[tuple[int, ...], float | None]:
+    """What `--hybrid` names: 0-based attention layers and logits-scaling base of a preset, or layers such as 2,3,6."""
     if text in HYPENET_PRESETS:
         preset = HYPENET_PRESETS[text]
         if preset.shape.num_layers != shape.num_layers or preset.shape.hidden_size != shape.hidden_size:
@@ -190,7 +188,7 @@ def attention_layers_from(text: str, shape: ModelShape) -> tuple[int, ...]:
                 f"{preset.shape.hidden_size}), but {shape.name} has {shape.num_layers} layers and hidden size "
                 f"{shape.hidden_size}; list the attention layers, such as --hybrid 2,3,6"
             )
-        return preset.attention_layers
+        return preset.attention_layers, preset.logits_scaling_base
     try:
         layers = tuple(sorted({int(number) for number in text.split(",")}))
     except ValueError:
@@ -198,4 +196,4 @@ def attention_layers_from(text: str, shape: ModelShape) -> tuple[int, ...]:
             f"--hybrid {text} is neither one of {', '.join(HYPENET_PRESETS)} nor layer numbers such as 2,3,6"
         ) from None
     shape.hybrid_mixers(layers)
-    return layers
+    return layers, None

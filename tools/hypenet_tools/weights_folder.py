@@ -13,34 +13,23 @@ rank of that layout reads its own files from beginning to end.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from durable_files import FolderManifest, read_json, sha256_file, write_text
 from hypenet_tools.chunks import Chunk
 from hypenet_tools.hf_config import ModelDescription
 from hypenet_tools.layout import Layout
 from hypenet_tools.shards import Shard
-from hypenet_tools.tensors import BLOCK_BYTES, TensorInfo, TensorView, blocks
-from hypenet_tools.weights import DTYPE_CODES, DTYPES, SafetensorsFiles, read_header
+from hypenet_tools.stored_chunks import ChunkedTensors, StoredChunk
+from hypenet_tools.tensors import TensorInfo
+from hypenet_tools.weights import DTYPE_CODES, DTYPES
 
 INDEX_FILE = "weights.json"
 SOURCE_FOLDER = "source"
 FORMAT, VERSION = "hypenet-weights", 1
-
-
-@dataclass(frozen=True)
-class StoredChunk:
-    """A chunk of a tensor: the tensor `name` of `file`."""
-
-    file: str
-    name: str
-    chunk: Chunk
 
 
 @dataclass(frozen=True)
@@ -141,101 +130,29 @@ def _safe_name(name: Any) -> str:
     return name
 
 
-class _Piece(NamedTuple):
-    """Columns first:last of a band of rows, which are rows row, row + 1, ... of a stored chunk."""
-
-    first: int
-    last: int
-    stored: StoredChunk
-    row: int
-
-
-class WeightsFolder(TensorView):
+class WeightsFolder(ChunkedTensors):
     """A weights folder opened for reading; nothing of the tensors is read before it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         """ValueError names the file that is missing, cut short, of another shape than the index says, or the tensor
         that the chunks do not make up."""
-        self.folder = folder
         self.index = Index.read(folder)
-        self.infos = dict(self.index.tensors)
         self.manifest = FolderManifest.read(folder)
-        self._open = SafetensorsFiles()
-        self._bands: dict[str, list[tuple[int, int, list[_Piece]]]] = {}
-        self._require_files()
-
-    def _require_files(self) -> None:
         for name, (size, _) in self.manifest.files.items():
-            path = self.folder / name
+            path = folder / name
             if not path.is_file():
                 raise ValueError(f"{path} is missing; copy the folder again")
             if path.stat().st_size != size:
                 raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}; copy it again")
-        expected: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-        for key, chunks in self.index.chunks.items():
-            code = DTYPE_CODES[self.infos[key].dtype]
-            for stored in chunks:
-                if stored.file not in self.manifest.files:
-                    raise ValueError(
-                        f"{self.folder / INDEX_FILE} names {stored.file}, which {FolderManifest.FILE_NAME} does not "
-                        "list; copy the folder again"
-                    )
-                expected.setdefault(stored.file, {})[stored.name] = (code, stored.chunk.shape)
-            self._bands[key] = self._tile(key)
-        for file, tensors in expected.items():
-            found = read_header(self.folder / file)
-            if found != tensors:
-                odd = sorted(name for name in {*found, *tensors} if found.get(name) != tensors.get(name))
-                raise ValueError(
-                    f"{self.folder / file} and {INDEX_FILE} disagree about the tensor {odd[0]}; copy the folder again"
-                )
-
-    def _tile(self, key: str) -> list[tuple[int, int, list[_Piece]]]:
-        """The chunks of a tensor as bands of rows, each divided into columns; ValueError at a gap or an overlap."""
-        info = self.infos[key]
-        bands: dict[tuple[int, int], list[_Piece]] = {}
-        for stored in self.index.chunks[key]:
-            row = 0
-            for run in stored.chunk.row_runs(info):
-                bands.setdefault(run, []).append(_Piece(*stored.chunk.columns(info), stored, row))
-                row += run[1] - run[0]
-        tiled = [
-            (start, stop, sorted(pieces, key=lambda p: p[:2]))
-            for (start, stop), pieces in sorted(bands.items())
-        ]
-        rows_end = 0
-        for start, stop, pieces in tiled:
-            columns_end = 0
-            for piece in pieces:
-                if piece.first != columns_end:
-                    break
-                columns_end = piece.last
-            if start != rows_end or columns_end != info.columns:
-                break
-            rows_end = stop
-        if rows_end != info.rows:
+        unlisted = {
+            c.file for chunks in self.index.chunks.values() for c in chunks
+        } - self.manifest.files.keys()
+        if unlisted:
             raise ValueError(
-                f"{self.folder / INDEX_FILE}: the chunks of {key} leave a gap or overlap; write the folder again"
+                f"{folder / INDEX_FILE} names {min(unlisted)}, which {FolderManifest.FILE_NAME} does not list; copy "
+                "the folder again"
             )
-        return tiled
-
-    def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        for band_start, band_stop, pieces in self._bands[name]:
-            first, last = max(start, band_start), min(stop, band_stop)
-            if first >= last:
-                continue
-            parts = []
-            for piece in pieces:
-                stored = self._open.tensor(self.folder / piece.stored.file, piece.stored.name)
-                row = piece.row + first - band_start
-                parts.append(stored.view(-1, piece.last - piece.first)[row : row + last - first])
-            if len(parts) == 1:
-                yield from blocks(parts[0])
-                continue
-            info = self.infos[name]
-            rows = max(1, BLOCK_BYTES // (info.columns * info.dtype.itemsize))
-            for together in zip(*(part.split(rows) for part in parts), strict=True):
-                yield torch.cat(together, dim=1)
+        super().__init__(folder, INDEX_FILE, self.index.tensors, self.index.chunks)
 
     def require_intact(self, part: int = 0, parts: int = 1) -> None:
         """Read every `parts`-th file from number `part` on; ValueError names one that differs from its checksum."""
