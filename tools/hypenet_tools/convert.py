@@ -18,11 +18,12 @@ from hypenet_tools.hf_folder import read_model_folder
 from hypenet_tools.initialise import initial_hybrid
 from hypenet_tools.jobs import Job, Sums
 from hypenet_tools.layout import Layout, Rank
+from hypenet_tools.opened import HUGGING_FACE, OpenedModel, manifest_digest
 from hypenet_tools.reference import read_reference_folder
 from hypenet_tools.shards import Shard, ShardTensor, fill_shards
 from hypenet_tools.tensors import TensorView
 from hypenet_tools.weights import DTYPE_CODES
-from hypenet_tools.weights_folder import SOURCE_FOLDER, Index, WeightsFolder, close_folder
+from hypenet_tools.weights_folder import SOURCE_FOLDER, Index, close_folder
 
 SHARD_BYTES = 10**9
 
@@ -133,36 +134,35 @@ def import_job(
 
 
 def reshard_job(
-    source: Path,
+    source: OpenedModel,
     out: Path,
     layout: Layout,
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Job:
-    """A weights folder in another layout or dtype. No model is built and no GPU asked for."""
-    folder = WeightsFolder(source)
-    model = folder.index.model
-    if model is None:
+    """A weights folder, or a training checkpoint's weights, in another layout or dtype. No model is built."""
+    model = source.whole
+    if source.kind == HUGGING_FACE:
         raise ValueError(
-            f"{source} holds a part of a model only; reshard the model's own weights folder instead"
+            f"{source.folder} is a Hugging Face folder; use halo convert, which takes a layout too"
         )
     layout.require_divides(model.shape, model.mixer_types or model.shape.teacher_mixers())
     step: dict[str, Any] = {
         "step": "reshard",
-        "from": source.absolute().name,
-        "digest": {"of": "MANIFEST.json", "sha256": folder.digest()},
+        "from": source.folder.absolute().name,
+        "digest": manifest_digest(source.folder),
     }
     if dtype is not None:
         step["dtype"] = DTYPE_CODES[dtype]
     return weights_job(
         out,
-        folder,
+        source.stored,
         model,
         layout,
-        [*folder.index.provenance, step],
-        identity=_identity(source, layout, step),
-        companions_of=source / SOURCE_FOLDER,
+        [*source.provenance, step],
+        identity=_identity(source.folder, layout, step),
+        companions_of=source.companions,
         num_layers=model.shape.num_layers,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,

@@ -90,6 +90,7 @@ _VALUE = Part("self_attn.v_proj.weight", "keys hidden")
 _ATTENTION_GATE = Part("self_attn.o_gate.weight", "queries hidden")
 _LIGHTNING_GATE = Part("self_attn.z_proj.weight", "queries hidden")
 _QKV = "self_attention.linear_qkv.weight"
+_OUTPUT_NORM = "self_attention.core_attention.o_norm.weight"
 
 # (mixer type, has an output gate) -> rows that only such layers have
 MIXERS: dict[tuple[MixerType, bool], tuple[Row, ...]] = {
@@ -98,7 +99,7 @@ MIXERS: dict[tuple[MixerType, bool], tuple[Row, ...]] = {
     ("lightning", True): (
         Row(_QKV, (_QUERY, _LIGHTNING_GATE, _KEY, _VALUE), "rows", per_group=True),
         Row(
-            "self_attention.core_attention.o_norm.weight",
+            _OUTPUT_NORM,
             (Part("self_attn.o_norm.weight", "queries"),),
             "rows",
         ),
@@ -263,6 +264,19 @@ def hugging_face_shapes(plan: Iterable[TensorPlan]) -> dict[str, tuple[int, ...]
 
 def megatron_shapes(plan: Iterable[TensorPlan]) -> dict[str, tuple[int, ...]]:
     return {entry.megatron: entry.megatron_shape for entry in plan}
+
+
+def mixers_of(
+    megatron_shapes: Mapping[str, tuple[int, ...]], shape: ModelShape
+) -> tuple[MixerType, ...] | None:
+    """The mixers of the model that Megatron tensors of these shapes belong to; None for a teacher."""
+    names = [MEGATRON_LAYER.format(layer=layer) + _QKV for layer in range(shape.num_layers)]
+    if any(name not in megatron_shapes for name in names):
+        raise ValueError(f"the tensors are not those of {shape.name} with {shape.num_layers} layers")
+    if megatron_shapes[names[0]][0] == (shape.query_heads + 2 * shape.kv_groups) * shape.head_dim:
+        return None
+    norms = [MEGATRON_LAYER.format(layer=layer) + _OUTPUT_NORM for layer in range(shape.num_layers)]
+    return tuple("lightning" if name in megatron_shapes else "attn" for name in norms)
 
 
 def to_megatron(

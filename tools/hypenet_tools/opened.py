@@ -12,12 +12,12 @@ from hypenet_tools.companions import CHECKSUM_FILE
 from hypenet_tools.hf_config import ModelDescription
 from hypenet_tools.hf_folder import read_model_folder
 from hypenet_tools.layout import Layout
-from hypenet_tools.mapped import hugging_face_view
+from hypenet_tools.mapped import hugging_face_view, megatron_view
 from hypenet_tools.shards import Advance
 from hypenet_tools.tensors import TensorView
 from hypenet_tools.weights_folder import SOURCE_FOLDER, WeightsFolder, is_weights_folder
 
-HUGGING_FACE, WEIGHTS = "Hugging Face folder", "weights folder"
+HUGGING_FACE, WEIGHTS, TRAINING = "Hugging Face folder", "weights folder", "training checkpoint"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,15 @@ class OpenedModel:
     checksums: Mapping[str, str]  # file -> SHA-256, as far as the folder has them
 
     @property
+    def whole(self) -> ModelDescription:
+        """`model`; ValueError for a part of a model."""
+        if self.model is None:
+            raise ValueError(
+                f"{self.folder} holds a part of a model only; give the model's own weights folder"
+            )
+        return self.model
+
+    @property
     def companions(self) -> Path:
         """The folder with tokenizer, card and the like."""
         return self.folder if self.kind == HUGGING_FACE else self.folder / SOURCE_FOLDER
@@ -41,21 +50,13 @@ class OpenedModel:
         """All tensors under Hugging Face names; ValueError for a part of a model."""
         if self.kind == HUGGING_FACE:
             return self.stored
-        return hugging_face_view(self.stored, self._whole().plan, f"the weights of {self.folder}")
+        return hugging_face_view(self.stored, self.whole.plan, f"the weights of {self.folder}")
 
     def megatron(self) -> TensorView:
         """All tensors under Megatron names; ValueError for a part of a model."""
-        self._whole()
         if self.kind == HUGGING_FACE:
-            return read_model_folder(self.folder, check_finite=False).megatron_view()
+            return megatron_view(self.stored, self.whole.plan, f"the weights of {self.folder}")
         return self.stored
-
-    def _whole(self) -> ModelDescription:
-        if self.model is None:
-            raise ValueError(
-                f"{self.folder} holds a part of a model only; give the model's own weights folder"
-            )
-        return self.model
 
     def damaged_files(self, advance: Advance = lambda count: None) -> list[str]:
         """Names of files that are not what the folder's checksums say. Reads all of them."""
@@ -81,6 +82,11 @@ def open_model(folder: Path) -> OpenedModel:
         )
     model = read_model_folder(folder, check_finite=False)
     return OpenedModel(folder, HUGGING_FACE, model.description, model.tensors, None, [], _checksums(folder))
+
+
+def manifest_digest(folder: Path) -> dict[str, str]:
+    """The checksum of a folder's checksums, which stands for all of its content in a provenance."""
+    return {"of": FolderManifest.FILE_NAME, "sha256": sha256_file(folder / FolderManifest.FILE_NAME)}
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ def verify(a: OpenedModel, b: OpenedModel, *, advance: Advance = lambda count: N
     """
     one, other = a.hugging_face(), b.hugging_face()
     common = [name for name in one if name in other]
-    differing = [found for name in common if (found := _difference(name, one, other, advance)) is not None]
+    differing = compare_tensors(one, other, advance)
     damaged = {str(model.folder): files for model in (a, b) if (files := model.damaged_files())}
     report: dict[str, Any] = {
         "a": str(a.folder),
@@ -48,6 +48,14 @@ def verify(a: OpenedModel, b: OpenedModel, *, advance: Advance = lambda count: N
     close = isinstance(logits, str) or logits.max_difference <= LOGIT_TOLERANCE * logits.largest
     report["match"] = same and close and not report["model"] and not damaged
     return report
+
+
+def compare_tensors(
+    one: TensorView, other: TensorView, advance: Advance = lambda count: None
+) -> list[dict[str, Any]]:
+    """The tensors that both have and that differ in shape, dtype or any bit."""
+    found = (_difference(name, one, other, advance) for name in one if name in other)
+    return [difference for difference in found if difference is not None]
 
 
 def _model_differences(a: OpenedModel, b: OpenedModel) -> list[dict[str, Any]]:
