@@ -31,8 +31,13 @@ class FolderManifest:
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != cls.FILE_NAME
         }
-        write_json(folder / cls.FILE_NAME, {name: list(entry) for name, entry in files.items()})
-        return cls(files)
+        manifest = cls(files)
+        manifest.save(folder)
+        return manifest
+
+    def save(self, folder: Path) -> None:
+        """Store the manifest of files that were hashed while they were written."""
+        write_json(folder / self.FILE_NAME, {name: list(entry) for name, entry in self.files.items()})
 
     @classmethod
     def read(cls, folder: Path) -> FolderManifest:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 from rich.text import Text
 
 from halo_cluster import StopRequested
-from halo_jobs.commands import data, kernels, look, run
+from halo_jobs.commands import data, kernels, look, run, weights
 from halo_jobs.commands.consoles import errors
 from halo_jobs.terminal import STOPPED_EXIT_CODE, Interruption, quieten_libraries, sentence
 
@@ -18,7 +19,20 @@ app = typer.Typer(
     help="Turn Qwen3 models into HypeNet hybrids (a quarter softmax attention, three quarters recurrent) by HALO "
     "distillation. Start with `halo demo`; then `halo run RECIPE --dry-run`.",
 )
-for command in (run.demo, run.run, run.pretrain, look.status, look.report, data.tokenize):
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    run.demo,
+    run.run,
+    run.pretrain,
+    look.status,
+    look.report,
+    data.tokenize,
+    weights.convert,
+    weights.reshard,
+    weights.export,
+    weights.verify,
+    weights.inspect,
+)
+for command in _COMMANDS:
     app.command()(command)
 app.add_typer(data.corpus, name="corpus")
 app.add_typer(kernels.kernels, name="kernels")
@@ -36,7 +50,9 @@ def main() -> None:
         if interruption.requested:
             interruption.end()
         if isinstance(problem, StopRequested):
-            errors.print(f"{sentence(problem)}; the same command resumes there", soft_wrap=True, highlight=False)
+            errors.print(
+                f"{sentence(problem)}; the same command resumes there", soft_wrap=True, highlight=False
+            )
             sys.exit(STOPPED_EXIT_CODE)
         if not isinstance(problem, (ValueError, RuntimeError, OSError)):
             raise

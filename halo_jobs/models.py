@@ -10,12 +10,12 @@ import torch
 
 from durable_files import read_json, write_json
 from halo_jobs.recipe import Recipe
-from halo_jobs.training.checkpoints import load_full_tensors, load_weights, read_weights
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel, LocalModel, build_model
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
-from hypenet_tools import hybrid_tensors
+from hypenet_tools.initialise import hybrid_of
+from hypenet_tools.model_weights import load_weights, read_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPE_FILE = "shape.json"
@@ -116,8 +116,8 @@ class ModelBuilder:
     ) -> LocalModel:
         """The hybrid that distillation starts from: teacher, aligned students, fresh gates in attention layers."""
         model = self._hybrid(attention_layers, None)
-        tensors = hybrid_tensors(
+        hybrid = hybrid_of(
             read_weights(teacher_weights), read_weights(student_weights), self.shape, attention_layers, seed
         )
-        load_full_tensors(model, tensors)
+        load_weights(hybrid, model)
         return model

@@ -1,4 +1,4 @@
-"""Shapes of the dense Qwen3 teachers and the three published HypeNet conversions.
+"""Shapes of the Qwen3 teachers, dense and mixture-of-experts, and the three published HypeNet conversions.
 
 Sources: the Qwen3 model cards (config.json of each size) and, for the attention layers and the logits-scaling
 base `a`, the configs released with arXiv 2601.22156.
@@ -7,7 +7,7 @@ base `a`, the configs released with arXiv 2601.22156.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 MixerType = Literal["attn", "lightning"]
@@ -19,7 +19,8 @@ QWEN3_VOCABULARY = 151_936
 class ModelShape:
     """Sizes of a Qwen3 decoder; a HypeNet hybrid has the shape of its teacher.
 
-    `head_dim` is independent of `hidden_size / query_heads` (it is 128 in every published Qwen3).
+    `head_dim` is independent of `hidden_size / query_heads` (it is 128 in every published Qwen3). With `experts`,
+    every layer's feed-forward part is a mixture of that many, each `expert_ffn_size` wide; 0 means a dense model.
     """
 
     name: str
@@ -34,6 +35,9 @@ class ModelShape:
     rope_theta: float = 1e6
     norm_epsilon: float = 1e-6
     max_positions: int = 40_960
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
 
     def __post_init__(self) -> None:
         if self.query_heads % self.kv_groups:
@@ -42,6 +46,11 @@ class ModelShape:
             )
         if self.head_dim % 2:
             raise ValueError(f"shape {self.name}: head_dim {self.head_dim} must be even for RoPE")
+        if self.experts and not (0 < self.experts_per_token <= self.experts and self.expert_ffn_size > 0):
+            raise ValueError(
+                f"shape {self.name}: {self.experts_per_token} of {self.experts} experts of width "
+                f"{self.expert_ffn_size} cannot be"
+            )
 
     @property
     def queries_per_group(self) -> int:
@@ -65,18 +74,24 @@ class ModelShape:
         return tuple(mixers)
 
 
-def _qwen3(size: str, layers: int, hidden: int, ffn: int, query_heads: int, tied: bool) -> ModelShape:
+def _qwen3(
+    size: str, layers: int, hidden: int, ffn: int, query_heads: int, *, tied: bool, kv_groups: int = 8
+) -> ModelShape:
     return ModelShape(
         name=f"qwen3-{size}",
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
         query_heads=query_heads,
-        kv_groups=8,
+        kv_groups=kv_groups,
         head_dim=128,
         vocab_size=QWEN3_VOCABULARY,
         tied_embeddings=tied,
     )
+
+
+def _with_experts(dense: ModelShape, expert_ffn: int) -> ModelShape:
+    return replace(dense, experts=128, experts_per_token=8, expert_ffn_size=expert_ffn)
 
 
 QWEN3_SHAPES: dict[str, ModelShape] = {
@@ -88,6 +103,8 @@ QWEN3_SHAPES: dict[str, ModelShape] = {
         _qwen3("8b", 36, 4096, 12_288, 32, tied=False),
         _qwen3("14b", 40, 5120, 17_408, 40, tied=False),
         _qwen3("32b", 64, 5120, 25_600, 64, tied=False),
+        _with_experts(_qwen3("30b-a3b", 48, 2048, 6144, 32, tied=False, kv_groups=4), 768),
+        _with_experts(_qwen3("235b-a22b", 94, 4096, 12_288, 64, tied=False, kv_groups=4), 1536),
     )
 }
 

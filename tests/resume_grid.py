@@ -26,10 +26,10 @@ from durable_files import read_json
 from halo_jobs.checkpointing import BackgroundSaver, TrainingCheckpoints
 from halo_jobs.models import is_student_key
 from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.checkpoints import save_weights
 from halo_jobs.training.optimizer import build_optimizer
 from halo_jobs.training.trainer import Trainer
 from hypenet_megatron.runtime import ParallelLayout, joined_world, model_parallel
+from hypenet_tools.model_weights import save_weights
 from tests.training_grid import SECTION, Cell, RandomWindows, objective_of
 
 SAVED_STEP = 3

@@ -21,13 +21,13 @@ from halo_jobs.checkpointing import saver
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.terminal import STOPPED_EXIT_CODE, sentence
 from halo_jobs.training.batches import BatchCursor, TokenBatch
-from halo_jobs.training.checkpoints import save_weights
 from halo_jobs.training.objectives import NextTokenObjective
 from halo_jobs.training.trainer import Trainer
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import build_model
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, cpu_backend, model_parallel, reset_seeds
+from hypenet_tools.model_weights import save_weights
 from tests.small_ranks import EVERY, STEPS, Job
 from tokenized_data import Window
 

@@ -25,7 +25,6 @@ from rich.console import Console
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.training import objectives
 from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.checkpoints import load_weights, save_weights
 from halo_jobs.training.objectives import (
     AlignmentObjective,
     DistillationObjective,
@@ -37,6 +36,7 @@ from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import LocalModel, build_model
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout, joined_world, model_parallel, reset_seeds
+from hypenet_tools.model_weights import load_weights, save_weights
 from tokenized_data import Window
 
 LAYOUTS = {  # by the number of ranks

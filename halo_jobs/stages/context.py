@@ -12,10 +12,10 @@ from megatron.core import parallel_state
 from rich.console import Console
 
 from halo_cluster import Attempt, StageResult
+from halo_jobs.checkpointing.state import KeyFilter
 from halo_jobs.models import DTYPES, ModelBuilder, read_shape
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection, resolve_path
 from halo_jobs.training.batches import BatchCursor, Sampler
-from halo_jobs.training.checkpoints import KeyFilter
 from halo_jobs.training.objectives import Objective
 from halo_jobs.training.trainer import Trainer
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout

@@ -16,9 +16,9 @@ from halo_jobs.stages.data import tokenizer_folder
 from halo_jobs.stages.measure import logits_scaling_base_of
 from halo_jobs.stages.selected import MAIN_VARIANT
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
-from halo_jobs.training.checkpoints import read_weights
 from hypenet_tools import write_hf_folder, write_qwen3_folder
 from hypenet_tools.hf_config import hypenet_config, qwen3_config
+from hypenet_tools.model_weights import read_weights
 
 EXPORT_FOLDER = "hypenet"
 TEACHER_FOLDER = "teacher"
@@ -71,7 +71,7 @@ def run_export(context: StageContext) -> StageResult:
         title=f"HypeNet from {Path(recipe.teacher.rpartition(':')[2]).name}",
         base_model=Path(recipe.teacher.rpartition(":")[2]).name,
         config=config,
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        parameters=tensors.elements,
         licence="other",
         data=_data_sources(context),
         command=_command(context),
@@ -103,7 +103,7 @@ def run_export_teacher(context: StageContext) -> StageResult:
         load_run(context.folder, context.inputs),
         title=recipe.name,
         config=qwen3_config(shape, str(dtype).removeprefix("torch.")),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        parameters=tensors.elements,
         licence="other",
         data=_data_sources(context),
         command=_command(context),

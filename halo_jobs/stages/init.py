@@ -6,8 +6,9 @@ from halo_jobs.models import DTYPES, write_shape
 from halo_jobs.recipe import resolve_path
 from halo_jobs.stages.context import StageContext, StageResult
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
-from halo_jobs.training.checkpoints import save_tensors
-from hypenet_tools import read_model_folder, student_tensors
+from hypenet_tools import read_model_folder
+from hypenet_tools.initialise import students_of
+from hypenet_tools.model_weights import read_weights, save_tensors
 
 
 def run_init(context: StageContext) -> StageResult:
@@ -16,13 +17,13 @@ def run_init(context: StageContext) -> StageResult:
     if teacher.mixer_types is not None:
         raise ValueError(f"{teacher.folder} is a HypeNet already; give a Qwen3 model as teacher")
     dtype = DTYPES[recipe.precision]
-    weights = {key: tensor.to(dtype) for key, tensor in teacher.megatron_tensors().items()}
-    save_tensors(context.folder / TEACHER_WEIGHTS, weights)
-    save_tensors(context.folder / STUDENT_WEIGHTS, student_tensors(weights, teacher.shape, recipe.seed))
     outputs = [context.folder / TEACHER_WEIGHTS, context.folder / STUDENT_WEIGHTS]
+    save_tensors(outputs[0], teacher.megatron_view(), model=teacher.description, dtype=dtype)
+    weights = read_weights(outputs[0])  # students begin from the teacher as it is in the recipe's precision
+    save_tensors(outputs[1], students_of(weights, teacher.shape, recipe.seed))
     summary = {
         "teacher": teacher.shape.name,
         "layers": teacher.shape.num_layers,
-        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "parameters": weights.elements,
     }
     return StageResult([*outputs, write_shape(context.folder, teacher.shape)], summary)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from halo_jobs.checkpointing.state import KeyFilter
 from halo_jobs.models import DTYPES, ModelBuilder, is_student_key, write_shape
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.selected import attention_layers_of, variant_of
-from halo_jobs.training.checkpoints import KeyFilter, save_weights
 from halo_jobs.training.objectives import (
     AlignmentObjective,
     DistillationObjective,
@@ -20,6 +20,7 @@ from halo_jobs.training.objectives import (
 )
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import reset_seeds
+from hypenet_tools.model_weights import save_weights
 
 TEACHER_WEIGHTS, STUDENT_WEIGHTS, HYBRID_WEIGHTS = "teacher", "students", "hybrid"
 

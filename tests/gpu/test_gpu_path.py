@@ -17,7 +17,6 @@ from halo_jobs.models import is_student_key
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.selection.sweep import LayerSwitch
 from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.checkpoints import load_full_tensors
 from halo_jobs.training.objectives import (
     AlignmentObjective,
     DistillationObjective,
@@ -31,6 +30,7 @@ from hypenet_megatron.presets import MixerType
 from hypenet_megatron.runtime import model_parallel, reset_seeds
 from hypenet_tools import write_hf_folder, write_qwen3_folder
 from hypenet_tools.mapping import conversion_plan, megatron_shapes
+from hypenet_tools.model_weights import load_weights
 from hypenet_tools.weights import SafetensorsWeights
 from tests.reference_model import hypenet_forward
 from tests.tools.tiny_models import HYBRID, TINY
@@ -114,7 +114,7 @@ def test_hybrid_logits(device, export, ids, dtype):
         SHAPE, HYBRID, hybrid=True, dtype=dtype, logits_scaling_base=LOGITS_SCALING_BASE
     )
     model = HypeNetModel(config)
-    load_full_tensors(model, _tensors(HYBRID, gated=True))
+    load_weights(_tensors(HYBRID, gated=True), model)
     found = _logits(model, ids, device)
     reference = json.loads((export / "config.json").read_text())
     expected = hypenet_forward(SafetensorsWeights(export), reference, ids)
@@ -135,7 +135,7 @@ def test_teacher_logits(device, tmp_path, ids, dtype):
     )
     judge = Qwen3ForCausalLM.from_pretrained(tmp_path / "teacher").eval()
     model = HypeNetModel(HypeNetConfig.from_shape(SHAPE, TEACHER, hybrid=False, dtype=dtype))
-    load_full_tensors(model, tensors)
+    load_weights(tensors, model)
     with torch.no_grad():
         expected = judge(ids).logits
     assert _relative_error(_logits(model, ids, device), expected) <= TOLERANCE[dtype]

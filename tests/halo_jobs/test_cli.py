@@ -146,12 +146,12 @@ def test_training_asked_to_stop_saves_first(finished, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A folder on a file system of its own, 1.6 MB large: enough for init, too small for align."""
+    """A folder on a file system of its own, 1.2 MB large: enough for init, too small for align."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", folder], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", folder], check=False)
     if mounted.returncode != 0:
         assert os.environ.get("CI") != "true", "CI runs this test as root, and root could not mount a tmpfs"
         pytest.skip("this root may not mount a tmpfs")

@@ -22,8 +22,8 @@ from durable_files import FolderManifest, read_json
 from halo_jobs.checkpointing import TrainingCheckpoints
 from halo_jobs.supervision.stop import STOP_FILE
 from halo_jobs.terminal import STOPPED_EXIT_CODE
-from halo_jobs.training.checkpoints import read_weights
 from hypenet_megatron.runtime import model_parallel
+from hypenet_tools.model_weights import read_weights
 from tests.small_ranks import EVERY, STEPS, Ranks, World, server
 
 pytestmark = [

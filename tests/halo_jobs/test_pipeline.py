@@ -142,7 +142,7 @@ def test_kill_9_at_five_random_moments_changes_nothing(finished, tmp_path):
         theirs, ours = (
             read_json(_stage_folder(run, stage) / "DONE.json") for run in (whole, tmp_path / "tiny")
         )
-        weights = [name for name in ours["outputs"] if name.endswith(".distcp")]
+        weights = [name for name in ours["outputs"] if name.endswith(".safetensors")]
         assert weights
         assert [ours["outputs"][name] for name in weights] == [theirs["outputs"][name] for name in weights]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo_jobs.training.checkpoints import read_weights
 from hypenet_megatron.runtime import ParallelLayout, model_parallel
+from hypenet_tools.model_weights import read_weights
 from tests.resume_grid import SAVED_STEP, Task, World, checkpoint_tensors, losses, run
 from tests.training_grid import SECTION, save_whole_weights
 

@@ -13,7 +13,6 @@ from halo_jobs.checkpointing import TrainingCheckpoints
 from halo_jobs.models import is_student_key
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.checkpoints import load_weights, read_weights, save_weights
 from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
 from halo_jobs.training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
 from halo_jobs.training.trainer import Trainer
@@ -21,6 +20,7 @@ from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import model_parallel, reset_seeds
+from hypenet_tools.model_weights import load_weights, read_weights, save_weights
 from tokenized_data import Window
 
 SHAPE = ModelShape("tiny", 4, 32, 48, 4, 2, 8, 64, tied_embeddings=True)

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.extensions import transformer_engine
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from halo_jobs.training.checkpoints import load_weights, save_weights, sharded_weights
 from hypenet_megatron.alignment import Route
 from hypenet_megatron.attention import SoftmaxAttentionCore
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.norms import RMSNorm
 from hypenet_megatron.presets import ModelShape
+from hypenet_tools.model_weights import load_weights, save_weights, sharded_tensors
 
 SHAPE = ModelShape("tiny", 3, 48, 80, 4, 2, 16, 96, tied_embeddings=True)
 TEACHER = SHAPE.teacher_mixers()
@@ -142,11 +141,10 @@ def test_checkpoint_keys_and_shapes(megatron_cpu, kind, tied):
     model = HypeNetModel(_config(hybrid=kind == "hybrid", shape=shape), aligned=kind == "aligned")
     expected = _expected_shapes(kind, tied=tied)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
-    stored = {key: entry for key, entry in sharded_weights(model).items() if not key.endswith("_extra_state")}
-    assert {entry.key for entry in stored.values()} == expected.keys()
-    for entry in stored.values():
-        if isinstance(entry, ShardedTensor):
-            assert tuple(entry.global_shape) == expected[entry.key], entry.key
+    stored = sharded_tensors(model)
+    assert {piece.key for piece in stored} == expected.keys()
+    for piece in stored:
+        assert tuple(piece.global_shape) == expected[piece.key], piece.key
 
 
 def test_teacher_route_is_exactly_the_teacher(teacher, aligned, ids):

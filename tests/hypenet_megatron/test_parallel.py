@@ -13,12 +13,12 @@ import torch.multiprocessing
 from torch import Tensor
 
 from halo_jobs.training.batches import TokenBatch
-from halo_jobs.training.checkpoints import load_weights, read_weights, save_weights
 from halo_jobs.training.objectives import NextTokenObjective
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, model_parallel
+from hypenet_tools.model_weights import load_weights, read_weights, save_weights
 
 RANKS = 2
 SHAPE = ModelShape("tiny", 3, 48, 80, 4, 2, 16, 96, tied_embeddings=False)

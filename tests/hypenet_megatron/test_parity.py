@@ -7,11 +7,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from halo_jobs.estimate import model_parameters
-from halo_jobs.training.checkpoints import load_full_tensors
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel, count_parameters
 from hypenet_megatron.presets import HYPENET_PRESETS, QWEN3_SHAPES, ModelShape
 from hypenet_tools import to_hugging_face, to_megatron
+from hypenet_tools.model_weights import load_weights
 from tests.reference_model import hypenet_forward
 
 TIED = ModelShape("tied", 3, 48, 80, 4, 2, 16, 97, tied_embeddings=True)
@@ -58,7 +58,7 @@ def test_teacher_equals_transformers(megatron_cpu, shape):
     if shape.tied_embeddings:
         tensors.pop("lm_head.weight", None)
     model = HypeNetModel(HypeNetConfig.from_shape(shape, shape.teacher_mixers(), hybrid=False)).eval()
-    load_full_tensors(model, to_megatron(tensors, shape, shape.teacher_mixers(), gated=False))
+    load_weights(to_megatron(tensors, shape, shape.teacher_mixers(), gated=False), model)
     input_ids = torch.randint(0, shape.vocab_size, (2, 70))
     with torch.no_grad():
         ours = model.logits(model(input_ids)).transpose(0, 1)
@@ -77,7 +77,7 @@ def test_hybrid_equals_the_recurrence(megatron_cpu, shape, scaling_base):
     model = HypeNetModel(config).eval()
     own = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
     tensors = _randomise_norms(own)
-    load_full_tensors(model, tensors)
+    load_weights(tensors, model)
     input_ids = torch.randint(0, shape.vocab_size, (2, 70))
     with torch.no_grad():
         ours = model.logits(model(input_ids)).transpose(0, 1)

@@ -178,7 +178,11 @@ def test_integer_tensor(hybrid):
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"model_type": "qwen3_moe"}, "mixture-of-experts"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob is False"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": True, "decoder_sparse_step": 2}, "sparse_step is 2"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"are quantised \(gptq\)"),
         ({"attn_use_rope": True}, "attn_use_rope is True, but only False"),
         ({"lightning_use_output_gate": "absent"}, "lightning_use_output_gate is None, but only True"),
         ({"lightning_nkv": 2}, "lightning_nkv is 2, but only 4"),

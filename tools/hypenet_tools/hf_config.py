@@ -7,15 +7,16 @@ our model has no code for are refused when read.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from durable_files import read_json
 from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_tools.mapping import TensorPlan, conversion_plan
 
-QWEN3, HYPENET = "qwen3", "hypenet"
+QWEN3, QWEN3_MOE, HYPENET = "qwen3", "qwen3_moe", "hypenet"
 MIXER_NAMES: dict[MixerType, str] = {"attn": "attn", "lightning": "lightning-attn"}
 MIXERS_BY_NAME: dict[str, MixerType] = {
     "attn": "attn",
@@ -34,9 +35,10 @@ HYPENET_SETTINGS: dict[str, Any] = {
     "lightning_use_output_gate": True,
     "lightning_scale": "1/sqrt(d)",
 }
+# Every layer has experts, and the weights of the chosen ones are made to add up to one, as in published Qwen3.
+MOE_SETTINGS: dict[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 ABSENT_OR: dict[str, Any] = {
     "use_sliding_window": False,
-    "quantization_config": None,
     "lightning_use_short_conv": False,
     "lightning_rope_scaling": None,
 }
@@ -50,9 +52,38 @@ class ModelDescription:
     mixer_types: tuple[MixerType, ...] | None
     logits_scaling_base: float | None
 
+    @property
+    def plan(self) -> tuple[TensorPlan, ...]:
+        """The mapping table filled in for this model."""
+        mixers = self.mixer_types or self.shape.teacher_mixers()
+        return conversion_plan(self.shape, mixers, gated=self.mixer_types is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": asdict(self.shape)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ModelDescription:
+        mixers = content["mixer_types"]
+        return cls(
+            ModelShape(**content["shape"]),
+            None if mixers is None else tuple(mixers),
+            content["logits_scaling_base"],
+        )
+
 
 def qwen3_config(shape: ModelShape, dtype: str) -> dict[str, Any]:
-    return {"architectures": ["Qwen3ForCausalLM"], "model_type": QWEN3, **_decoder_keys(shape, dtype)}
+    """config.json of a teacher, dense or with experts. `dtype` as torch spells it: "bfloat16"."""
+    if not shape.experts:
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": QWEN3, **_decoder_keys(shape, dtype)}
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": QWEN3_MOE,
+        **_decoder_keys(shape, dtype),
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_ffn_size,
+        **MOE_SETTINGS,
+    }
 
 
 def hypenet_config(
@@ -103,21 +134,23 @@ def read_config(path: Path) -> ModelDescription:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object; restore the config.json of the model")
     model_type = config.get("model_type")
-    if model_type == "qwen3_moe":
+    if model_type not in (QWEN3, QWEN3_MOE, HYPENET):
         raise ValueError(
-            f"{path}: mixture-of-experts models ({model_type}) are not supported yet; use a dense Qwen3"
-        )
-    if model_type not in (QWEN3, HYPENET):
-        raise ValueError(
-            f"{path}: model_type is {model_type!r}, but only {QWEN3!r} and {HYPENET!r} can be read"
+            f"{path}: model_type is {model_type!r}, but only {QWEN3!r}, {QWEN3_MOE!r} and {HYPENET!r} can be read"
         )
     reader = _Reader(path, config)
+    reader.refuse_quantised()
+    reader.refuse_sliding_windows()
     reader.require_settings({key: config.get(key, value) for key, value in ABSENT_OR.items()}, ABSENT_OR)
     reader.require_settings(
         {key: config.get(key, value) for key, value in DECODER_SETTINGS.items()}, DECODER_SETTINGS
     )
+    if model_type == QWEN3_MOE:
+        reader.require_settings(
+            config | {"mlp_only_layers": config.get("mlp_only_layers") or []}, MOE_SETTINGS
+        )
     shape = reader.shape()
-    if model_type == QWEN3:
+    if model_type != HYPENET:
         return ModelDescription(shape, None, None)
     heads = {
         "lightning_nh": shape.query_heads,
@@ -137,6 +170,33 @@ class _Reader:
         for key, value in supported.items():
             if found.get(key) != value:
                 raise ValueError(f"{self.path}: {key} is {found.get(key)!r}, but only {value!r} is supported")
+
+    def refuse_quantised(self) -> None:
+        quantisation = self.config.get("quantization_config")
+        if quantisation is not None:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+            raise ValueError(
+                f"{self.path}: quantization_config says that the weights are quantised ({method}); only float32, "
+                "bfloat16 and float16 weights can be read, use those of the unquantised model"
+            )
+
+    def refuse_sliding_windows(self) -> None:
+        kinds = self.config.get("layer_types") or []
+        if any(kind != "full_attention" for kind in kinds):
+            raise ValueError(
+                f"{self.path}: layer_types holds {next(k for k in kinds if k != 'full_attention')!r}, but only "
+                "'full_attention' is supported; use a Qwen3 without sliding windows"
+            )
+
+    def expert_sizes(self) -> dict[str, int]:
+        if self.config.get("model_type") != QWEN3_MOE:
+            return {}
+        experts = "num_experts" if "num_experts" in self.config else "num_local_experts"
+        return {
+            "experts": self.number(experts, int),
+            "experts_per_token": self.number("num_experts_per_tok", int),
+            "expert_ffn_size": self.number("moe_intermediate_size", int),
+        }
 
     def number(self, key: str, kind: type[int] | type[float]) -> Any:
         value = self.config.get(key)
@@ -168,6 +228,7 @@ class _Reader:
                 rope_theta=self.rope_theta(),
                 norm_epsilon=self.number("rms_norm_eps", float),
                 max_positions=self.number("max_position_embeddings", int),
+                **self.expert_sizes(),
             )
         except ValueError as error:
             message = str(error)

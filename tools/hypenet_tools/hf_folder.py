@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from hypenet_megatron.presets import MixerType, ModelShape
-from hypenet_tools.hf_config import read_config
-from hypenet_tools.mapping import conversion_plan, hugging_face_shapes, require_names, to_megatron
+from hypenet_tools.hf_config import ModelDescription, read_config
+from hypenet_tools.mapped import megatron_view
+from hypenet_tools.mapping import hugging_face_shapes, require_names, to_megatron
+from hypenet_tools.tensors import TensorView
 from hypenet_tools.weights import SafetensorsWeights
 
 TOKENIZER_FILES = (
@@ -33,41 +34,52 @@ class HFModel:
     """
 
     folder: Path
-    shape: ModelShape
-    mixer_types: tuple[MixerType, ...] | None
-    logits_scaling_base: float | None
-    tensors: Mapping[str, Tensor]
+    description: ModelDescription
+    tensors: SafetensorsWeights
     tokenizer_files: tuple[Path, ...]
 
+    @property
+    def shape(self) -> ModelShape:
+        return self.description.shape
+
+    @property
+    def mixer_types(self) -> tuple[MixerType, ...] | None:
+        return self.description.mixer_types
+
+    @property
+    def logits_scaling_base(self) -> float | None:
+        return self.description.logits_scaling_base
+
     def megatron_tensors(self) -> dict[str, Tensor]:
-        """All weights under their Megatron names (tensor-parallel size 1)."""
+        """All weights under their Megatron names (tensor-parallel size 1), in memory."""
         mixers = self.mixer_types if self.mixer_types is not None else self.shape.teacher_mixers()
         return to_megatron(self.tensors, self.shape, mixers, gated=self.mixer_types is not None)
 
+    def megatron_view(self) -> TensorView:
+        """All weights under their Megatron names, none of them read yet."""
+        return megatron_view(self.tensors, self.description.plan, f"the weights of {self.folder}")
 
-def read_model_folder(folder: Path) -> HFModel:
+
+def read_model_folder(folder: Path, *, check_finite: bool = True) -> HFModel:
     """Open a folder. Every tensor's name and shape is checked against config.json before anything is loaded.
 
     ValueError, one sentence with the mend, when something is missing, truncated, pickled, unsupported or
-    contradictory.
+    contradictory; with `check_finite` also when a tensor that is read holds NaN or infinity.
     """
     config_path = folder / "config.json"
     description = read_config(config_path)
-    shape, mixer_types = description.shape, description.mixer_types
-    weights = SafetensorsWeights(folder)
-    _drop_tied_head(weights, config_path, shape)
-    plan = conversion_plan(shape, mixer_types or shape.teacher_mixers(), gated=mixer_types is not None)
-    expected = hugging_face_shapes(plan)
+    weights = SafetensorsWeights(folder, check_finite=check_finite)
+    _drop_tied_head(weights, config_path, description.shape)
+    expected = hugging_face_shapes(description.plan)
     require_names(weights, expected, f"the weights of {folder}")
     for name, wanted in expected.items():
-        stored = weights.stored[name]
-        if stored.shape != wanted:
+        if weights.infos[name].shape != wanted:
             raise ValueError(
-                f"{stored.file}: tensor {name} has shape {list(stored.shape)} but {config_path.name} calls "
-                f"for {list(wanted)}; put the config.json of these weights back"
+                f"{weights.files[name]}: tensor {name} has shape {list(weights.infos[name].shape)} but "
+                f"{config_path.name} calls for {list(wanted)}; put the config.json of these weights back"
             )
     tokenizer_files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
-    return HFModel(folder, shape, mixer_types, description.logits_scaling_base, weights, tokenizer_files)
+    return HFModel(folder, description, weights, tokenizer_files)
 
 
 def _drop_tied_head(weights: SafetensorsWeights, config_path: Path, shape: ModelShape) -> None:
@@ -77,7 +89,7 @@ def _drop_tied_head(weights: SafetensorsWeights, config_path: Path, shape: Model
         return
     if embedding in weights and not weights.same_content(head, embedding):
         raise ValueError(
-            f"{weights.stored[head].file}: {head} differs from {embedding} although {config_path.name} ties "
+            f"{weights.files[head]}: {head} differs from {embedding} although {config_path.name} ties "
             "them; set tie_word_embeddings to false to keep the head"
         )
     weights.drop(head)

@@ -1,4 +1,4 @@
-"""HALO stage 0: student mixers and hybrids made from a teacher's weights. Pure functions on dicts of tensors.
+"""HALO stage 0: student mixers and hybrids made from a teacher's weights, as views of them.
 
 Copied from the teacher: q, k, v, output projection, q/k norms (k and v heads are cloned for Lightning
 layers, which have one per query head). New: output gates, N(0, 0.02), and Lightning's output norm, ones.
@@ -8,13 +8,15 @@ Gates depend on (seed, layer) alone, whatever the order, the dtype or the other 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools.mapping import MEGATRON_LAYER, conversion_plan, megatron_shapes, require_names
+from hypenet_tools.mapped import hugging_face_view, megatron_view
+from hypenet_tools.mapping import HF_LAYER, MEGATRON_LAYER, conversion_plan, megatron_shapes, require_names
+from hypenet_tools.tensors import AssembledTensors, Run, TensorInfo, TensorView, as_view, blocks
 
 GATE_STANDARD_DEVIATION = 0.02
 MIXER = "self_attention."
@@ -29,41 +31,126 @@ def gate_rows(shape: ModelShape, layer: int, seed: int) -> Tensor:
     return torch.randn(size, generator=generator) * GATE_STANDARD_DEVIATION
 
 
-def student_mixer(mixer: Mapping[str, Tensor], shape: ModelShape, layer: int, seed: int) -> dict[str, Tensor]:
-    """The Lightning mixer of one layer from the teacher's attention.
+class NewTensors(TensorView):
+    """What the teacher does not have: "gate.<layer>" for every layer and "ones". One gate at a time is in memory."""
 
-    `mixer` and the result are keyed without the layer's prefix ("linear_qkv.weight", ...). Query head h
-    takes the key and value of the teacher's group h // (query_heads / kv_groups).
-    """
-    query, key, value = _heads(mixer["linear_qkv.weight"], shape)
-    key, value = (x.repeat_interleave(shape.queries_per_group, dim=0) for x in (key, value))
-    gate = gate_rows(shape, layer, seed).to(query.dtype)
-    return {
-        **_kept(mixer),
-        "linear_qkv.weight": torch.cat([query, gate, key, value], dim=1).flatten(0, 1),
-        "core_attention.o_norm.weight": query.new_ones(shape.query_heads * shape.head_dim),
+    def __init__(self, shape: ModelShape, seed: int, dtypes: Mapping[int, torch.dtype]) -> None:
+        channels = shape.query_heads * shape.head_dim
+        self.shape, self.seed = shape, seed
+        self.infos = {
+            f"gate.{layer}": TensorInfo((channels, shape.hidden_size), dtype)
+            for layer, dtype in dtypes.items()
+        } | {f"ones.{layer}": TensorInfo((channels,), dtype) for layer, dtype in dtypes.items()}
+        self._latest: tuple[str, Tensor] | None = None
+
+    def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
+        kind, layer = name.split(".")
+        if kind == "ones":
+            yield torch.ones(stop - start, 1, dtype=self.infos[name].dtype)
+            return
+        if self._latest is None or self._latest[0] != name:
+            gate = gate_rows(self.shape, int(layer), self.seed).flatten(0, 1)
+            self._latest = name, gate.to(self.infos[name].dtype)
+        yield from blocks(self._latest[1][start:stop])
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_latest": None}
+
+
+def initial_hybrid(
+    teacher: TensorView, shape: ModelShape, attention_layers: Collection[int], seed: int
+) -> TensorView:
+    """The hybrid of stage 0 under Megatron names, from the teacher's Megatron tensors (or a view of them)."""
+    mixers = shape.hybrid_mixers(attention_layers)
+    source = hugging_face_view(
+        teacher, conversion_plan(shape, shape.teacher_mixers(), gated=False), f"the teacher {shape.name}"
+    )
+    dtypes = {
+        layer: source.infos[HF_LAYER.format(layer=layer) + "self_attn.q_proj.weight"].dtype
+        for layer in range(shape.num_layers)
     }
+    new = NewTensors(shape, seed, dtypes)
+    hybrid = AssembledTensors()
+    for name in source:
+        if ".k_proj." in name or ".v_proj." in name:
+            layer = int(name.split(".")[2])
+            copies = shape.queries_per_group if mixers[layer] == "lightning" else 1
+            _clone_heads(hybrid, source, name, shape, copies)
+        else:
+            hybrid.take(source, name)
+    for layer, mixer in enumerate(mixers):
+        prefix = HF_LAYER.format(layer=layer) + "self_attn."
+        hybrid.take(new, f"gate.{layer}", prefix + ("o_gate.weight" if mixer == "attn" else "z_proj.weight"))
+        if mixer == "lightning":
+            hybrid.take(new, f"ones.{layer}", prefix + "o_norm.weight")
+    return megatron_view(
+        hybrid, conversion_plan(shape, mixers, gated=True), f"the hybrid made of teacher {shape.name}"
+    )
 
 
-def gated_attention(
-    mixer: Mapping[str, Tensor], shape: ModelShape, layer: int, seed: int
-) -> dict[str, Tensor]:
-    """The hybrid's attention of one layer: the teacher's with an output gate. Keyed as in `student_mixer`."""
-    query, key, value = _heads(mixer["linear_qkv.weight"], shape)
-    gate = gate_rows(shape, layer, seed).to(query.dtype)
-    query, gate = (x.unflatten(0, (shape.kv_groups, -1)).flatten(1, 2) for x in (query, gate))
-    return {**_kept(mixer), "linear_qkv.weight": torch.cat([query, gate, key, value], dim=1).flatten(0, 1)}
+def _clone_heads(
+    hybrid: AssembledTensors, source: TensorView, name: str, shape: ModelShape, copies: int
+) -> None:
+    """Add key or value heads of the teacher, each `copies` times: query head h has those of group h // copies."""
+    info = source.infos[name]
+    runs = [
+        Run(source, name, group * shape.head_dim, (group + 1) * shape.head_dim)
+        for group in range(shape.kv_groups)
+        for _ in range(copies)
+    ]
+    hybrid.add(name, TensorInfo((info.shape[0] * copies, info.shape[1]), info.dtype), runs)
+
+
+def students_of(teacher: TensorView, shape: ModelShape, seed: int) -> TensorView:
+    """Students of all layers, named as in the stage-1 model: decoder.layers.N.self_attention.student.*."""
+    all_lightning = initial_hybrid(teacher, shape, (), seed)
+    students = AssembledTensors()
+    for name in all_lightning:
+        if f".{MIXER}" in name:
+            students.take(all_lightning, name, name.replace(MIXER, STUDENT, 1))
+    return students
+
+
+def hybrid_of(
+    teacher: TensorView,
+    students: TensorView,
+    shape: ModelShape,
+    attention_layers: Collection[int],
+    seed: int,
+) -> TensorView:
+    """The stage-2 hybrid: the teacher with aligned students as mixers except in `attention_layers` (0-based).
+
+    `students` holds decoder.layers.N.self_attention.student.* for (at least) every other layer; a whole stage-1
+    model will do.
+    """
+    mixers = shape.hybrid_mixers(attention_layers)
+    expected = megatron_shapes(conversion_plan(shape, mixers, gated=True))
+    start = initial_hybrid(teacher, shape, attention_layers, seed)
+    hybrid = AssembledTensors()
+    for name in expected:
+        layer = _layer_of(name)
+        if layer is None or mixers[layer] == "attn" or f".{MIXER}" not in name:
+            hybrid.take(start, name)
+        elif (student := name.replace(MIXER, STUDENT, 1)) in students:
+            hybrid.take(students, student, name)
+    require_names(hybrid, expected, f"the hybrid made of teacher {shape.name} and its students")
+    for name, wanted in expected.items():
+        if hybrid.infos[name].shape != wanted:
+            raise ValueError(
+                f"tensor {name} of the hybrid has shape {list(hybrid.infos[name].shape)} where {shape.name} calls "
+                f"for {list(wanted)}; align students of this teacher"
+            )
+    return hybrid
+
+
+def _layer_of(name: str) -> int | None:
+    head = MEGATRON_LAYER.split("{")[0]
+    return int(name.removeprefix(head).split(".")[0]) if name.startswith(head) else None
 
 
 def student_tensors(teacher: Mapping[str, Tensor], shape: ModelShape, seed: int) -> dict[str, Tensor]:
-    """Students of all layers, named as in the stage-1 model: decoder.layers.N.self_attention.student.*."""
-    _require_teacher(teacher, shape)
-    students: dict[str, Tensor] = {}
-    for layer in range(shape.num_layers):
-        prefix = MEGATRON_LAYER.format(layer=layer)
-        mixer = student_mixer(_below(teacher, prefix + MIXER), shape, layer, seed)
-        students |= {f"{prefix}{STUDENT}{name}": tensor for name, tensor in mixer.items()}
-    return students
+    """`students_of` tensors in memory."""
+    return dict(students_of(as_view(teacher), shape, seed))
 
 
 def hybrid_tensors(
@@ -73,50 +160,5 @@ def hybrid_tensors(
     attention_layers: Collection[int],
     seed: int,
 ) -> dict[str, Tensor]:
-    """The stage-2 hybrid: the teacher with aligned students as mixers except in `attention_layers` (0-based).
-
-    `students` holds decoder.layers.N.self_attention.student.* for (at least) every other layer; a whole
-    stage-1 state dict will do. Tensors are shared with the arguments, not copied, except the fused ones of
-    attention layers.
-    """
-    _require_teacher(teacher, shape)
-    mixer_types = shape.hybrid_mixers(list(attention_layers))
-    expected = megatron_shapes(conversion_plan(shape, mixer_types, gated=True))
-    hybrid = {name: tensor for name, tensor in teacher.items() if f".{MIXER}" not in name}
-    for layer, mixer_type in enumerate(mixer_types):
-        prefix = MEGATRON_LAYER.format(layer=layer)
-        if mixer_type == "attn":
-            mixer = gated_attention(_below(teacher, prefix + MIXER), shape, layer, seed)
-        else:
-            mixer = _below(students, prefix + STUDENT)
-        mixer = {prefix + MIXER + name: tensor for name, tensor in mixer.items()}
-        # A state dict of Megatron's also holds _extra_state entries, which are no weights.
-        hybrid |= {name: tensor for name, tensor in mixer.items() if name in expected}
-    require_names(hybrid, expected, f"the hybrid made of teacher {shape.name} and its students")
-    for name, wanted in expected.items():
-        if tuple(hybrid[name].shape) != wanted:
-            raise ValueError(
-                f"tensor {name} of the hybrid has shape {list(hybrid[name].shape)} where {shape.name} calls "
-                f"for {list(wanted)}; align students of this teacher"
-            )
-    return hybrid
-
-
-def _require_teacher(teacher: Mapping[str, Tensor], shape: ModelShape) -> None:
-    expected = megatron_shapes(conversion_plan(shape, shape.teacher_mixers(), gated=False))
-    require_names(teacher, expected, f"the teacher {shape.name}")
-
-
-def _heads(linear_qkv: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's fused rows as query [H, dh, d], key [G, dh, d], value [G, dh, d]."""
-    rows = [shape.queries_per_group * shape.head_dim, shape.head_dim, shape.head_dim]
-    query, key, value = linear_qkv.unflatten(0, (shape.kv_groups, -1)).split(rows, dim=1)
-    return query.unflatten(1, (-1, shape.head_dim)).flatten(0, 1), key, value
-
-
-def _kept(mixer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: mixer[name] for name in ("q_layernorm.weight", "k_layernorm.weight", "linear_proj.weight")}
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    """`hybrid_of` tensors in memory."""
+    return dict(hybrid_of(as_view(teacher), as_view(students), shape, attention_layers, seed))

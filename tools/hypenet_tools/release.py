@@ -3,59 +3,142 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from durable_files import publish_folder, read_json, sha256_file, temporary_sibling, write_json, write_text
+from durable_files import read_json, sha256_file, write_json, write_text
 from hypenet_megatron.presets import MixerType, ModelShape
-from hypenet_tools.hf_config import hypenet_config, qwen3_config
-from hypenet_tools.hf_folder import TOKENIZER_FILES
-from hypenet_tools.mapping import (
-    TensorPlan,
-    conversion_plan,
-    hugging_face_shapes,
-    megatron_shapes,
-    require_names,
-)
+from hypenet_tools.companions import CHECKSUM_FILE, GENERATION_CONFIG, MODEL_CARD, companions
+from hypenet_tools.hf_config import ModelDescription, hypenet_config, qwen3_config
+from hypenet_tools.jobs import Job, Sums, run_afresh
+from hypenet_tools.mapped import hugging_face_view
+from hypenet_tools.shards import Shard, ShardTensor, fill_shards
+from hypenet_tools.tensors import TensorView, as_view
 from hypenet_tools.weights import INDEX_FILE, SINGLE_FILE
 
 REMOTE_CODE_FILES = ("configuration_hypenet.py", "cache_hypenet.py", "modeling_hypenet.py")
-CHECKSUM_FILE = "SHA256SUMS"
 SHARD_BYTES = 5 * 10**9
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def release_job(
+    out: Path,
+    view: TensorView,
+    model: ModelDescription,
+    *,
+    tokenizer_folder: Path,
+    model_card: str,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    identity: Mapping[str, Any] | None = None,
+) -> Job:
+    """The job that writes Megatron tensors as a Hugging Face folder: of a hybrid with the modelling code beside the
+    weights (`trust_remote_code=True`), of a teacher as a plain Qwen3.
+
+    Tokenizer, chat template, generation config and licence are those of `tokenizer_folder`. `dtype` None keeps every
+    tensor's own. ValueError if tensors are missing or left over, or the tokenizer does not fit.
+    """
+    weights = hugging_face_view(view, model.plan, f"the weights to write to {out}")
+    tensors = [ShardTensor.whole(weights, name, dtype) for name in weights]
+    filled = fill_shards(tensors, max_shard_bytes)
+    names = [
+        SINGLE_FILE if len(filled) == 1 else f"model-{number:05d}-of-{len(filled):05d}.safetensors"
+        for number in range(1, len(filled) + 1)
+    ]
+    shards = [Shard(name, content) for name, content in zip(names, filled, strict=True)]
+    special_ids = special_token_ids(tokenizer_folder, model.shape.vocab_size)
+    small_files = _small_files(model, tensors, tokenizer_folder, special_ids)
+
+    def finish(folder: Path, sums: Sums) -> None:
+        if len(shards) > 1:
+            write_json(folder / INDEX_FILE, _index(shards))
+        for name, content in small_files.items():
+            write_json(folder / name, content)
+        write_text(folder / MODEL_CARD, model_card)
+        if model.mixer_types is not None:
+            for name in REMOTE_CODE_FILES:
+                write_text(folder / name, (files("hypenet_tools") / "remote_code" / name).read_text())
+        for path in companions(tokenizer_folder):
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+        digests = {
+            path.name: sums[path.name][1] if path.name in sums else sha256_file(path)
+            for path in folder.iterdir()
+            if path.name != CHECKSUM_FILE
+        }
+        lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+        write_text(folder / CHECKSUM_FILE, "".join(lines))
+
+    return Job(out, {**(identity or {}), "max_shard_bytes": max_shard_bytes}, shards, finish)
+
+
+def _small_files(
+    model: ModelDescription,
+    tensors: Sequence[ShardTensor],
+    tokenizer_folder: Path,
+    special_ids: Mapping[str, Any],
+) -> dict[str, Any]:
+    """config.json and generation_config.json. The config names the dtype that most elements have."""
+    elements: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        elements[tensor.dtype] += tensor.chunk.elements
+    dtype = DTYPE_NAMES[elements.most_common(1)[0][0]]
+    if model.mixer_types is None:
+        config = qwen3_config(model.shape, dtype)
+    else:
+        config = hypenet_config(model.shape, model.mixer_types, model.logits_scaling_base, dtype)
+    boundary_ids = {key: special_ids[key] for key in ("bos_token_id", "eos_token_id") if key in special_ids}
+    generation = tokenizer_folder / GENERATION_CONFIG
+    settings = read_json(generation) if generation.is_file() else {}
+    return {"config.json": {**config, **boundary_ids}, GENERATION_CONFIG: {**settings, **special_ids}}
+
+
+def _index(shards: Sequence[Shard]) -> dict[str, Any]:
+    return {
+        "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+        "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
+    }
 
 
 def write_hf_folder(
     out: Path,
     megatron_tensors: Mapping[str, Tensor],
     shape: ModelShape,
-    mixer_types: Sequence[MixerType],
+    mixer_types: Sequence[MixerType] | None,
     *,
-    logits_scaling_base: float | None,
+    logits_scaling_base: float | None = None,
     tokenizer_folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     model_card: str,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Publish a hybrid as a HypeNet folder with the modelling code beside the weights
-    (`trust_remote_code=True`).
+    """Publish a hybrid, or with `mixer_types` None a teacher, at once.
 
     The folder appears under `out` complete or not at all; an earlier export there is replaced, anything
-    else is not. Weights are converted and written one shard at a time, in `dtype`.
+    else is not.
     """
-    plan = conversion_plan(shape, mixer_types, gated=True)
-    config = hypenet_config(shape, mixer_types, logits_scaling_base, DTYPE_NAMES[dtype])
-    remote_code = files("hypenet_tools") / "remote_code"
-    code = {name: (remote_code / name).read_text() for name in REMOTE_CODE_FILES}
-    _write_folder(
-        out, megatron_tensors, plan, config, tokenizer_folder, dtype, model_card, max_shard_bytes, code
+    if out.exists() and not (out / CHECKSUM_FILE).is_file():
+        raise ValueError(
+            f"{out} exists and is not an earlier export (it has no {CHECKSUM_FILE}); choose another name"
+        )
+    model = ModelDescription(shape, None if mixer_types is None else tuple(mixer_types), logits_scaling_base)
+    run_afresh(
+        release_job(
+            out,
+            as_view(megatron_tensors),
+            model,
+            tokenizer_folder=tokenizer_folder,
+            model_card=model_card,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
     )
 
 
@@ -65,104 +148,21 @@ def write_qwen3_folder(
     shape: ModelShape,
     *,
     tokenizer_folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     model_card: str,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Publish a teacher as a plain Qwen3 folder; otherwise as `write_hf_folder`."""
-    plan = conversion_plan(shape, shape.teacher_mixers(), gated=False)
-    config = qwen3_config(shape, DTYPE_NAMES[dtype])
-    _write_folder(
-        out, megatron_tensors, plan, config, tokenizer_folder, dtype, model_card, max_shard_bytes, {}
+    write_hf_folder(
+        out,
+        megatron_tensors,
+        shape,
+        None,
+        tokenizer_folder=tokenizer_folder,
+        dtype=dtype,
+        model_card=model_card,
+        max_shard_bytes=max_shard_bytes,
     )
-
-
-def _write_folder(
-    out: Path,
-    megatron_tensors: Mapping[str, Tensor],
-    plan: Sequence[TensorPlan],
-    config: dict[str, Any],
-    tokenizer_folder: Path,
-    dtype: torch.dtype,
-    model_card: str,
-    max_shard_bytes: int,
-    code: Mapping[str, str],
-) -> None:
-    if out.exists() and not (out / CHECKSUM_FILE).is_file():
-        raise ValueError(
-            f"{out} exists and is not an earlier export (it has no {CHECKSUM_FILE}); choose another name"
-        )
-    require_names(megatron_tensors, megatron_shapes(plan), f"the weights to write to {out}")
-    special_ids = special_token_ids(tokenizer_folder, int(config["vocab_size"]))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = temporary_sibling(out)
-    folder.mkdir()
-    try:
-        _write_weights(folder, megatron_tensors, plan, dtype, max_shard_bytes)
-        boundary_ids = {
-            key: special_ids[key] for key in ("bos_token_id", "eos_token_id") if key in special_ids
-        }
-        write_json(folder / "config.json", {**config, **boundary_ids})
-        write_json(folder / "generation_config.json", special_ids)
-        write_text(folder / "README.md", model_card)
-        for name, text in code.items():
-            write_text(folder / name, text)
-        for name in TOKENIZER_FILES:
-            if (tokenizer_folder / name).is_file():
-                shutil.copyfile(tokenizer_folder / name, folder / name)
-        sums = [f"{sha256_file(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
-        write_text(folder / CHECKSUM_FILE, "".join(sums))
-        publish_folder(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_weights(
-    folder: Path,
-    megatron_tensors: Mapping[str, Tensor],
-    plan: Sequence[TensorPlan],
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-) -> None:
-    sizes = {
-        name: torch.Size(shape).numel() * dtype.itemsize for name, shape in hugging_face_shapes(plan).items()
-    }
-    shards = _shards(sizes, max_shard_bytes)
-    converted = _convert(megatron_tensors, plan, dtype)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file_name = (
-            SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        shard = dict(next(converted) for _ in names)
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file_name)
-    if len(shards) > 1:
-        write_json(
-            folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        )
-
-
-def _convert(
-    megatron_tensors: Mapping[str, Tensor], plan: Sequence[TensorPlan], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and tensors in the order of the plan, on the CPU."""
-    for entry in plan:
-        for name, tensor in entry.split(megatron_tensors[entry.megatron].detach()).items():
-            yield name, tensor.to("cpu", dtype).contiguous()
-
-
-def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Tensor names in order, cut so that a shard exceeds `max_bytes` only if one tensor alone does."""
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > max_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
 
 
 def special_token_ids(tokenizer_folder: Path, vocab_size: int) -> dict[str, Any]:

@@ -1,92 +1,123 @@
-"""The safetensors files of a model folder as a lazy mapping. Pickled weights are never opened."""
+"""The safetensors files of a model folder as a view. Pickled weights are never opened."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from durable_files import read_json
+from hypenet_tools.tensors import TensorInfo, TensorView, blocks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOAT_DTYPES = {"F32", "BF16", "F16"}  # as safetensors headers spell them
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}  # as safetensors headers spell them
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+# Per dtype: the integers of its bits, the bits of magnitude, and the magnitude of infinity (above it are NaNs).
+_BITS = {
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+}
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+def is_finite(block: Tensor) -> bool:
+    """Whether no element is NaN or infinite; on the bits, which is several times faster than on the values."""
+    integers, mask, infinity = _BITS[block.dtype]
+    bits = block.reshape(-1).view(integers)
+    return all(int((piece & mask).max()) < infinity for piece in bits.split(2**19))
 
 
-class SafetensorsWeights(Mapping[str, Tensor]):
-    """Tensors of a folder by name. Opening reads all headers; a tensor is read when it is asked for.
+def count_nan_and_inf(block: Tensor) -> tuple[int, int]:
+    integers, mask, infinity = _BITS[block.dtype]
+    magnitude = block.reshape(-1).view(integers) & mask
+    return int((magnitude > infinity).sum()), int((magnitude == infinity).sum())
 
-    ValueError names the tensor when a value is not finite.
+
+class SafetensorsFiles:
+    """Open safetensors files, memory-mapped; opened again in a process that this is sent to."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, Any] = {}
+
+    def tensor(self, path: Path, name: str) -> Tensor:
+        """A tensor whose elements are the pages of the file: nothing is read before it is used."""
+        if path not in self._handles:
+            self._handles[path] = safe_open(path, framework="pt", device="cpu")
+        return self._handles[path].get_tensor(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_handles": {}}
+
+
+class SafetensorsWeights(TensorView):
+    """Tensors of a model folder by name. Opening reads all headers; rows are read when they are asked for.
+
+    ValueError names the tensor when a value is not finite, unless `check_finite` is False.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, check_finite: bool = True) -> None:
         """ValueError names the file that is missing, truncated, pickled, or at odds with the index."""
         if (folder / SINGLE_FILE).is_file():
-            self.stored = _read_header(folder / SINGLE_FILE)
+            self.files = dict.fromkeys(headers := read_header(folder / SINGLE_FILE), folder / SINGLE_FILE)
         elif (folder / INDEX_FILE).is_file():
-            self.stored = _read_shards(folder)
+            headers, self.files = _read_shards(folder)
         else:
             raise ValueError(_no_weights(folder))
-        for name, tensor in self.stored.items():
-            if tensor.dtype not in FLOAT_DTYPES:
+        for name, (dtype, _) in headers.items():
+            if dtype not in DTYPES:
                 raise ValueError(
-                    f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, but only float32, bfloat16 and "
+                    f"{self.files[name]}: tensor {name} has dtype {dtype}, but only float32, bfloat16 and "
                     "float16 are supported; use the weights of the unquantised model"
                 )
+        self.infos = {name: TensorInfo(shape, DTYPES[dtype]) for name, (dtype, shape) in headers.items()}
+        self.check_finite = check_finite
+        self._open = SafetensorsFiles()
 
-    def __getitem__(self, name: str) -> Tensor:
-        file = self.stored[name].file
-        with safe_open(file, framework="pt", device="cpu") as handle:
-            tensor = handle.get_tensor(name)
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{file}: tensor {name} holds NaN or infinite values; fetch the model again, or use another"
-            )
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
+    def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
+        matrix = self._open.tensor(self.files[name], name).view(-1, self.infos[name].columns)
+        for block in blocks(matrix[start:stop]):
+            if self.check_finite and not is_finite(block):
+                raise ValueError(
+                    f"{self.files[name]}: tensor {name} holds NaN or infinite values; fetch the model again, "
+                    "or use another"
+                )
+            yield block
 
     def drop(self, name: str) -> None:
-        """Leave a tensor out of the mapping."""
-        del self.stored[name]
+        """Leave a tensor out of the view."""
+        del self.infos[name], self.files[name]
 
-    def same_content(self, first: str, second: str, rows_at_once: int = 8192) -> bool:
+    def same_content(self, first: str, second: str) -> bool:
         """Whether two tensors are equal bit for bit, compared piecewise because they may be huge."""
-        one, other = self.stored[first], self.stored[second]
-        if (one.shape, one.dtype) != (other.shape, other.dtype):
-            return False
-        with (
-            safe_open(one.file, framework="pt", device="cpu") as one_file,
-            safe_open(other.file, framework="pt", device="cpu") as other_file,
-        ):
-            one_rows, other_rows = one_file.get_slice(first), other_file.get_slice(second)
-            return all(
-                one_rows[start : start + rows_at_once].equal(other_rows[start : start + rows_at_once])
-                for start in range(0, one.shape[0], rows_at_once)
+        info = self.infos[first]
+        return info == self.infos[second] and all(
+            one.equal(other)
+            for one, other in zip(
+                self.rows(first, 0, info.rows), self.rows(second, 0, info.rows), strict=True
             )
+        )
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+Header = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def read_header(path: Path) -> Header:
+    """Name -> (dtype as the header spells it, shape). Overlaps and gaps are refused, as is a file cut short."""
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
             return {
-                name: StoredTensor(path, tuple(piece.get_shape()), str(piece.get_dtype()))
-                for name, piece in slices.items()
+                name: (str(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in slices.items()
             }
     except SafetensorError as error:
         raise ValueError(
@@ -94,34 +125,41 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         ) from None
 
 
-def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+def _read_shards(folder: Path) -> tuple[Header, dict[str, Path]]:
     index = folder / INDEX_FILE
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map of tensor names to files; fetch or copy it again")
-    stored: dict[str, StoredTensor] = {}
+    headers: Header = {}
+    files: dict[str, Path] = {}
     for file_name in sorted(set(map(str, weight_map.values()))):
         if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
             raise ValueError(
                 f"{index} points at {file_name!r}, which is not a safetensors file of its own folder"
             )
-        if not (folder / file_name).is_file():
-            raise ValueError(
-                f"{folder / file_name} is missing although {index.name} lists it; fetch or copy it again"
-            )
-        stored |= _read_header(folder / file_name)
+        path = folder / file_name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing although {index.name} lists it; fetch or copy it again")
+        header = read_header(path)
+        for name in header:
+            if name in files:
+                raise ValueError(
+                    f"{path} and {files[name]} both hold the tensor {name}; fetch the model again"
+                )
+        headers |= header
+        files |= dict.fromkeys(header, path)
     for name, file_name in weight_map.items():
-        if name not in stored or stored[name].file.name != file_name:
+        if name not in files or files[name].name != file_name:
             raise ValueError(
                 f"{folder / file_name} lacks the tensor {name} that {index.name} puts there; fetch it again"
             )
-    unlisted = sorted(stored.keys() - weight_map.keys())
+    unlisted = sorted(files.keys() - weight_map.keys())
     if unlisted:
         raise ValueError(
-            f"{stored[unlisted[0]].file} holds the tensor {unlisted[0]} that {index.name} does not list"
+            f"{files[unlisted[0]]} holds the tensor {unlisted[0]} that {index.name} does not list"
         )
-    return stored
+    return headers, files
 
 
 def _no_weights(folder: Path) -> str:

@@ -1,0 +1,313 @@
+"""halo convert, reshard, export, verify, inspect: weights in and out, a block at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from halo_jobs.commands.consoles import console
+
+if TYPE_CHECKING:
+    from hypenet_tools.jobs import Job, Part
+
+GIGABYTE = 10**9
+_SIZES = "Size in the target layout; has to divide"
+
+TensorOption = Annotated[int, typer.Option("--tp", min=1, help=f"{_SIZES} heads, channels and vocabulary.")]
+PipelineOption = Annotated[int, typer.Option("--pp", min=1, help=f"{_SIZES} the layers.")]
+ExpertOption = Annotated[int, typer.Option("--ep", min=1, help=f"{_SIZES} the experts.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes on this machine. Default: one per core.")
+]
+PartOption = Annotated[
+    str,
+    typer.Option(
+        "--part",
+        help="Do part I of N, as I/N from 0/N on. Give every node the same command with a part of its own, such as "
+        "--part $SLURM_PROCID/$SLURM_NTASKS under srun; whichever finishes last publishes the folder.",
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and say what would be written; write nothing.")
+]
+ShardOption = Annotated[
+    float,
+    typer.Option("--shard-gb", min=0.000001, help="Largest file, in 10^9 bytes (one tensor may exceed it)."),
+]
+SeedOption = Annotated[
+    int, typer.Option("--seed", help="Seed of new gates; the folder's provenance records it.")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="bf16, fp16 or fp32. Default: every tensor stays as it is.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the report to this file too.")]
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A model folder as downloaded from Hugging Face.")],
+    out: Annotated[Path, typer.Argument(help="The weights folder to write; must not exist yet.")],
+    tensor: TensorOption = 1,
+    pipeline: PipelineOption = 1,
+    expert: ExpertOption = 1,
+    hybrid: Annotated[
+        str | None,
+        typer.Option(
+            "--hybrid",
+            help="Also do stage 0: hypenet-2b, hypenet-5b, hypenet-9b, or attention layers such as 2,3,6. Clones "
+            "key/value heads for the recurrent layers and draws the output gates.",
+        ),
+    ] = None,
+    from_hypenet: Annotated[
+        bool,
+        typer.Option(
+            "--from-hypenet",
+            help="SOURCE is a HypeNet: a release, or a checkpoint of the reference (model.safetensors beside a "
+            "config.json with mixer_types; names with teacher_layer. and student_layer. are understood).",
+        ),
+    ] = False,
+    seed: SeedOption = 0,
+    shard_gb: ShardOption = 1.0,
+    workers: WorkersOption = None,
+    part: PartOption = "0/1",
+    dry_run: DryRunOption = False,
+) -> None:
+    """Convert a Qwen3 or HypeNet folder to a weights folder for training, at any parallel layout.
+
+    Reads every dense Qwen3 (0.6B to 32B) and the mixtures 30B-A3B and 235B-A22B, base and instruct, in bf16, fp16 or
+    fp32; quantised weights (GPTQ, AWQ, fp8) are refused. Tensors are copied from memory-mapped files a block at a
+    time, so memory stays near half a gigabyte per worker whatever the model's size.
+
+    OUT appears when it is complete. Until then the work is in OUT.unfinished, and the same command goes on there:
+    finished files are kept by checksum.
+
+    Example: halo convert Qwen3-8B hybrid-8b --hybrid hypenet-9b --tp 4 --pp 2
+    """
+    from hypenet_tools.convert import convert_job, import_job
+    from hypenet_tools.layout import Layout
+
+    layout, size = Layout(tensor, pipeline, expert), round(shard_gb * GIGABYTE)
+    if from_hypenet:
+        if hybrid is not None:
+            raise ValueError(
+                "--hybrid makes a hybrid of a teacher, --from-hypenet reads one; give one of them"
+            )
+        job = import_job(source, out, layout, seed=seed, max_shard_bytes=size)
+    else:
+        job = convert_job(source, out, layout, hybrid=hybrid, seed=seed, max_shard_bytes=size)
+    _do(job, workers, part, dry_run)
+
+
+def reshard(
+    source: Annotated[Path, typer.Argument(help="A weights folder, or a training checkpoint (step-...).")],
+    out: Annotated[Path, typer.Argument(help="The weights folder to write; must not exist yet.")],
+    tensor: TensorOption = 1,
+    pipeline: PipelineOption = 1,
+    expert: ExpertOption = 1,
+    weights_only: Annotated[
+        bool,
+        typer.Option(
+            "--weights-only", help="Of a training checkpoint: leave the optimizer behind (required)."
+        ),
+    ] = False,
+    dtype: DtypeOption = None,
+    shard_gb: ShardOption = 1.0,
+    workers: WorkersOption = None,
+    part: PartOption = "0/1",
+    dry_run: DryRunOption = False,
+) -> None:
+    """Write weights for another layout or in another dtype, without building the model and without GPUs.
+
+    Any folder loads at any layout; written for the layout that will load it, every rank reads its own files from
+    beginning to end. Resumes like `halo convert`.
+
+    Example: halo reshard hybrid-8b hybrid-8b-tp8 --tp 8
+    """
+    from halo_jobs.release_sources import weights_source
+    from hypenet_tools.convert import reshard_job
+    from hypenet_tools.layout import Layout
+
+    opened = weights_source(source, weights_only=weights_only)
+    job = reshard_job(
+        opened,
+        out,
+        Layout(tensor, pipeline, expert),
+        dtype=_dtype(dtype),
+        max_shard_bytes=round(shard_gb * GIGABYTE),
+    )
+    _do(job, workers, part, dry_run)
+
+
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's folder, a weights folder, a training checkpoint, or a Hugging Face folder."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write; must not exist yet.")],
+    shard_gb: ShardOption = 5.0,
+    dtype: DtypeOption = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", help="Folder with tokenizer.json, where SOURCE has none of its own."),
+    ] = None,
+    logits_scaling: Annotated[
+        float | None,
+        typer.Option(
+            "--logits-scaling", help="The a of log(t + a) / log(a), where SOURCE has none (hybrids)."
+        ),
+    ] = None,
+    workers: WorkersOption = None,
+    part: PartOption = "0/1",
+    dry_run: DryRunOption = False,
+) -> None:
+    """Write a folder that is ready to upload and loads in transformers.
+
+    Holds safetensors (with an index when there are several), config, generation config, tokenizer, chat template,
+    licence, a model card, a hybrid's modelling code, and SHA256SUMS. Of a finished run the card has data, tokens,
+    selection and scores. Resumes like `halo convert`.
+
+    Example: halo export runs/my-run my-hypenet --shard-gb 5
+    """
+    from halo_jobs.release_sources import release_source
+    from hypenet_tools.export import export_job
+
+    opened = release_source(source)
+    job = export_job(
+        opened,
+        out,
+        tokenizer_folder=tokenizer,
+        logits_scaling_base=logits_scaling,
+        dtype=_dtype(dtype),
+        max_shard_bytes=round(shard_gb * GIGABYTE),
+    )
+    _do(job, workers, part, dry_run)
+
+
+def verify(
+    a: Annotated[Path, typer.Argument(help="A Hugging Face folder, weights folder or training checkpoint.")],
+    b: Annotated[Path, typer.Argument(help="Another; kinds may differ.")],
+    report: JsonOption = None,
+) -> None:
+    """Compare two models: every tensor bit for bit through the mapping, checksums, and logits on fixed prompts.
+
+    Exit code 0: the same model. 1: not; the report says what differs. Logits (largest difference, cosine, agreement of
+    the most likely token) are computed in fp32, where the models fit into memory.
+    """
+    from halo_jobs.release_sources import weights_source
+    from hypenet_tools.verify import verify as compare
+
+    one, other = weights_source(a, weights_only=True), weights_source(b, weights_only=True)
+    with _bar("comparing", one.stored.nbytes) as advance:
+        result = compare(one, other, advance=advance)
+    _tell(result, report)
+    if not result["match"]:
+        raise RuntimeError(f"{a} and {b} are not the same model; the report above says what differs")
+
+
+def inspect(
+    folder: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder, weights folder or training checkpoint.")
+    ],
+    report: JsonOption = None,
+) -> None:
+    """Say what is in a model folder: model, layout, sizes, dtypes, how it came about, NaN and infinite values.
+
+    Reads everything, also to check it against the folder's checksums.
+    """
+    from halo_jobs.release_sources import weights_source
+    from hypenet_tools.inspection import inspect_model
+
+    opened = weights_source(folder, weights_only=True)
+    with _bar("reading", opened.stored.nbytes) as advance:
+        result = inspect_model(opened, advance=advance)
+    _tell(result, report)
+
+
+def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    import torch
+
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name not in known:
+        raise ValueError(f"--dtype {name} is not one of {', '.join(known)}")
+    return known[name]
+
+
+def _parse_part(text: str) -> Part:
+    from hypenet_tools.jobs import Part
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--part {text} is not I/N with I from 0 to N - 1, such as 0/4")
+    return Part(int(index), int(count))
+
+
+def _do(job: Job, workers: int | None, part_text: str, dry_run: bool) -> None:
+    from hypenet_tools.jobs import run_job
+    from hypenet_tools.workers import default_workers
+
+    part = _parse_part(part_text)
+    mine = job.shards[part.index :: part.count]
+    nbytes = sum(shard.nbytes for shard in mine)
+    if dry_run:
+        job.require_free(part)
+        free = shutil.disk_usage(_existing(job.out)).free
+        tensors = sum(len(shard.tensors) for shard in job.shards)
+        console.print(
+            f"{job.out}: {len(job.shards)} files with {tensors:,} tensors or chunks of them, "
+            f"{job.nbytes / GIGABYTE:.2f} GB; {free / GIGABYTE:.2f} GB are free. Nothing was written.",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return
+    with _bar(job.out.name, nbytes) as advance:
+        complete = run_job(job, workers=workers or default_workers(nbytes), part=part, advance=advance)
+    if complete:
+        console.print(f"{job.out}: complete", soft_wrap=True, highlight=False)
+    else:
+        console.print(
+            f"Part {part_text} is done; {job.out} appears when the others are",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes; yields what to call with the number of bytes done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _tell(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    console.print_json(json.dumps(report))

@@ -1,0 +1,55 @@
+"""What a model folder holds beside its weights, and how it travels: tokenizer, chat template, card, licence."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from durable_files import sha256_file
+from hypenet_tools.hf_folder import TOKENIZER_FILES
+
+GENERATION_CONFIG, MODEL_CARD, CHECKSUM_FILE = "generation_config.json", "README.md", "SHA256SUMS"
+COMPANIONS = (*TOKENIZER_FILES, "chat_template.json", GENERATION_CONFIG, MODEL_CARD, "LICENSE")
+
+
+def companions(folder: Path) -> list[Path]:
+    """The companions that `folder` has."""
+    return [folder / name for name in COMPANIONS if (folder / name).is_file()]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    for path in companions(source):
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.name)
+
+
+def fingerprint(folder: Path) -> list[list[Any]]:
+    """[name, bytes, time of change] of the files of a model folder: whether it is still what a job began with."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        [str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns]
+        for path in files
+        if path.suffix in (".safetensors", ".json") or path.name in COMPANIONS
+    ]
+
+
+def source_digest(folder: Path) -> dict[str, str]:
+    """What identifies a Hugging Face folder in a provenance: its checksum file, or else sizes and headers."""
+    sums = folder / CHECKSUM_FILE
+    if sums.is_file():
+        return {"of": CHECKSUM_FILE, "sha256": sha256_file(sums)}
+    digest = hashlib.sha256()
+    for part in _headers(folder):
+        digest.update(part)
+    return {"of": "safetensors headers", "sha256": digest.hexdigest()}
+
+
+def _headers(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as handle:
+            length = handle.read(8)
+            yield f"{path.name} {path.stat().st_size} ".encode()
+            yield handle.read(int.from_bytes(length, "little"))

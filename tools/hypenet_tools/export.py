@@ -1,0 +1,116 @@
+"""From anything that holds a whole model to a Hugging Face folder that can be uploaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hypenet_tools.companions import MODEL_CARD, fingerprint
+from hypenet_tools.hf_config import ModelDescription
+from hypenet_tools.jobs import Job
+from hypenet_tools.opened import OpenedModel
+from hypenet_tools.release import SHARD_BYTES, release_job
+from hypenet_tools.weights import DTYPE_CODES
+
+_UNCHANGED_BY = {"convert", "import", "reshard"}
+_LICENCE = re.compile(r"^license: *(\S+)$", re.MULTILINE)
+
+
+def export_job(
+    source: OpenedModel,
+    out: Path,
+    *,
+    tokenizer_folder: Path | None = None,
+    logits_scaling_base: float | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Job:
+    """The job that writes `source` as a Hugging Face folder.
+
+    Tokenizer and the like come from `tokenizer_folder`, or else from the source. A model that was only converted and
+    resharded keeps its card; another gets one that says how it came about. `logits_scaling_base` is for hybrids that
+    have none yet. ValueError in one sentence when something is missing.
+    """
+    model = source.whole
+    companions = tokenizer_folder or source.companions
+    if not (companions / "tokenizer.json").is_file():
+        raise ValueError(f"{companions} has no tokenizer.json; name a folder that has with --tokenizer")
+    if logits_scaling_base is not None:
+        if model.mixer_types is None:
+            raise ValueError(f"{source.folder} is a teacher, which has no logits scaling; leave it out")
+        model = replace(model, logits_scaling_base=logits_scaling_base)
+    options = {
+        "tokenizer": str(companions.absolute()),
+        "logits_scaling_base": model.logits_scaling_base,
+        "dtype": None if dtype is None else DTYPE_CODES[dtype],
+    }
+    return release_job(
+        out,
+        source.megatron(),
+        model,
+        tokenizer_folder=companions,
+        model_card=_card(source, model, companions),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        identity={
+            "source": str(source.folder.absolute()),
+            "source_files": fingerprint(source.folder),
+            "options": options,
+        },
+    )
+
+
+def _card(source: OpenedModel, model: ModelDescription, companions: Path) -> str:
+    card = source.companions / MODEL_CARD
+    changed = [
+        step
+        for step in source.provenance
+        if step["step"] not in _UNCHANGED_BY or "hybrid" in step or "new_gates" in step
+    ]
+    if card.is_file() and not changed:
+        return card.read_text()
+    base_card = companions / MODEL_CARD
+    found = _LICENCE.search(base_card.read_text()) if base_card.is_file() else None
+    return _new_card(source, model, found[1] if found else "other")
+
+
+def _new_card(source: OpenedModel, model: ModelDescription, licence: str) -> str:
+    origin = next((str(step["from"]) for step in source.provenance if "from" in step), model.shape.name)
+    kind = "Qwen3 model" if model.mixer_types is None else "HypeNet hybrid"
+    lines = [
+        "---",
+        f"license: {licence}",
+        f"base_model: {origin}",
+        "library_name: transformers",
+        "---",
+        "",
+        f"# {kind} from {origin}",
+        "",
+        f"{model.shape.num_layers} layers, hidden size {model.shape.hidden_size}, {source.stored.elements:,} "
+        f"parameters. The licence is that of the base model, {origin}.",
+    ]
+    if model.mixer_types is not None:
+        attention = [str(n) for n, mixer in enumerate(model.mixer_types) if mixer == "attn"]
+        lines += [
+            "",
+            f"Softmax attention in layers {', '.join(attention) or 'none'} (from 0); the others are Lightning "
+            "Attention. The folder holds its own modelling code, so loading it needs `trust_remote_code=True`.",
+        ]
+    if any("hybrid" in step for step in source.provenance):
+        lines += ["", "**Not trained**: mixers are copies of the teacher's, output gates are random."]
+    lines += ["", "## How it came about", ""]
+    lines += [f"- {_sentence(step)}" for step in source.provenance] or ["- not recorded"]
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(step: Any) -> str:
+    extras = [f"{key} {value}" for key, value in step.items() if key not in ("step", "from", "digest")]
+    text = f"{step['step']} from {step['from']}" if "from" in step else str(step["step"])
+    digest = (
+        f" (SHA-256 of its {step['digest']['of']}: `{step['digest']['sha256']}`)" if "digest" in step else ""
+    )
+    return text + "".join(f", {extra}" for extra in extras) + digest

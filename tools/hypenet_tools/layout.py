@@ -1,0 +1,74 @@
+"""Who has what: which part of every tensor belongs to which rank of a tensor x pipeline x expert layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_tools.chunks import Chunk
+from hypenet_tools.mapping import key_value_groups, row_of
+from hypenet_tools.tensors import TensorInfo
+
+
+class Rank(NamedTuple):
+    tensor: int = 0
+    pipeline: int = 0
+    expert: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the three groups over which weights are divided. Layers are divided evenly over pipeline stages."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+
+    def require_divides(self, shape: ModelShape, mixer_types: Sequence[MixerType]) -> None:
+        """ValueError in one sentence when some tensor or the layers of `shape` cannot be divided so."""
+        groups = min(key_value_groups(shape, mixer) for mixer in mixer_types)
+        rules = [
+            ("--tp", self.tensor, "key/value heads", groups),
+            ("--tp", self.tensor, "query heads", shape.query_heads),
+            ("--tp", self.tensor, "vocabulary entries", shape.vocab_size),
+            ("--tp", self.tensor, "feed-forward channels", shape.expert_ffn_size or shape.ffn_hidden_size),
+            ("--pp", self.pipeline, "layers", shape.num_layers),
+            ("--ep", self.expert, "experts", shape.experts or 1),
+        ]
+        for option, size, what, count in rules:
+            if size < 1 or count % size:
+                fitting = [n for n in range(1, min(count, 64) + 1) if count % n == 0]
+                raise ValueError(
+                    f"{option} {size} does not divide the {count} {what} of {shape.name}; "
+                    f"choose one of {', '.join(map(str, fitting))}"
+                )
+
+    def chunks(self, name: str, info: TensorInfo, num_layers: int) -> list[tuple[Rank, Chunk]]:
+        """The chunks of a tensor by owning rank. What several ranks hold alike belongs to the first of them."""
+        layer, row = row_of(name)
+        if layer is None:
+            stage = 0 if name.startswith("embedding.") else self.pipeline - 1
+        else:
+            stage = layer * self.pipeline // num_layers
+        found = []
+        for expert in range(self.expert if row.per_expert else 1):
+            box = Chunk.whole(info)
+            if row.per_expert:
+                box = box.piece(0, expert, self.expert)
+            axis = 1 if row.per_expert else 0  # of the rows that tensor parallelism divides
+            for rank in range(1 if row.tensor_parallel == "whole" else self.tensor):
+                owner = Rank(rank, stage, expert)
+                if row.tensor_parallel == "columns":
+                    found.append((owner, box.piece(-1, rank, self.tensor)))
+                elif row.tensor_parallel == "rows of parts" and self.tensor > 1:
+                    parts = len(row.parts)
+                    found += [
+                        (owner, box.piece(axis, part * self.tensor + rank, parts * self.tensor))
+                        for part in range(parts)
+                    ]
+                else:
+                    pieces = 1 if row.tensor_parallel == "whole" else self.tensor
+                    found.append((owner, box.piece(axis, rank, pieces)))
+        return found

@@ -1,0 +1,42 @@
+"""The mapping table applied to views: Hugging Face tensors under Megatron names and back, without reading any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypenet_tools.mapping import TensorPlan, hugging_face_shapes, megatron_shapes, require_names
+from hypenet_tools.tensors import AssembledTensors, Run, TensorInfo, TensorView
+
+
+def _require_shapes(view: TensorView, expected: dict[str, tuple[int, ...]], holder: str) -> None:
+    require_names(view, expected, holder)
+    for name, shape in expected.items():
+        if view.infos[name].shape != shape:
+            raise ValueError(
+                f"{holder}: tensor {name} has shape {list(view.infos[name].shape)} where the model config calls "
+                f"for {list(shape)}; use the weights and the config of the same model"
+            )
+
+
+def megatron_view(hugging_face: TensorView, plan: Sequence[TensorPlan], holder: str) -> TensorView:
+    """Hugging Face tensors as Megatron's. ValueError unless `hugging_face` holds exactly the plan's tensors."""
+    _require_shapes(hugging_face, hugging_face_shapes(plan), holder)
+    view = AssembledTensors()
+    for entry in plan:
+        dtypes = [hugging_face.infos[part].dtype for part in entry.parts]
+        entry.require_one_dtype(dtypes)
+        runs = [Run(hugging_face, rows.part, rows.start, rows.stop) for rows in entry.rows()]
+        view.add(entry.megatron, TensorInfo(entry.megatron_shape, dtypes[0]), runs)
+    return view
+
+
+def hugging_face_view(megatron: TensorView, plan: Sequence[TensorPlan], holder: str) -> TensorView:
+    """The inverse of `megatron_view`, bit for bit."""
+    _require_shapes(megatron, megatron_shapes(plan), holder)
+    view = AssembledTensors()
+    for entry in plan:
+        dtype = megatron.infos[entry.megatron].dtype
+        for name, runs in entry.rows_of_parts().items():
+            info = TensorInfo(entry.parts[name], dtype)
+            view.add(name, info, [Run(megatron, entry.megatron, start, stop) for start, stop in runs])
+    return view

@@ -1,0 +1,107 @@
+"""HypeNet folders as the reference implementation writes them, released or in the middle of training.
+
+Its training checkpoints wrap models, which shows in the names:
+
+    stage 1  model.model.layers.N.self_attn.teacher_layer.* and .student_layer.* (one attention, one recurrent mixer)
+    stage 2  teacher_model.* (the teacher, whole) and student_model.model.* (the hybrid)
+
+Of a stage-1 checkpoint, as the reference's own stage 2 does, attention layers take the teacher's mixer and the others
+the student's; attention has no gate yet, so gates are drawn as in stage 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypenet_megatron.presets import MixerType
+from hypenet_tools.hf_config import ModelDescription, read_config
+from hypenet_tools.initialise import NewTensors
+from hypenet_tools.mapped import megatron_view
+from hypenet_tools.mapping import HF_LAYER
+from hypenet_tools.tensors import AssembledTensors, TensorView
+from hypenet_tools.weights import SafetensorsWeights
+
+_TEACHER, _STUDENT = "teacher_layer.", "student_layer."
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A hybrid under Megatron names. `new_gates` are the attention layers whose gates were drawn."""
+
+    description: ModelDescription
+    megatron_view: TensorView
+    new_gates: list[int]
+
+
+def read_reference_folder(folder: Path, seed: int) -> ReferenceModel:
+    """Open a HypeNet folder (config.json of type hypenet, safetensors). ValueError names what does not fit."""
+    description = read_config(folder / "config.json")
+    mixers = description.mixer_types
+    if mixers is None:
+        raise ValueError(
+            f"{folder / 'config.json'} is of a Qwen3, not of a HypeNet; leave --from-hypenet out"
+        )
+    weights = SafetensorsWeights(folder)
+    view = AssembledTensors()
+    for stored in weights:
+        name = released_name(stored, mixers)
+        if name == "lm_head.weight" and description.shape.tied_embeddings:
+            _require_tied(weights, stored, mixers, folder)
+        elif name is not None:
+            if name in view:
+                raise ValueError(f"{weights.files[stored]}: {stored} and another tensor both are {name}")
+            view.take(weights, stored, name)
+    missing = []
+    if any(_TEACHER in stored for stored in weights):
+        missing = [
+            layer
+            for layer, mixer in enumerate(mixers)
+            if mixer == "attn" and _gate(layer) not in view and _query(layer) in view
+        ]
+    new = NewTensors(description.shape, seed, {n: view.infos[_query(n)].dtype for n in missing})
+    for layer in missing:
+        view.take(new, f"gate.{layer}", _gate(layer))
+    return ReferenceModel(
+        description, megatron_view(view, description.plan, f"the weights of {folder}"), missing
+    )
+
+
+def released_name(stored: str, mixers: Sequence[MixerType]) -> str | None:
+    """The released layout's name of a stored tensor; None for one that the hybrid does not have."""
+    if stored.startswith("teacher_model."):
+        return None
+    name = stored.removeprefix("student_model.")
+    for wrapped, bare in (("model.model.", "model."), ("model.lm_head.", "lm_head.")):
+        if name.startswith(wrapped):
+            name = bare + name.removeprefix(wrapped)
+    if _TEACHER in name or _STUDENT in name:
+        layer = name.split(".")[2]
+        kept = _TEACHER if layer.isdigit() and _mixer(mixers, int(layer)) == "attn" else _STUDENT
+        if kept not in name:
+            return None
+        name = name.replace(kept, "", 1)
+    return name
+
+
+def _mixer(mixers: Sequence[MixerType], layer: int) -> MixerType | None:
+    return mixers[layer] if layer < len(mixers) else None
+
+
+def _gate(layer: int) -> str:
+    return HF_LAYER.format(layer=layer) + "self_attn.o_gate.weight"
+
+
+def _query(layer: int) -> str:
+    return HF_LAYER.format(layer=layer) + "self_attn.q_proj.weight"
+
+
+def _require_tied(weights: SafetensorsWeights, head: str, mixers: Sequence[MixerType], folder: Path) -> None:
+    """The reference stores a head even where it is the embedding; it may be left out only if it is."""
+    embeddings = [name for name in weights if released_name(name, mixers) == "model.embed_tokens.weight"]
+    if embeddings and not weights.same_content(head, embeddings[0]):
+        raise ValueError(
+            f"{weights.files[head]}: {head} differs from {embeddings[0]} although config.json ties them; set "
+            "tie_word_embeddings to false to keep the head"
+        )

@@ -1,0 +1,88 @@
+"""Are two models the same: every tensor bit for bit, through the mapping, and logits on fixed prompts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from hypenet_tools.logits import Comparison, compare_logits
+from hypenet_tools.opened import OpenedModel
+from hypenet_tools.shards import Advance
+from hypenet_tools.tensors import BLOCK_BYTES, TensorView
+
+# Two implementations of one model round differently; a wrong weight or a swapped head is far above this.
+LOGIT_TOLERANCE = 1e-3  # of the largest logit
+LISTED = 20
+
+
+def verify(a: OpenedModel, b: OpenedModel, *, advance: Advance = lambda count: None) -> dict[str, Any]:
+    """Compare two models; the report (JSON) has "match" and everything that differs.
+
+    `advance` is told bytes of tensors compared, each pair once. Logits are left out, with the reason, where the
+    models do not fit into memory.
+    """
+    one, other = a.hugging_face(), b.hugging_face()
+    common = [name for name in one if name in other]
+    differing = compare_tensors(one, other, advance)
+    damaged = {str(model.folder): files for model in (a, b) if (files := model.damaged_files())}
+    report: dict[str, Any] = {
+        "a": str(a.folder),
+        "b": str(b.folder),
+        "model": _model_differences(a, b),
+        "tensors": {
+            "compared": len(common),
+            "equal": len(common) - len(differing),
+            "differing": differing[:LISTED],
+            "only_in_a": [name for name in one if name not in other][:LISTED],
+            "only_in_b": [name for name in other if name not in one][:LISTED],
+        },
+        "files_not_matching_their_checksum": damaged,
+    }
+    same = len(common) == len(one) == len(other) and not differing
+    logits: Comparison | str = "not computed: the models differ in shape"
+    if not {"shape", "mixer_types"} & {entry["what"] for entry in report["model"]}:
+        logits = compare_logits(a, b)
+    report["logits"] = {"skipped": logits} if isinstance(logits, str) else asdict(logits)
+    close = isinstance(logits, str) or logits.max_difference <= LOGIT_TOLERANCE * logits.largest
+    report["match"] = same and close and not report["model"] and not damaged
+    return report
+
+
+def compare_tensors(
+    one: TensorView, other: TensorView, advance: Advance = lambda count: None
+) -> list[dict[str, Any]]:
+    """The tensors that both have and that differ in shape, dtype or any bit."""
+    found = (_difference(name, one, other, advance) for name in one if name in other)
+    return [difference for difference in found if difference is not None]
+
+
+def _model_differences(a: OpenedModel, b: OpenedModel) -> list[dict[str, Any]]:
+    assert a.model is not None and b.model is not None
+    pairs: dict[str, list[Any]] = {
+        "shape": [{**asdict(model.shape), "name": ""} for model in (a.model, b.model)],
+        "mixer_types": [a.model.mixer_types, b.model.mixer_types],
+        "logits_scaling_base": [a.model.logits_scaling_base, b.model.logits_scaling_base],
+    }
+    return [{"what": what, "a": one, "b": other} for what, (one, other) in pairs.items() if one != other]
+
+
+def _difference(name: str, one: TensorView, other: TensorView, advance: Advance) -> dict[str, Any] | None:
+    """What is different about a tensor, or None if nothing is."""
+    mine, theirs = one.infos[name], other.infos[name]
+    if mine.shape != theirs.shape:
+        advance(mine.nbytes)
+        return {"name": name, "shape": [mine.shape, theirs.shape]}
+    largest, equal = 0.0, mine.dtype == theirs.dtype
+    rows = max(1, BLOCK_BYTES // (mine.columns * mine.dtype.itemsize))
+    for start in range(0, mine.rows, rows):
+        stop = min(start + rows, mine.rows)
+        left, right = (torch.cat(list(view.rows(name, start, stop))) for view in (one, other))
+        if left.dtype != right.dtype or not left.view(torch.uint8).equal(right.view(torch.uint8)):
+            equal = False
+            largest = max(largest, float((left.float() - right.float()).abs().max()))
+        advance(left.nbytes)
+    if equal:
+        return None
+    return {"name": name, "dtype": [str(mine.dtype), str(theirs.dtype)], "max_difference": largest}

@@ -1,0 +1,95 @@
+"""Worker processes. A worker asks for an item of work, does it, reports bytes, asks for the next.
+
+Workers are told nothing but item numbers, and end by themselves when the pipe to their parent breaks, so that a
+parent that was killed leaves nobody behind who writes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+
+import torch
+
+from hypenet_tools.shards import Advance
+
+BYTES_WORTH_A_WORKER = 256 * 2**20
+
+
+def default_workers(nbytes: int) -> int:
+    """As many as there are cores, but none for less work than its start takes."""
+    return max(1, min(len(os.sched_getaffinity(0)), nbytes // BYTES_WORTH_A_WORKER))
+
+
+def run_in_workers[T](
+    work: Callable[[T, Advance], None], items: Sequence[T], workers: int, advance: Advance
+) -> None:
+    """Do `work` for all items, in this process (`workers` 1) or in several. Raises the first error of any."""
+    if workers <= 1 or len(items) <= 1:
+        for item in items:
+            work(item, advance)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+    processes, pipes = [], []
+    try:
+        for _ in range(min(workers, len(items))):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(work, items, there), daemon=True)
+            process.start()
+            there.close()
+            processes.append(process)
+            pipes.append(here)
+        _hand_out(len(items), pipes, advance)
+    except (EOFError, ConnectionError):
+        for process in processes:
+            process.join(1.0)
+        codes = [process.exitcode for process in processes if process.exitcode]
+        raise RuntimeError(
+            f"a worker process died (exit code {codes[0] if codes else 'unknown'}; out of memory?); "
+            "the same command resumes"
+        ) from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _hand_out(count: int, pipes: list[Connection], advance: Advance) -> None:
+    """Give every worker that asks the next of `count` items, until all are done."""
+    left = iter(range(count))
+    while pipes:
+        for pipe in wait(pipes):
+            assert isinstance(pipe, Connection)
+            message = pipe.recv()
+            if isinstance(message, BaseException):
+                raise message
+            if isinstance(message, int):
+                advance(message)
+                continue
+            number = next(left, None)
+            pipe.send(number)
+            if number is None:
+                pipes.remove(pipe)
+
+
+def _serve[T](work: Callable[[T, Advance], None], items: Sequence[T], pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends us
+    torch.set_num_threads(1)
+    try:
+        while True:
+            pipe.send(None)
+            number = pipe.recv()
+            if number is None:
+                return
+            try:
+                work(items[number], pipe.send)
+            except (BrokenPipeError, EOFError):
+                raise
+            except Exception as problem:
+                pipe.send(problem)
+                return
+    except (BrokenPipeError, EOFError):  # nobody is left to work for
+        os._exit(1)
