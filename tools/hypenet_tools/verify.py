@@ -45,9 +45,7 @@ def verify(a: OpenedModel, b: OpenedModel, *, advance: Advance = lambda count: N
     return report
 
 
-def _logits(
-    a: OpenedModel, b: OpenedModel, differences: list[dict[str, Any]]
-) -> tuple[dict[str, Any], bool]:
+def _logits(a: OpenedModel, b: OpenedModel, differences: list[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
     """What the report says about logits, and whether they are as close as those of one model are."""
     if {"shape", "mixer_types"} & {entry["what"] for entry in differences}:
         return {"skipped": "not computed: the models differ in shape"}, False
