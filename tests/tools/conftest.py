@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hypenet_megatron.presets import MixerType, ModelShape
 from hypenet_tools.mapping import conversion_plan, megatron_shapes
+from hypenet_tools.release import write_hf_folder
 
 RandomTensors = Callable[..., dict[str, Tensor]]
 
@@ -27,6 +28,34 @@ def random_tensors() -> RandomTensors:
         return tensors
 
     return make
+
+
+@pytest.fixture
+def hf_folder(random_tensors: RandomTensors, tokenizer_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a random model as a Hugging Face folder; `mixers` None means a teacher."""
+
+    def write(
+        name: str,
+        shape: ModelShape,
+        mixers: tuple[MixerType, ...] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        max_shard_bytes: int = 10**9,
+    ) -> Path:
+        tensors = random_tensors(shape, mixers or shape.teacher_mixers(), mixers is not None)
+        write_hf_folder(
+            tmp_path / name,
+            tensors,
+            shape,
+            mixers,
+            logits_scaling_base=None if mixers is None else 7.0,
+            tokenizer_folder=tokenizer_folder,
+            dtype=dtype,
+            model_card="---\nlicense: apache-2.0\n---\n# Tiny\n",
+            max_shard_bytes=max_shard_bytes,
+        )
+        return tmp_path / name
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,6 @@ from durable_files import (
     publish_once,
     read_json,
     sha256_file,
-    temporary_sibling,
     write_json,
 )
 from hypenet_tools.shards import Advance, Shard
@@ -79,7 +77,9 @@ class Job:
 
     def published(self) -> bool:
         """Whether `out` is there as the result of this job, whose end was cut short after the rename."""
-        return self.out.exists() and not self.files.exists() and self._is_ours()
+        if not (self.out.exists() and self.unfinished.exists()) or self.files.exists():
+            return False
+        return self._is_ours() or not any(self.unfinished.iterdir())
 
     def _is_ours(self) -> bool:
         path = self.unfinished / "job.json"
@@ -227,10 +227,13 @@ def _publish_if_complete(job: Job) -> bool:
 
 
 def _drop_unfinished(job: Job) -> None:
-    """Under another name first: a kill in between must leave no half of it behind."""
-    trash = temporary_sibling(job.out)
-    try:
-        os.rename(job.unfinished, trash)
-    except FileNotFoundError:  # another part was faster
-        return
-    shutil.rmtree(trash, ignore_errors=True)
+    """job.json goes last: a kill in between leaves something that the next call knows as published."""
+    record = job.unfinished / "job.json"
+    for path in [*job.unfinished.glob("*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path != record:
+            path.unlink(missing_ok=True)
+    record.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # another part was faster
+        job.unfinished.rmdir()

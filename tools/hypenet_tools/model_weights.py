@@ -21,6 +21,7 @@ from torch import Tensor
 
 from durable_files import discard_leftovers, publish_folder, temporary_sibling
 from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import LocalModel, model_chunks
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.chunks import Chunk
 from hypenet_tools.convert import SHARD_BYTES, weights_job
@@ -34,14 +35,14 @@ from hypenet_tools.weights_folder import Index, StoredChunk, WeightsFolder, clos
 KeyFilter = Callable[[str], bool]
 
 
-def sharded_tensors(model: torch.nn.Module, keep: KeyFilter | None = None) -> list[ShardedTensor]:
+def sharded_tensors(model: LocalModel, keep: KeyFilter | None = None) -> list[ShardedTensor]:
     """This rank's pieces of the model's tensors, restricted to the keys of whole tensors that `keep` accepts.
 
     Their data are views of the parameters. Extra state of Transformer Engine, a pickle, is left out.
     """
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     pieces: list[ShardedTensor] = []
-    for entry in model.sharded_state_dict(metadata=metadata).values():  # type: ignore[operator]
+    for entry in model.sharded_state_dict(metadata=metadata).values():
         if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
             continue
         if keep is None or keep(entry.key):
@@ -55,7 +56,7 @@ def _chunk(piece: ShardedTensor) -> Chunk:
 
 def load_weights(
     source: Path | Mapping[str, Tensor],
-    model: torch.nn.Module,
+    model: LocalModel,
     *,
     rename: Callable[[str], str] | None = None,
 ) -> None:
@@ -129,7 +130,7 @@ def save_tensors(
     run_afresh(job)
 
 
-def save_weights(folder: Path, model: torch.nn.Module, keep: KeyFilter | None = None) -> None:
+def save_weights(folder: Path, model: LocalModel, keep: KeyFilter | None = None) -> None:
     """Publish `model`, or its tensors that `keep` accepts, as a weights folder; all ranks call it.
 
     The folder appears when all ranks have written their part, and not at all if one fails.
@@ -146,7 +147,7 @@ def save_weights(folder: Path, model: torch.nn.Module, keep: KeyFilter | None = 
 _Written = tuple[Sums, dict[str, TensorInfo], dict[str, list[StoredChunk]]]
 
 
-def _write_own(folder: Path, model: torch.nn.Module, keep: KeyFilter | None) -> _Written:
+def _write_own(folder: Path, model: LocalModel, keep: KeyFilter | None) -> _Written:
     """Write the pieces that this rank is the first to have; returns what the index has to know of them."""
     pieces = [piece for piece in sharded_tensors(model, keep) if is_main_replica(piece.replica_id)]
     names = [f"{piece.key}#{'-'.join(map(str, piece.global_offset))}" for piece in pieces]
@@ -167,11 +168,12 @@ def _write_own(folder: Path, model: torch.nn.Module, keep: KeyFilter | None) -> 
     return sums, infos, chunks
 
 
-def _describe(model: torch.nn.Module, keep: KeyFilter | None) -> tuple[ModelDescription | None, Layout]:
-    config = model.config
+def _describe(model: LocalModel, keep: KeyFilter | None) -> tuple[ModelDescription | None, Layout]:
+    first = model_chunks(model)[0]
+    config = first.config
     assert isinstance(config, HypeNetConfig)
     layout = Layout(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
-    if keep is not None:
+    if keep is not None or first.aligned:
         return None, layout
     shape = ModelShape(
         name="hypenet" if config.hybrid else "qwen3",

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from hypenet_tools.logits import Comparison, compare_logits
 from hypenet_tools.opened import OpenedModel
 from hypenet_tools.shards import Advance
 from hypenet_tools.tensors import BLOCK_BYTES, TensorView
@@ -41,13 +40,21 @@ def verify(a: OpenedModel, b: OpenedModel, *, advance: Advance = lambda count: N
         "files_not_matching_their_checksum": damaged,
     }
     same = len(common) == len(one) == len(other) and not differing
-    logits: Comparison | str = "not computed: the models differ in shape"
-    if not {"shape", "mixer_types"} & {entry["what"] for entry in report["model"]}:
-        logits = compare_logits(a, b)
-    report["logits"] = {"skipped": logits} if isinstance(logits, str) else asdict(logits)
-    close = isinstance(logits, str) or logits.max_difference <= LOGIT_TOLERANCE * logits.largest
+    report["logits"], close = _logits(a, b, report["model"])
     report["match"] = same and close and not report["model"] and not damaged
     return report
+
+
+def _logits(a: OpenedModel, b: OpenedModel, differences: list[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """What the report says about logits, and whether they are as close as those of one model are."""
+    if {"shape", "mixer_types"} & {entry["what"] for entry in differences}:
+        return {"skipped": "not computed: the models differ in shape"}, False
+    from hypenet_tools.logits import compare_logits  # Megatron and transformers take seconds to import
+
+    found = compare_logits(a, b)
+    if isinstance(found, str):
+        return {"skipped": found}, True
+    return asdict(found), found.max_difference <= LOGIT_TOLERANCE * found.largest
 
 
 def compare_tensors(

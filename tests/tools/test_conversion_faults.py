@@ -1,0 +1,236 @@
+"""Killed, starved, misled: a rerun finishes, the result is the same, and nothing partial passes for a model."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from halo_jobs.cli import app
+from hypenet_tools.convert import convert_job
+from hypenet_tools.jobs import keep_or_write, run_job
+from hypenet_tools.layout import Layout
+from hypenet_tools.opened import open_model
+from hypenet_tools.weights_folder import WeightsFolder
+from tests.tools.tiny_models import TINY
+
+KILLS = int(os.environ.get("HALO_CONVERT_KILLS", "3"))
+SLOW_SHAPE = replace(TINY, num_layers=12, hidden_size=512, ffn_hidden_size=1024, vocab_size=4096)
+LAYOUT, SHARD_BYTES = Layout(2, 2), 300_000
+
+
+def command(source, out, *options):
+    halo = [sys.executable, "-m", "halo_jobs.cli", "convert", source, out, "--tp", 2, "--pp", 2]
+    return [*map(str, halo), "--shard-gb", str(SHARD_BYTES / 1e9), *map(str, options)]
+
+
+def halo(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "halo_jobs.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused_or_whole(folder, whole):
+    """A folder of an unfinished job is no model, until it lacks nothing but its name."""
+    try:
+        open_model(folder)
+    except ValueError:
+        return
+    assert content(folder) == whole
+
+
+def finish(source, out, whole):
+    done = subprocess.run(command(source, out), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert content(out) == whole
+    assert [path.name for path in out.parent.glob("out*")] == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kill_9_at_random_moments(hf_folder, tmp_path):
+    source, out = hf_folder("source", SLOW_SHAPE), tmp_path / "out"
+    unfinished = tmp_path / "out.unfinished"
+    job = convert_job(source, tmp_path / "whole", LAYOUT, max_shard_bytes=SHARD_BYTES)
+    assert run_job(job)
+    whole = content(tmp_path / "whole")
+    rng = random.Random(os.environ.get("HALO_TEST_SEED", "17"))
+    for kill in range(KILLS):
+        options = ("--workers", 1 + kill % 2)
+        process = subprocess.Popen(
+            command(source, out, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        # By files, not by the clock: wherever the machine is in its work when so many are done.
+        target = rng.randrange(len(job.shards) + 1)
+        while len([*unfinished.glob("sums/*.safetensors.json")]) < target and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        process.send_signal(signal.SIGKILL)
+        _, message = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), message
+        if out.exists():
+            assert content(out) == whole
+        else:
+            refused_or_whole(unfinished, whole)
+            refused_or_whole(unfinished / "files", whole)
+        if kill % 2 and (files := sorted(unfinished.glob("files/*.safetensors"))):
+            files[0].write_bytes(files[0].read_bytes()[:-9])  # as by a disk that lost its last pages
+        if kill % 3 == 2:  # begin anew: early kills are worth as much as late ones
+            if unfinished.exists() or not out.exists():
+                finish(source, out, whole)
+            shutil.rmtree(out)
+    if unfinished.exists() or not out.exists():
+        finish(source, out, whole)
+
+
+def stop_after(job, files):
+    """Do the first files of a job as a killed process would leave them."""
+    job.begin()
+    for shard in job.shards[:files]:
+        keep_or_write(job.unfinished, shard, lambda count: None)
+
+
+def test_finished_files_are_kept_and_torn_ones_redone(hf_folder, tmp_path):
+    source = hf_folder("source", TINY)
+    job = convert_job(source, tmp_path / "out", LAYOUT, max_shard_bytes=20_000)
+    stop_after(job, 3)
+    files = [job.files / shard.name for shard in job.shards[:3]]
+    files[1].write_bytes(files[1].read_bytes()[:-1] + b"x")
+    (job.files / "t0-p0-e0-00001.safetensors.unfinished-deadbeef").write_bytes(b"torn")
+    before = [path.stat().st_ino for path in files]
+    counts = []
+    assert run_job(job, advance=counts.append)
+    assert sum(counts) == job.nbytes
+    after = [(tmp_path / "out" / path.name).stat().st_ino for path in files]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+    assert not list((tmp_path / "out").glob("*unfinished*"))
+    WeightsFolder(tmp_path / "out").require_intact()
+
+
+def test_another_job_does_not_resume_this_one(hf_folder, tmp_path):
+    source = hf_folder("source", TINY)
+    stop_after(convert_job(source, tmp_path / "out", LAYOUT, max_shard_bytes=20_000), 2)
+    with pytest.raises(
+        ValueError, match=r"out\.unfinished was begun by another job \(it differs in: layout\)"
+    ):
+        run_job(convert_job(source, tmp_path / "out", Layout(), max_shard_bytes=20_000))
+    os.utime(source / "model.safetensors")
+    with pytest.raises(ValueError, match="differs in: source_files"):
+        run_job(convert_job(source, tmp_path / "out", LAYOUT, max_shard_bytes=20_000))
+
+
+def test_killed_between_rename_and_tidying_up(hf_folder, tmp_path):
+    job = convert_job(hf_folder("source", TINY), tmp_path / "out", LAYOUT, max_shard_bytes=20_000)
+    stop_after(job, len(job.shards))
+    job.finish(job.files, job.sums())
+    job.files.rename(job.out)
+    assert run_job(job)
+    assert not job.unfinished.exists()
+    WeightsFolder(job.out).require_intact()
+
+
+def test_too_little_room_is_seen_before_writing(hf_folder, tmp_path, monkeypatch):
+    job = convert_job(hf_folder("source", TINY), tmp_path / "out", LAYOUT)
+    monkeypatch.setattr(
+        "hypenet_tools.jobs.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0)
+    )
+    with pytest.raises(
+        ValueError, match=r"out needs 0\.00 GB more but its disk has 0\.00 GB free; make room"
+    ):
+        run_job(job)
+    assert not list(job.files.iterdir())
+
+
+def limit_file_size():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+def test_write_that_fails_is_one_sentence_and_resumes(hf_folder, tmp_path):
+    source = hf_folder("source", SLOW_SHAPE)
+    refused = subprocess.run(
+        command(source, tmp_path / "out"),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limit_file_size,
+    )
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: ") and "out.unfinished/files/" in line and "File too large" in line
+    assert not (tmp_path / "out").exists()
+    again = subprocess.run(command(source, tmp_path / "out"), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    WeightsFolder(tmp_path / "out").require_intact()
+
+
+def test_commands_from_download_to_release(hf_folder, tmp_path):
+    """convert, inspect, reshard, export, verify, as a user runs them."""
+    source, hybrid, slim, back = (
+        hf_folder("source", TINY),
+        *(tmp_path / n for n in ("hybrid", "slim", "back")),
+    )
+    planned = halo("convert", source, hybrid, "--hybrid", "1,3", "--tp", 2, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert "Nothing was written" in planned.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    for arguments in (
+        ("convert", source, hybrid, "--hybrid", "1,3", "--tp", 2, "--seed", 3),
+        ("reshard", hybrid, slim, "--dtype", "fp32"),
+        ("export", hybrid, back, "--logits-scaling", 8),
+    ):
+        done = halo(*arguments)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    facts = halo("inspect", hybrid, "--json", tmp_path / "facts.json")
+    assert facts.returncode == 0, facts.stderr
+    found = json.loads((tmp_path / "facts.json").read_text())
+    assert found["layout"] == {"tensor": 2, "pipeline": 1, "expert": 1}
+    assert (found["nan"], found["inf"], found["files_not_matching_their_checksum"]) == (0, 0, [])
+    assert set(found["dtypes"]) == {"BF16"}
+    assert found["provenance"][0]["seed"] == 3
+    equal = halo("verify", hybrid, slim, "--json", tmp_path / "report.json")
+    assert equal.returncode == 1, "other dtypes are other tensors"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tensors"]["equal"] == 0 and report["tensors"]["differing"][0]["max_difference"] == 0
+    assert report["logits"]["top_1_agreement"] == 1 and not report["match"]
+    assert equal.stderr.count("\n") == 1 and "are not the same model" in equal.stderr
+    equal = halo("verify", source, back, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert equal.returncode == 1
+    assert {entry["what"] for entry in report["model"]} == {"mixer_types", "logits_scaling_base"}
+    assert len(report["tensors"]["only_in_b"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("convert", "nowhere", "out"), "nowhere/config.json does not exist"),
+        (("convert", "source", "out", "--tp", 3), "--tp 3 does not divide the 2 key/value heads"),
+        (("convert", "source", "out", "--part", "2/2"), "--part 2/2 is not I/N"),
+        (("convert", "source", "out", "--hybrid", "1", "--from-hypenet"), "give one of them"),
+        (("reshard", "source", "out", "--dtype", "int4"), "--dtype int4 is not one of bf16, fp16, fp32"),
+        (("export", "source", "source"), "source exists already"),
+        (("verify", "source", "tests"), "tests is neither a Hugging Face folder"),
+    ],
+)
+def test_user_errors_are_one_sentence(hf_folder, tmp_path, capsys, monkeypatch, arguments, message):
+    hf_folder("source", TINY)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        app([str(argument) for argument in arguments], standalone_mode=False)
+    assert not (tmp_path / "out.unfinished" / "files").exists()
