@@ -120,7 +120,9 @@ def run(arguments: list[object], source: Path, scratch: Path) -> dict[str, Any]:
     """One halo command from a cold cache, held against a `cp` of its source just before."""
     rate = copy_rate(source, scratch)
     drop_caches()
-    subprocess.run([*HALO, "reshard", source, scratch, "--dry-run"], capture_output=True, check=False)  # read torch
+    subprocess.run(
+        [*HALO, "reshard", source, scratch, "--dry-run"], capture_output=True, check=False
+    )  # read torch
     start = time.perf_counter()
     process = psutil.Popen([*HALO, *map(str, arguments)], stdout=subprocess.DEVNULL)
     peak = 0

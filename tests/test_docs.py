@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "docs" / "data.md", ROOT / "docs" / "kernels.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "docs" / "data.md",
+    ROOT / "docs" / "kernels.md",
+]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 

@@ -70,9 +70,7 @@ def _deviations(task: Task, root: Path) -> tuple[float, float]:
     assert task.source is not None
     expected, found = losses(Task(task.source), root)[SAVED_STEP:], losses(task, root)
     assert len(found) == len(expected) == SECTION.steps - SAVED_STEP
-    uninterrupted, resumed = (
-        read_weights(each.folder(root) / "final") for each in (Task(task.source), task)
-    )
+    uninterrupted, resumed = (read_weights(each.folder(root) / "final") for each in (Task(task.source), task))
     assert uninterrupted.keys() == resumed.keys()
     return (
         max(abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True)),

@@ -1,0 +1,161 @@
+"""How long a checkpoint stalls training: saved beside it, and saved while it waits.
+
+    python benchmarks/checkpoints.py --model hypenet-2b --out results/
+
+Trains a hybrid with random weights on random tokens, with fp32 master weights and Adam's moments, and saves twice each
+way. The stall is the time of the steps during a save beyond the time of as many steps without. Checks first that what
+was saved beside the training loads and equals what was there. Needs free disk for two checkpoints (27 GB each for
+hypenet-2b) and as much main memory as one. Writes checkpoints.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from rich.console import Console
+from rich.table import Table
+
+from halo_jobs.checkpointing.folder import TrainingCheckpoints
+from halo_jobs.checkpointing.layout import current_layout
+from halo_jobs.checkpointing.saver import BackgroundSaver
+from halo_jobs.recipe import TrainingSection
+from halo_jobs.training.batches import TokenBatch
+from halo_jobs.training.objectives import NextTokenObjective
+from halo_jobs.training.optimizer import build_optimizer
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import build_model
+from hypenet_megatron.presets import HYPENET_PRESETS, HypeNetPreset, ModelShape
+from hypenet_megatron.runtime import model_parallel
+
+TINY = HypeNetPreset("tiny", ModelShape("tiny", 4, 128, 256, 4, 2, 32, 512, True), (0,), 500.0)
+STEPS_WITHOUT = 8
+
+
+class Training:
+    """Steps of one model on the same random batch."""
+
+    def __init__(self, preset: HypeNetPreset, context_length: int, device: torch.device):
+        mixers = preset.shape.hybrid_mixers(preset.attention_layers)
+        config = HypeNetConfig.from_shape(preset.shape, mixers, hybrid=True, dtype=torch.bfloat16)
+        self.model = build_model(config).to(device)
+        self.objective = NextTokenObjective(self.model)
+        section = TrainingSection(
+            steps=1, context_length=context_length, global_batch=1, micro_batch=1, learning_rate=1e-5
+        )
+        self.optimizer: MegatronOptimizer = build_optimizer(self.objective.chunks, section)
+        ids = torch.randint(preset.shape.vocab_size, (1, context_length + 1), device=device)
+        weights = torch.ones(1, context_length, device=device)
+        self.batch = TokenBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights, (0,))
+
+    def step(self, saver: BackgroundSaver | None = None) -> float:
+        """Seconds."""
+        started = time.perf_counter()
+        for chunk in self.objective.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = float(self.objective.accumulate([self.batch]))
+        if saver is not None:
+            saver.before_update()
+        self.optimizer.step()
+        torch.cuda.synchronize()
+        assert loss == loss, "the loss is no number"
+        return time.perf_counter() - started
+
+
+def state(step: int) -> dict[str, Any]:
+    """What a trainer would write beside the tensors, as far as loading reads it."""
+    return {"step": step, "optimizer_step": step, "layout": current_layout()}
+
+
+def check(training: Training, saver: BackgroundSaver, checkpoints: TrainingCheckpoints) -> int:
+    """Bytes of a checkpoint that was written while training went on, and holds what was there when it began."""
+    before = {name: x.detach().clone() for name, x in training.model.named_parameters()}
+    saver.begin(1, training.model, training.optimizer, state(1))
+    training.step(saver)
+    saver.finish()
+    assert any(not torch.equal(before[name], x) for name, x in training.model.named_parameters())
+    checkpoints.load(1, training.model, training.optimizer, None)
+    for name, x in training.model.named_parameters():
+        assert torch.equal(before[name], x), f"{name} is not what was saved"
+    return sum(path.stat().st_size for path in checkpoints.path(1).iterdir())
+
+
+def save_beside(training: Training, saver: BackgroundSaver, number: int, usual: float) -> dict[str, float]:
+    """Steps go on until the checkpoint is published."""
+    started = time.perf_counter()
+    saver.begin(number, training.model, training.optimizer, state(number))
+    begun = time.perf_counter() - started
+    steps = 0
+    while saver.busy:
+        training.step(saver)
+        steps += 1
+    saver.publish_written()
+    whole = time.perf_counter() - started
+    return {"begin": begun, "stall": whole - steps * usual, "whole": whole, "steps meanwhile": steps}
+
+
+def save_waiting(training: Training, saver: BackgroundSaver, number: int) -> dict[str, float]:
+    started = time.perf_counter()
+    saver.begin(number, training.model, training.optimizer, state(number))
+    saver.finish()
+    return {"stall": time.perf_counter() - started}
+
+
+def measure(preset: HypeNetPreset, context_length: int, folder: Path, device: torch.device) -> dict[str, Any]:
+    training = Training(preset, context_length, device)
+    checkpoints = TrainingCheckpoints(folder / "checkpoints", keep_last=1)
+    saver = BackgroundSaver(checkpoints, None)
+    for _ in range(3):
+        training.step()
+    size = check(training, saver, checkpoints)
+    usual = statistics.median(training.step() for _ in range(STEPS_WITHOUT))
+    beside = [save_beside(training, saver, number, usual) for number in (2, 3)]
+    waiting = [save_waiting(training, saver, number) for number in (4, 5)]
+    return {
+        "parameters": sum(x.numel() for x in training.model.parameters()),
+        "bytes": size,
+        "seconds per step": usual,
+        "beside the training": beside,
+        "training waits": waiting,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    presets = {**HYPENET_PRESETS, "tiny": TINY}
+    parser.add_argument("--model", choices=presets, default="hypenet-2b")
+    parser.add_argument("--context-length", type=int, default=4096, help="tokens per step (default 4096)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints.json")
+    parser.add_argument(
+        "--disk", type=Path, help="where checkpoints are written (default: a temporary folder)"
+    )
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with model_parallel(seed=1) as device, TemporaryDirectory(dir=options.disk) as folder:
+        results = measure(presets[options.model], options.context_length, Path(folder), device)
+    results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    results["torch"] = torch.__version__
+    (options.out / "checkpoints.json").write_text(json.dumps(results, indent=1))
+    title = f"{options.model}: {results['parameters'] / 1e9:.2f}B parameters, {results['bytes'] / 1e9:.1f} GB"
+    table = Table("", "stall s", "whole save s", "steps meanwhile", title=title)
+    for name in ("beside the training", "training waits"):
+        for number, save in enumerate(results[name]):
+            whole = save.get("whole", save["stall"])
+            meanwhile = str(save.get("steps meanwhile", 0))
+            table.add_row(f"{name}, {number + 1}", f"{save['stall']:.3f}", f"{whole:.2f}", meanwhile)
+    Console().print(table, f"a step without a save: {results['seconds per step']:.3f} s")
+
+
+if __name__ == "__main__":
+    main()

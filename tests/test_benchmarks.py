@@ -1,0 +1,31 @@
+"""Benchmarks that run without a GPU are run small; what they print of time is not looked at."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_checkpoint_benchmark(tmp_path):
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "checkpoints.py"),
+        "--model",
+        "tiny",
+        "--context-length",
+        "64",
+    ]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path), "--disk", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "checkpoints.json").read_text())
+    # bf16 weights; fp32 master weights and two moments.
+    assert results["bytes"] >= 14 * results["parameters"]
+    assert len(results["beside the training"]) == len(results["training waits"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints.json"], "its checkpoints are gone"
