@@ -13,7 +13,9 @@ FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
 def _fenced(language: str) -> list[str]:
-    return [text for path in DOCUMENTS for found, text in FENCE.findall(path.read_text()) if found == language]
+    return [
+        text for path in DOCUMENTS for found, text in FENCE.findall(path.read_text()) if found == language
+    ]
 
 
 def _commands(program: str) -> list[list[str]]:
@@ -57,7 +59,9 @@ def test_paths_exist(path):
     text = path.read_text()
     named = re.findall(r"`([a-z_]+/[\w./-]+)`", text)
     linked = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    missing = [name for name in named if not name.startswith(("runs/", "corpus/")) and not (ROOT / name).exists()]
+    missing = [
+        name for name in named if not name.startswith(("runs/", "corpus/")) and not (ROOT / name).exists()
+    ]
     missing += [link for link in linked if not (path.parent / link).exists()]
     assert not missing
 

@@ -74,16 +74,12 @@ class _Run:
         return self
 
 
-@given(
-    st.lists(st.integers(1, 5), min_size=1, max_size=3), st.floats(0, 1), st.floats(0, 1)
-)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.floats(0, 1), st.floats(0, 1))
 def test_boxes_are_the_range_in_order(shape, first, second):
     numbers = np.arange(np.prod(shape)).reshape(shape)
     start, stop = sorted(round(x * numbers.size) for x in (first, second))
     boxes = list(flat_boxes(shape, start, stop))
-    places = [
-        tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True)) for offsets, sizes in boxes
-    ]
+    places = [tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True)) for offsets, sizes in boxes]
     found = [numbers[place].reshape(-1) for place in places]
     assert np.concatenate([[], *found]).tolist() == list(range(start, stop))
     assert len(boxes) <= 2 * len(shape) - 1
@@ -167,10 +163,15 @@ def test_files_are_what_the_library_reads(tmp_path):
         "c": torch.arange(3, dtype=torch.uint8),
     }
     size, digest = write_safetensors(tmp_path / "x.safetensors", tensors)
-    assert (size, digest) == ((tmp_path / "x.safetensors").stat().st_size, sha256_file(tmp_path / "x.safetensors"))
+    assert (size, digest) == (
+        (tmp_path / "x.safetensors").stat().st_size,
+        sha256_file(tmp_path / "x.safetensors"),
+    )
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
-    assert all(found[name].equal(tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert all(
+        found[name].equal(tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
 
 
 class _Trap:

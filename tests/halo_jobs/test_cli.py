@@ -100,7 +100,9 @@ def test_interrupted_run_goes_on_to_the_same_weights(finished, tmp_path, number)
     # A terminal's Ctrl-C reaches every process of the foreground, kill only the one.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
-    if number == signal.SIGTERM and process.returncode == 75:  # it came during a training, which then saves first
+    if (
+        number == signal.SIGTERM and process.returncode == 75
+    ):  # it came during a training, which then saves first
         assert re.fullmatch(
             r"\w+(\.\w+)?: stopped by SIGTERM after step \d of \d, which is saved in \S+/checkpoints/step-\d{8}; "
             r"the same command resumes there\n",

@@ -28,7 +28,9 @@ from tests.small_ranks import EVERY, STEPS, Ranks, World, server
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks on the CPU backend; with CUDA it is off"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="gloo ranks on the CPU backend; with CUDA it is off"
+    ),
 ]
 LAYOUTS = [{}, {"tensor": 2}, {"distributed_optimizer": True}, {"pipeline": 2}]
 GOES_ON = "the same command resumes from the last checkpoint"

@@ -75,9 +75,7 @@ def _deviations(task: Task, root: Path) -> tuple[float, float]:
     assert task.source is not None
     expected, found = losses(Task(task.source), root)[SAVED_STEP:], losses(task, root)
     assert len(found) == len(expected) == SECTION.steps - SAVED_STEP
-    uninterrupted, resumed = (
-        read_weights(each.folder(root) / "final") for each in (Task(task.source), task)
-    )
+    uninterrupted, resumed = (read_weights(each.folder(root) / "final") for each in (Task(task.source), task))
     assert uninterrupted.keys() == resumed.keys()
     return (
         max(abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True)),
@@ -102,7 +100,11 @@ def _check_all(tasks: list[Task], weights: Path, root: Path) -> None:
 @pytest.mark.slow
 def test_every_layout_is_left_and_entered(weights, whole):
     moved = WORLDS[1:] + WORLDS[:1]
-    pairs = [*zip(WORLDS, WORLDS, strict=True), *zip(WORLDS, moved, strict=True), *itertools.permutations(ALIGNED)]
+    pairs = [
+        *zip(WORLDS, WORLDS, strict=True),
+        *zip(WORLDS, moved, strict=True),
+        *itertools.permutations(ALIGNED),
+    ]
     _check_all([Task(world, source) for source, world in pairs], weights, whole)
 
 

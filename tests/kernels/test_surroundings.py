@@ -82,7 +82,9 @@ def _assert_agree(op, plain, inputs, constants=()):
 )
 def test_norm_rope(poisoned, monkeypatch, time, query_heads, key_heads, head_dim, rope):
     # Four programs: in the backward pass each loops over several tiles.
-    module = importlib.import_module("hypenet_kernels.query_key_norm")  # the package's attribute is the function
+    module = importlib.import_module(
+        "hypenet_kernels.query_key_norm"
+    )  # the package's attribute is the function
     monkeypatch.setattr(module, "PROGRAMS_PER_MULTIPROCESSOR", 1)
     query = _fused(2, time, query_heads, head_dim)[0]
     key = _fused(2, time, key_heads, head_dim)[1]
