@@ -122,7 +122,7 @@ def test_a_failed_export_leaves_nothing(export, tmp_path, monkeypatch):
     def full_disk(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hypenet_tools.shards.os.fsync", full_disk)
+    monkeypatch.setattr("hypenet_tools.direct_file.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export()
     assert list(tmp_path.iterdir()) == []

@@ -52,10 +52,16 @@ def weights_job(
             stored = name if len(chunks) == 1 else f"{name}#{number}"
             tensor = ShardTensor(stored, view, name, chunk, dtype or info.dtype)
             by_rank.setdefault(rank, []).append(tensor)
+    numbered = [
+        (rank, number, tensors)
+        for rank, of_rank in by_rank.items()
+        for number, tensors in enumerate(fill_shards(of_rank, max_shard_bytes), start=1)
+    ]
+    # Tensor-parallel ranks of the same layers follow one another: their columns lie in the same pages of the source.
+    numbered.sort(key=lambda entry: (entry[0].pipeline, entry[0].expert, entry[1], entry[0].tensor))
     shards = [
         Shard(f"t{rank.tensor}-p{rank.pipeline}-e{rank.expert}-{number:05d}.safetensors", tensors)
-        for rank, of_rank in sorted(by_rank.items())
-        for number, tensors in enumerate(fill_shards(of_rank, max_shard_bytes), start=1)
+        for rank, number, tensors in numbered
     ]
     index = Index.of_shards(shards, layout, model, provenance)
 

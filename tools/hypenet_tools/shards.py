@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ import torch
 
 from durable_files import temporary_sibling
 from hypenet_tools.chunks import Chunk
+from hypenet_tools.direct_file import DirectFile
 from hypenet_tools.tensors import TensorView
 from hypenet_tools.weights import DTYPE_CODES
 
@@ -76,28 +76,23 @@ class Shard:
         """
         path = folder / self.name
         temporary = temporary_sibling(path)
-        digest = hashlib.sha256()
+        header = self._header()
         try:
-            with open(temporary, "wb") as handle:
-                header = self._header()
-                handle.write(header)
-                digest.update(header)
+            with DirectFile(temporary) as file:
+                file.write(header)
                 for tensor in self.tensors:
                     for data in tensor.data():
-                        handle.write(data)
-                        digest.update(data)
+                        file.write(data)
                         advance(len(data))
-                handle.flush()
-                os.fsync(handle.fileno())
-                size = handle.tell()
-            assert size == len(header) + self.nbytes, f"{path} got {size} bytes"
+                digest = file.finish()
+            assert file.size == len(header) + self.nbytes, f"{path} got {file.size} bytes"
             os.replace(temporary, path)
         except OSError as error:
             error.filename = error.filename or str(path)
             raise
         finally:
             temporary.unlink(missing_ok=True)
-        return size, digest.hexdigest()
+        return file.size, digest
 
 
 def fill_shards(tensors: Iterable[ShardTensor], max_bytes: int) -> list[tuple[ShardTensor, ...]]:

@@ -1,0 +1,93 @@
+"""Weights out of training checkpoints: resharded, exported and inspected like any model folder."""
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from halo_jobs.models import write_shape
+from halo_jobs.recipe import TrainingSection
+from halo_jobs.release_sources import release_source, weights_source
+from halo_jobs.training.batches import BatchCursor
+from halo_jobs.training.objectives import NextTokenObjective
+from halo_jobs.training.trainer import Trainer
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.runtime import model_parallel
+from hypenet_tools.convert import reshard_job
+from hypenet_tools.inspection import inspect_model
+from hypenet_tools.jobs import run_job
+from hypenet_tools.layout import Layout
+from hypenet_tools.weights_folder import WeightsFolder
+from tokenized_data import Window
+
+SHAPE = ModelShape("tiny", 4, 32, 48, 4, 2, 8, 64, tied_embeddings=False)
+MIXERS = SHAPE.hybrid_mixers((1,))
+
+
+class _Windows:
+    def window(self, sample: int) -> Window:
+        tokens = np.random.default_rng(sample).integers(0, 64, 17)
+        return Window(tokens, np.ones(16, dtype=np.float32), "random", sample)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run's folder with a checkpoint of its last step, and the weights it ended with."""
+    section = TrainingSection(
+        steps=4,
+        context_length=16,
+        global_batch=4,
+        micro_batch=4,
+        learning_rate=1e-2,
+        warmup_steps=1,
+        checkpoint_every=2,
+    )
+    run = tmp_path / "run"
+    stage = run / "finetune.hybrid" / "0123456789ab"
+    stage.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("name: run\n")
+    (run / "init" / "0").mkdir(parents=True)
+    write_shape(run / "init" / "0", SHAPE)
+    with model_parallel(seed=1):
+        config = HypeNetConfig.from_shape(SHAPE, MIXERS, hybrid=True, dtype=torch.bfloat16)
+        cursor = BatchCursor(_Windows(), section.global_batch, section.micro_batch, torch.device("cpu"))
+        objective = NextTokenObjective(HypeNetModel(config))
+        trainer = Trainer("test", section, objective, cursor, stage, Console(quiet=True), None)
+        trainer.run()
+        weights = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    return stage / "checkpoints", weights
+
+
+def test_slim_copy_of_a_checkpoint(trained, tmp_path):
+    checkpoints, expected = trained
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    with pytest.raises(
+        ValueError, match="is a training checkpoint, which resumes at any layout as it is; add"
+    ):
+        weights_source(newest, weights_only=False)
+    opened = weights_source(newest, weights_only=True)
+    assert opened.model.mixer_types == MIXERS
+    assert inspect_model(opened)["files_not_matching_their_checksum"] == []
+    assert run_job(reshard_job(opened, tmp_path / "slim", Layout(2, 2)))
+    slim = WeightsFolder(tmp_path / "slim")
+    assert slim.keys() == expected.keys()
+    assert all(slim[name].equal(expected[name]) for name in expected)
+    assert [step["step"] for step in slim.index.provenance] == ["training", "reshard"]
+    stored = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
+    assert slim.nbytes * 6 < stored, "masters and moments stay behind"
+
+
+def test_checkpoint_away_from_its_run(trained, tmp_path):
+    checkpoints, _ = trained
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    newest.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="elsewhere lies in no run's folder, which has the model's sizes"):
+        weights_source(tmp_path / "elsewhere", weights_only=True)
+
+
+def test_run_that_has_not_come_to_its_export(trained):
+    checkpoints, _ = trained
+    with pytest.raises(ValueError, match="run has not come to its export; finish it with halo run"):
+        release_source(checkpoints.parent.parent.parent)
