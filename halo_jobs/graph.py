@@ -26,12 +26,14 @@ _WITHOUT_EFFECT = {"keep_checkpoints", "keep_checkpoint_every", "watchdog_second
 
 @dataclass(frozen=True)
 class StageNode:
-    """A stage: its function, the stages it reads, and everything of the recipe that its result depends on."""
+    """A stage: its function, the stages it reads, everything of the recipe that its result depends on, and whether it
+    trains, in the recipe's layout."""
 
     name: str
     run: Callable[[StageContext], StageResult]
     depends_on: tuple[str, ...]
     settings: Mapping[str, Any]
+    trains: bool = False
 
 
 def fingerprint(path: Path) -> list[Any]:
@@ -67,8 +69,8 @@ def _variant_nodes(recipe: ConversionRecipe, variant: str) -> list[StageNode]:
     distil, finetune, calibrate = (f"{stage}.{variant}" for stage in ("distil", "finetune", "calibrate"))
     data = ("tokenize", "init", "select")
     return [
-        StageNode(distil, run_distil, (*data, "align"), _settings(recipe.distil)),
-        StageNode(finetune, run_finetune, (*data, distil), _settings(recipe.finetune)),
+        StageNode(distil, run_distil, (*data, "align"), _settings(recipe.distil), trains=True),
+        StageNode(finetune, run_finetune, (*data, distil), _settings(recipe.finetune), trains=True),
         StageNode(calibrate, run_calibrate, (*data, finetune), recipe.calibrate.model_dump()),
         StageNode(
             f"evaluate.{variant}", run_evaluate, (*data, finetune, calibrate), recipe.evaluate.model_dump()
@@ -84,7 +86,7 @@ def _conversion_nodes(recipe: ConversionRecipe) -> list[StageNode]:
     return [
         _data_node(recipe),
         StageNode("init", run_init, (), teacher),
-        StageNode("align", run_align, ("tokenize", "init"), _settings(recipe.align)),
+        StageNode("align", run_align, ("tokenize", "init"), _settings(recipe.align), trains=True),
         StageNode("select", run_select, ("tokenize", "init", "align"), select),
         *main,
         StageNode(f"evaluate.{TEACHER}", run_evaluate, ("tokenize", "init"), recipe.evaluate.model_dump()),
@@ -103,7 +105,7 @@ def _pretrain_nodes(recipe: PretrainRecipe) -> list[StageNode]:
     evaluate = f"evaluate.{TEACHER}"
     return [
         _data_node(recipe),
-        StageNode("pretrain", run_pretrain, ("tokenize",), training),
+        StageNode("pretrain", run_pretrain, ("tokenize",), training, trains=True),
         StageNode(evaluate, run_evaluate, ("tokenize", "pretrain"), recipe.evaluate.model_dump()),
         StageNode("export", run_export_teacher, ("tokenize", "pretrain", evaluate), {}),
     ]

@@ -23,10 +23,12 @@ from halo_cluster import (
 from halo_jobs.checks import check_recipe
 from halo_jobs.estimate import training_costs
 from halo_jobs.graph import StageNode, input_hashes, stage_nodes
+from halo_jobs.models import layout_of
 from halo_jobs.recipe import Recipe, recipe_yaml
 from halo_jobs.report import build_report
 from halo_jobs.stages.context import StageContext
-from hypenet_megatron.runtime import model_parallel, reset_seeds
+from halo_jobs.worker import run_in_processes
+from hypenet_megatron.runtime import ONE_PROCESS, model_parallel, reset_seeds
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,19 @@ def _run_stage(
     device: torch.device,
     attempt: Attempt,
 ) -> StageResult:
-    reset_seeds(recipe.seed)
     inputs = {name: records[name].folder for name in node.depends_on}
-    return node.run(StageContext(node.name, recipe, attempt.record.folder, inputs, console, device, attempt))
+    folder, processes = attempt.record.folder, recipe.layout.processes
+    if node.trains and processes > 1:
+        work = {
+            "stage": node.name,
+            "recipe": recipe.model_dump(mode="json"),
+            "folder": str(folder),
+            "inputs": {name: str(path) for name, path in inputs.items()},
+        }
+        return run_in_processes(attempt.folder, work, processes)
+    reset_seeds(recipe.seed)
+    layout = layout_of(recipe) if node.trains else ONE_PROCESS
+    return node.run(StageContext(node.name, recipe, folder, inputs, console, device, attempt, layout))
 
 
 def run_recipe(recipe: Recipe, runs: Path, console: Console) -> RunResult:

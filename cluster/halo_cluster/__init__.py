@@ -2,12 +2,14 @@
 
 A stage is a function that writes into its own folder. This room decides whether it still has to run, keeps
 every attempt's log and end, and publishes the result once (record.py); holds a run against a second driver
-(lock.py, run_folder.py); and executes a plan in this process (local.py).
+(lock.py, run_folder.py); executes a plan in this process (local.py); and starts the processes of a stage that takes
+several (ranks.py).
 """
 
 from halo_cluster.attempts import AttemptState, AttemptStatus
 from halo_cluster.local import PlannedStage, StageFailed, StageResult, StopRequested, run_stages
 from halo_cluster.processes import ProcessIdentity
+from halo_cluster.ranks import RankFailed, end_with_parent, rank_log, run_ranks
 from halo_cluster.record import Attempt, StageRecord, input_hash
 from halo_cluster.run_folder import RunFolder, StageStatus
 from halo_cluster.storage import StorageError, storage_errors
@@ -18,6 +20,7 @@ __all__ = [
     "AttemptStatus",
     "PlannedStage",
     "ProcessIdentity",
+    "RankFailed",
     "RunFolder",
     "StageFailed",
     "StageRecord",
@@ -25,7 +28,10 @@ __all__ = [
     "StageStatus",
     "StopRequested",
     "StorageError",
+    "end_with_parent",
     "input_hash",
+    "rank_log",
+    "run_ranks",
     "run_stages",
     "storage_errors",
 ]

@@ -71,9 +71,7 @@ class TrainingCheckpoints:
     keep_every: int = 0
 
     def steps(self) -> list[int]:
-        names = (
-            path.name.removeprefix(_STEP_PREFIX) for path in self.folder.glob(f"{_STEP_PREFIX}????????")
-        )
+        names = (path.name.removeprefix(_STEP_PREFIX) for path in self.folder.glob(f"{_STEP_PREFIX}????????"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def path(self, step: int) -> Path:

@@ -67,9 +67,7 @@ def flat_boxes(
             yield (index, *offsets), (1, *sizes)
 
 
-def _model_entries(
-    model: LocalModel, keep: KeyFilter | None
-) -> list[ShardedTensor | ShardedTensorFactory]:
+def _model_entries(model: LocalModel, keep: KeyFilter | None) -> list[ShardedTensor | ShardedTensorFactory]:
     """Tensors of this rank's part of the model. Extra state of Transformer Engine, a pickle, is left out."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return [
@@ -81,9 +79,7 @@ def _model_entries(
 
 def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
     """The rectangles of one entry: feed-forward gate and up projection lie in one parameter and are two of them."""
-    return (
-        list(nested_values([entry.build()])) if isinstance(entry, ShardedTensorFactory) else [entry]
-    )
+    return list(nested_values([entry.build()])) if isinstance(entry, ShardedTensorFactory) else [entry]
 
 
 def _master_weights(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,13 +11,13 @@ import torch
 from megatron.core import parallel_state
 from rich.console import Console
 
-from halo_cluster import Attempt, StageResult
+from halo_cluster import StageResult
 from halo_jobs.checkpointing.state import KeyFilter
 from halo_jobs.models import DTYPES, ModelBuilder, read_shape
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection, resolve_path
 from halo_jobs.training.batches import BatchCursor, Sampler
 from halo_jobs.training.objectives import Objective
-from halo_jobs.training.trainer import Trainer
+from halo_jobs.training.trainer import AttemptInProgress, Trainer
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from tokenized_data import BlendedSampler, TokenStore, WindowSampler, load_tokenizer_identity
 
@@ -48,7 +48,7 @@ class StageContext:
     inputs: Mapping[str, Path]
     console: Console
     device: torch.device
-    attempt: Attempt
+    attempt: AttemptInProgress
     layout: ParallelLayout = ONE_PROCESS
     """Of the world that this process is in."""
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from rich.console import Console
 
 from durable_files import write_json
-from halo_cluster import Attempt, StopRequested
+from halo_cluster import StageRecord, StopRequested
 from halo_jobs.checkpointing import BackgroundSaver, KeyFilter, TrainingCheckpoints
 from halo_jobs.checkpointing.code_version import code_version
 from halo_jobs.checkpointing.layout import current_layout
@@ -44,6 +44,18 @@ _SCHEDULE = (
 )
 
 
+class AttemptInProgress(Protocol):
+    """What a trainer needs of its attempt: where it leaves things, what it is about, and to say why it ends."""
+
+    @property
+    def record(self) -> StageRecord: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    def fail(self, reason: str) -> None: ...
+
+
 @dataclass
 class Trainer:
     """Trains `objective` for `section.steps` steps in `folder`, from the newest valid checkpoint there.
@@ -59,7 +71,7 @@ class Trainer:
     folder: Path
     console: Console
     keep_keys: KeyFilter | None = None
-    attempt: Attempt | None = None
+    attempt: AttemptInProgress | None = None
 
     def __post_init__(self) -> None:
         self.model = self.objective.model

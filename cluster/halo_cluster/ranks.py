@@ -1,0 +1,135 @@
+"""Several processes of this machine that work on one stage together, as torchrun would start them.
+
+The processes live and die together: when one fails or is killed the others are ended, and all end with their parent,
+whatever ends that. Rendezvous is by the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). SIGTERM
+and SIGUSR2 to the parent are requests to save and stop, and go to process 0, who agrees on them with the others.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+PATIENCE_SECONDS = 10.0
+_LOOK_SECONDS = 0.1
+
+
+_REQUESTS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+class RankFailed(RuntimeError):
+    """A process of the group did not end with 0: `code` is its exit code, or minus the signal that killed it."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_log(logs: Path, rank: int) -> Path:
+    return logs / f"rank-{rank}.txt"
+
+
+def run_ranks(command: Sequence[str], ranks: int, logs: Path) -> None:
+    """Run `ranks` processes of `command` to their end; RankFailed if one ends otherwise than with 0.
+
+    Process 0 has this one's stdout and stderr; what the others print goes to their `rank_log`. The command has to call
+    `end_with_parent` first of all.
+    """
+    environment = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(_free_port())
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    processes: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as open_logs:
+        try:
+            for rank in range(ranks):
+                out = None if rank == 0 else open_logs.enter_context(open(rank_log(logs, rank), "ab"))
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.PIPE,
+                        stdout=out,
+                        stderr=out,
+                        start_new_session=True,  # Ctrl-C is for the parent, who ends them
+                    )
+                )
+            with _requests_passed_on(processes[0]):
+                _wait(processes)
+        finally:
+            _end(processes)
+
+
+@contextmanager
+def _requests_passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A second request of a kind does what it did before: the caller ends, and the processes with it."""
+    before: dict[int, Any] = {}
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before[number])
+        process.send_signal(number)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, pass_on) for number in _REQUESTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes):
+            break
+        if None not in codes:
+            return
+        time.sleep(_LOOK_SECONDS)
+    # Whoever was killed took others along, which may have been seen first.
+    time.sleep(_LOOK_SECONDS)
+    failed = {rank: code for rank, process in enumerate(processes) if (code := process.poll())}
+    rank, code = min(failed.items(), key=lambda item: item[1])
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    raise RankFailed(f"process {rank} of {len(processes)} {how}", code)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask those still there to end, and after PATIENCE_SECONDS make them."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+def end_with_parent() -> None:
+    """In a process of `run_ranks`: end at once when the parent is gone, seen by the end of its pipe to our stdin."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
