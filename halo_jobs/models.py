@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ import torch
 from durable_files import read_json, write_json
 from halo_jobs.recipe import Recipe
 from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel, LocalModel, build_model
+from hypenet_megatron.model import HypeNetModel, LocalModel, build_model, model_chunks
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from hypenet_tools.initialise import hybrid_of
-from hypenet_tools.model_weights import load_weights, read_weights
+from hypenet_tools.model_weights import load_weights, read_weights, sharded_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPE_FILE = "shape.json"
@@ -54,6 +55,23 @@ def whole(model: LocalModel) -> HypeNetModel:
     return model
 
 
+@torch.no_grad()
+def _initialise(model: LocalModel, seed: int) -> None:
+    """Draw every matrix anew with Megatron's initialisers, from (seed, name) alone: Megatron draws them one after the
+    other as the modules are made, which is another sequence in every pipeline stage."""
+    config = model_chunks(model)[0].config
+    for piece in sharded_tensors(model):
+        if len(piece.global_shape) < 2:
+            continue  # norms are ones
+        into_the_stream = "linear_proj" in piece.key or "linear_fc2" in piece.key
+        whole = torch.empty(piece.global_shape)
+        digest = hashlib.sha256(f"initial {seed} {piece.key}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            (config.output_layer_init_method if into_the_stream else config.init_method)(whole)
+        piece.data.copy_(whole[piece.global_slice()])
+
+
 @dataclass(frozen=True)
 class ModelBuilder:
     """Builds the models of a run in one dtype on one device: of each, this rank's part in `layout`."""
@@ -75,12 +93,14 @@ class ModelBuilder:
             **self.layout.megatron_options(),
         )
 
-    def fresh_teacher(self) -> LocalModel:
-        """A randomly initialised Qwen3-architecture model (pretraining)."""
-        return self._build(self._teacher_config())
+    def fresh_teacher(self, seed: int) -> LocalModel:
+        """A randomly initialised Qwen3-architecture model (pretraining), the same in every layout."""
+        model = self._build(self._teacher_config())
+        _initialise(model, seed)
+        return model
 
     def teacher(self, weights: Path) -> LocalModel:
-        model = self.fresh_teacher()
+        model = self._build(self._teacher_config())
         load_weights(weights, model)
         return model
 

@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from rich.console import Console
 
+from halo_jobs.models import ModelBuilder
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.training import objectives
 from halo_jobs.training.batches import BatchCursor
@@ -80,6 +81,7 @@ MORE_LAYOUTS = {  # what the ones above leave untouched, and what they do not me
 KINDS = ("align", "distil", "finetune", "pretrain")
 SINGLE = ONE_PROCESS
 CONTEXT_LENGTH = 24
+FRESH = "fresh"
 SECTION = TrainingSection(
     steps=5,
     context_length=CONTEXT_LENGTH,
@@ -165,7 +167,11 @@ def objective_of(cell: Cell, weights: Path) -> Objective:
 
 
 def train(cell: Cell, weights: Path, folder: Path) -> None:
-    """Train one cell in this rank's part of the world, which has the cell's layout; the numbers lie in `folder`."""
+    """Train one cell in this rank's part of the world, which has the cell's layout; the numbers lie in `folder`. For
+    pretraining, the weights that a stage would begin from are left there too."""
+    if cell.kind == "pretrain":
+        builder = ModelBuilder(shape(cell.tied), torch.float32, torch.device("cpu"), cell.layout)
+        save_weights(folder / cell.name / FRESH, builder.fresh_teacher(seed=5))
     if cell.layout.overlap:  # many small buckets, as a large model has
         objectives.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)
     cursor = BatchCursor(

@@ -19,7 +19,6 @@ from halo_jobs.training.objectives import (
     Objective,
 )
 from hypenet_megatron.presets import ModelShape
-from hypenet_megatron.runtime import reset_seeds
 from hypenet_tools.model_weights import save_weights
 
 TEACHER_WEIGHTS, STUDENT_WEIGHTS, HYBRID_WEIGHTS = "teacher", "students", "hybrid"
@@ -45,9 +44,8 @@ def run_pretrain(context: StageContext) -> StageResult:
     recipe = context.pretraining
     vocabulary = context.store(TRAIN_STORE).tokenizer.vocab_size
     shape = ModelShape(name=recipe.name, vocab_size=vocabulary, **recipe.shape.model_dump())
-    reset_seeds(recipe.seed)
     builder = ModelBuilder(shape, DTYPES[recipe.precision], context.device, context.layout)
-    objective = NextTokenObjective(builder.fresh_teacher(), context.layout)
+    objective = NextTokenObjective(builder.fresh_teacher(recipe.seed), context.layout)
     result = _train_and_publish(context, recipe.pretrain, objective, TEACHER_WEIGHTS)
     return StageResult([*result.outputs, write_shape(context.folder, shape)], result.summary)
 

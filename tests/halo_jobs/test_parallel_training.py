@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from hypenet_megatron.runtime import model_parallel
+from hypenet_tools.model_weights import read_weights
 from tests.training_grid import (
+    FRESH,
     KINDS,
     LAYOUTS,
     MORE_LAYOUTS,
@@ -77,6 +79,30 @@ def _assert_equal_to_single(
         if not (loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE)
     }
     assert apart == {}
+    for cell in cells:
+        if cell.kind == "pretrain":
+            _assert_same_start(cell, folder, single)
+
+
+def _assert_same_start(cell: Cell, folder: Path, single: Path):
+    """Fresh weights are those of one process, bit for bit."""
+    here = read_weights(folder / cell.name / FRESH)
+    expected = read_weights(single / Cell("pretrain", cell.tied, SINGLE).name / FRESH)
+    assert here.keys() == expected.keys()
+    assert [name for name in expected if not here[name].equal(expected[name])] == [], cell.name
+
+
+def test_fresh_weights_are_drawn_as_megatron_draws_them(single):
+    """Normal with its two standard deviations, norms of one, no two matrices alike."""
+    fresh = read_weights(single / Cell("pretrain", False, SINGLE).name / FRESH)
+    spread = {name: float(fresh[name].std()) for name in fresh if fresh[name].dim() == 2}
+    into_the_stream = {name for name in spread if "linear_proj" in name or "linear_fc2" in name}
+    assert len(into_the_stream) == 8
+    for name, deviation in spread.items():
+        expected = 0.02 / (2 * 4) ** 0.5 if name in into_the_stream else 0.02
+        assert deviation == pytest.approx(expected, rel=0.05), name
+    assert len({float(fresh[name].flatten()[0]) for name in spread}) == len(spread)
+    assert all(fresh[name].eq(1).all() for name in fresh if fresh[name].dim() == 1)
 
 
 def test_the_numbers_mean_something(single):
