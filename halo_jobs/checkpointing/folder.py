@@ -47,6 +47,20 @@ _STEP_PREFIX = "step-"
 _DAMAGED = ".damaged"
 
 
+def _listed_files(folder: Path) -> dict[str, tuple[int, str]] | str:
+    """What the manifest says, or what is wrong with it. It lists itself nowhere, but everything else."""
+    manifest = folder / FolderManifest.FILE_NAME
+    try:
+        files = FolderManifest.read(folder).files
+        there = {path.name for path in folder.iterdir()} | {INDEX_FILE, TRAINING_FILE}
+    except (ValueError, OSError) as problem:
+        return str(problem) if str(manifest) in str(problem) else f"{manifest} is damaged: {problem}"
+    except (TypeError, AttributeError):
+        return f"{manifest} is damaged: it lists no files"
+    unlisted = there - files.keys() - {manifest.name}
+    return f"{manifest} is damaged: it does not list {min(unlisted)}" if unlisted else files
+
+
 @dataclass(frozen=True)
 class TrainingCheckpoints:
     """Finds, checks, loads, publishes and drops checkpoints. Of the old ones the newest `keep_last` stay, and those
@@ -79,21 +93,17 @@ class TrainingCheckpoints:
         return None, damage
 
     def _problems(self, folder: Path) -> list[str]:
-        def listed() -> dict[str, tuple[int, str]] | str:
-            try:
-                return FolderManifest.read(folder).files
-            except (ValueError, TypeError, AttributeError, OSError) as problem:
-                return str(problem) if isinstance(problem, (ValueError, OSError)) else ""
-
-        files = on_first_rank(listed)
+        """One sentence for each file that is not as it was published; every rank gets all of them."""
+        files = on_first_rank(lambda: _listed_files(folder))
         if isinstance(files, str):
-            return [files or f"{folder / FolderManifest.FILE_NAME} is not a list of files"]
-        if missing := {INDEX_FILE, TRAINING_FILE} - files.keys():
-            return [f"{folder / FolderManifest.FILE_NAME} does not list {min(missing)}"]
+            return [files]
         names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
         share = FolderManifest({name: files[name] for name in names})
-        found = [list(share.problems(folder))]
-        return [problem for problems in from_all_ranks(found[0]) for problem in problems]
+        try:
+            found = list(share.problems(folder))
+        except OSError as problem:
+            found = [f"{folder} cannot be read: {problem}"]
+        return [problem for problems in from_all_ranks(found) for problem in problems]
 
     def set_damaged_aside(self, newest_valid: int | None) -> None:
         """Rename what is newer than `newest_valid`, so that it neither counts as kept nor is taken for a checkpoint.

@@ -58,7 +58,8 @@ def run(
 ) -> None:
     """Run every stage of a recipe, or resume it: finished stages are kept, the others go on from their checkpoint.
 
-    Stop it with Ctrl-C (or kill -9) whenever you like; the same command goes on to the same weights.
+    Stop it with Ctrl-C (or kill -9) whenever you like; the same command goes on to the same weights. SIGTERM, SIGUSR2
+    or a file `stop` in the folder of a training stage saves first and ends with exit code 75.
     """
     _run(recipe, runs, name, settings, dry_run)
 

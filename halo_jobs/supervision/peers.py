@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from halo_cluster import ProcessIdentity
+from halo_jobs.checkpointing.ranks import from_all_ranks
 
 SILENCE_SECONDS = 30.0
 _STORE_PATIENCE = timedelta(seconds=10)
@@ -47,24 +47,20 @@ class Peer:
 
 @dataclass
 class PeerBoard:
-    """Every rank writes a counter, and reads those of the others. Methods raise RuntimeError once the store, which
-    lives in the first rank or its launcher, is gone."""
+    """Every rank writes a counter, and reads those of the others. All ranks make one at the same time. Methods raise
+    RuntimeError once the store, which lives in the first rank or its launcher, is gone."""
 
     rank: int
-    world_size: int
-    peers: list[Peer] = field(default_factory=list)
+    peers: list[Peer] = field(init=False)
 
     def __post_init__(self) -> None:
         # A connection of its own: the process group's may be waiting for somebody who will never come.
         self._store = dist.PrefixStore("halo-peers", _get_default_store().clone())  # type: ignore[attr-defined]
         self._store.set_timeout(_STORE_PATIENCE)
         self._beats = 0
-        self._store.set(f"process-{self.rank}", json.dumps(asdict(ProcessIdentity.current())))
         self.beat(0)
-        for rank in range(self.world_size):
-            if rank != self.rank:
-                told = json.loads(self._store.get(f"process-{rank}"))
-                self.peers.append(Peer(rank, ProcessIdentity.from_json(told)))
+        processes = from_all_ranks(ProcessIdentity.current())
+        self.peers = [Peer(rank, process) for rank, process in enumerate(processes) if rank != self.rank]
 
     def beat(self, step: int) -> None:
         self._beats += 1

@@ -43,7 +43,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._rank = dist.get_rank()
         if dist.get_world_size() > 1:
-            self._board = PeerBoard(self._rank, dist.get_world_size())
+            self._board = PeerBoard(self._rank)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stacks = open(self.folder / f"stacks.rank-{self._rank}.txt", "w")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

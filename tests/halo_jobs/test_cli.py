@@ -120,7 +120,8 @@ def test_interrupted_run_goes_on_to_the_same_weights(finished, tmp_path, number)
 
 def test_training_asked_to_stop_saves_first(finished, tmp_path):
     recipe, _, _ = finished
-    settings = ["--set", "align.steps=100000", "--set", "align.checkpoint_every=100000"]
+    changes = ("align.steps=100000", "align.checkpoint_every=100000", "align.recall_share=0")
+    settings = [word for change in changes for word in ("--set", change)]
     process = subprocess.Popen(
         _command("run", recipe, "--runs", tmp_path, *settings), stderr=subprocess.PIPE, text=True
     )

@@ -109,7 +109,6 @@ def _kill_once(rng: random.Random, ranks: Ranks, folder: Path, layout: dict, mom
     victim = rng.randrange(2)
     has_begun = _inode(metrics) != log
     world.send(victim, signal.SIGKILL)
-    killed = time.monotonic()
     if not has_begun:
         # Before the ranks have met, one cannot know that another will never come; a launcher then ends all of them.
         time.sleep(1.0)
@@ -120,7 +119,6 @@ def _kill_once(rng: random.Random, ranks: Ranks, folder: Path, layout: dict, mom
         return False
     if has_begun and codes[1 - victim] != 0:  # 0: it had nothing left to ask the other for
         assert codes[1 - victim] == 1
-        assert time.monotonic() - killed < 20
         assert GOES_ON in world.errors()[1 - victim], world.errors()
     # Training goes on while a save is written: cut short, it costs the interval before it as well.
     was_in_a_save = bool(_unfinished(folder) - leftovers)
@@ -183,12 +181,12 @@ def test_kill_while_a_checkpoint_is_written(ranks, whole, tmp_path):
 def test_stop_by_a_signal_to_one_rank(ranks, whole, tmp_path, number):
     world = ranks.start(tmp_path, step_seconds=0.05, write_seconds=0.2)
     _until(lambda: _last_step(tmp_path) >= 4, world)
-    asked_after = _last_step(tmp_path)
     world.send(1, number)
+    asked_after = _last_step(tmp_path)
     assert world.wait() == [STOPPED_EXIT_CODE] * 2, world.errors()
     stopped = _saved_step(tmp_path)
     assert stopped == _last_step(tmp_path)
-    # Within one step: the one under way when the signal came; another may have begun before it was sent.
+    # The step under way is not in the log yet; the signal may have come when its end was already agreed on.
     assert stopped <= asked_after + 2
     assert f"stopped by {number.name} after step {stopped} of {STEPS}" in world.errors()[0]
     again = ranks.start(tmp_path)
@@ -251,13 +249,16 @@ def _damages(path: Path) -> Iterator[str]:
     """Each yields with `path` damaged in one way, and mends it."""
     content = path.read_bytes()
     rng = random.Random(path.name)
-    flipped = bytearray(content)
-    flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+
+    def flipped() -> bytes:
+        place = rng.randrange(len(content))
+        return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+
     for name, damaged in (
         ("truncated", content[: rng.randrange(len(content))]),
         ("emptied", b""),
-        ("flipped", bytes(flipped)),
         ("deleted", None),
+        *((f"flipped {number}", flipped()) for number in range(20)),
     ):
         path.unlink()
         if damaged is not None:
@@ -280,9 +281,9 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_before_is_used(ranks, wh
                 step, damage = checkpoints.newest_valid()
                 assert step == before, (path.name, name)
                 assert len(damage) == 1
-                # A manifest that is still JSON accuses the file that it is wrong about; both are named.
-                named = str(path) in damage[0] or path.name == FolderManifest.FILE_NAME
-                assert named and str(checkpoints.path(newest)) in damage[0], (path.name, name, damage)
+                # A manifest that can still be read accuses the file that it is wrong about.
+                assert str(checkpoints.path(newest)) in damage[0]
+                assert str(path) in damage[0] or path.name == FolderManifest.FILE_NAME, (name, damage)
         assert checkpoints.newest_valid() == (newest, []), "mended"
     (damaged := files[-1]).write_bytes(files[-1].read_bytes()[:-1])
     shutil.rmtree(folder / "final")
