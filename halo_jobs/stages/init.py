@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from halo_jobs.models import DTYPES, write_shape
 from halo_jobs.recipe import resolve_path
 from halo_jobs.stages.context import StageContext, StageResult
@@ -19,7 +21,11 @@ def run_init(context: StageContext) -> StageResult:
         raise ValueError(f"{teacher.folder} is a HypeNet already; give a Qwen3 model as teacher")
     dtype = DTYPES[recipe.precision]
     outputs = [context.folder / TEACHER_WEIGHTS, context.folder / STUDENT_WEIGHTS]
-    origin = {"step": "convert", "from": teacher.shape.name, "digest": source_digest(teacher.folder)}
+    origin: dict[str, Any] = {
+        "step": "convert",
+        "from": teacher.shape.name,
+        "digest": source_digest(teacher.folder),
+    }
     save_tensors(
         outputs[0], teacher.megatron_view(), model=teacher.description, dtype=dtype, provenance=[origin]
     )
