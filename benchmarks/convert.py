@@ -3,8 +3,8 @@
     python benchmarks/convert.py FOLDER [--shape qwen3-8b] [--json results.json]
 
 FOLDER needs room for three copies of the checkpoint (8B: 50 GB). Before every timed command, and before the `cp` of
-its source that it is held against, the page cache is dropped (as root; otherwise the page must be larger than the
-memory). Both times include flushing to the disk. Memory is RssAnon, sampled, of the largest process.
+its source that it is held against, the page cache is dropped (as root; without the right to, use a checkpoint larger
+than memory). Both times include flushing to the disk. Memory is RssAnon, sampled, of the largest process.
 """
 
 from __future__ import annotations

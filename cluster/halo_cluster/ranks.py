@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -129,7 +128,9 @@ def end_with_parent() -> None:
     """In a process of `run_ranks`: end at once when the parent is gone, seen by the end of its pipe to our stdin."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin: Python aborts at its end when a thread still holds that.
+        while os.read(0, 4096):
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from halo_jobs.models import DTYPES, write_shape
 from halo_jobs.recipe import resolve_path
 from halo_jobs.stages.context import StageContext, StageResult
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
 from hypenet_tools import read_model_folder
+from hypenet_tools.companions import source_digest
 from hypenet_tools.initialise import students_of
 from hypenet_tools.model_weights import read_weights, save_tensors
 
@@ -18,9 +21,17 @@ def run_init(context: StageContext) -> StageResult:
         raise ValueError(f"{teacher.folder} is a HypeNet already; give a Qwen3 model as teacher")
     dtype = DTYPES[recipe.precision]
     outputs = [context.folder / TEACHER_WEIGHTS, context.folder / STUDENT_WEIGHTS]
-    save_tensors(outputs[0], teacher.megatron_view(), model=teacher.description, dtype=dtype)
+    origin: dict[str, Any] = {
+        "step": "convert",
+        "from": teacher.shape.name,
+        "digest": source_digest(teacher.folder),
+    }
+    save_tensors(
+        outputs[0], teacher.megatron_view(), model=teacher.description, dtype=dtype, provenance=[origin]
+    )
     weights = read_weights(outputs[0])  # students begin from the teacher as it is in the recipe's precision
-    save_tensors(outputs[1], students_of(weights, teacher.shape, recipe.seed))
+    students = [origin, {"step": "students", "seed": recipe.seed}]
+    save_tensors(outputs[1], students_of(weights, teacher.shape, recipe.seed), provenance=students)
     summary = {
         "teacher": teacher.shape.name,
         "layers": teacher.shape.num_layers,

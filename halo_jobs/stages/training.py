@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from halo_jobs.training.objectives import (
 )
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.model_weights import save_weights
+from hypenet_tools.weights_folder import Index
 
 TEACHER_WEIGHTS, STUDENT_WEIGHTS, HYBRID_WEIGHTS = "teacher", "students", "hybrid"
 
@@ -29,12 +31,19 @@ def _train_and_publish(
     section: TrainingSection,
     objective: Objective,
     weights: str,
+    *,
+    began_from: Path | None = None,
     keep_keys: KeyFilter | None = None,
 ) -> StageResult:
-    """Train to the end, hand on the weights, and drop the checkpoints that nobody will resume from."""
+    """Train to the end, hand on the weights, and drop the checkpoints that nobody will resume from.
+
+    `began_from` is the weights folder that training began from; its provenance goes on in the new one.
+    """
     summary: dict[str, Any] = context.train(section, objective, keep_keys).run()
     folder = context.folder / weights
-    save_weights(folder, objective.model, keep_keys)
+    earlier = Index.read(began_from).provenance if began_from else []
+    step = {"step": context.name, "run": context.recipe.name, "inputs": context.folder.name}
+    save_weights(folder, objective.model, keep_keys, provenance=[*earlier, step])
     if dist.get_rank() == 0:
         shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
     return StageResult([folder, context.folder / "metrics.jsonl"], summary)
@@ -54,22 +63,32 @@ def run_align(context: StageContext) -> StageResult:
     start = context.inputs["init"]
     model = context.builder().aligned(start / TEACHER_WEIGHTS, start / STUDENT_WEIGHTS)
     objective = AlignmentObjective(model, context.layout)
-    return _train_and_publish(context, context.conversion.align, objective, STUDENT_WEIGHTS, is_student_key)
+    return _train_and_publish(
+        context,
+        context.conversion.align,
+        objective,
+        STUDENT_WEIGHTS,
+        began_from=start / STUDENT_WEIGHTS,
+        keep_keys=is_student_key,
+    )
 
 
 def run_distil(context: StageContext) -> StageResult:
     builder = context.builder()
     teacher_weights = context.inputs["init"] / TEACHER_WEIGHTS
     layers = attention_layers_of(context)
-    student = builder.hybrid_from_parts(
-        teacher_weights, context.inputs["align"] / STUDENT_WEIGHTS, layers, context.recipe.seed
-    )
+    students = context.inputs["align"] / STUDENT_WEIGHTS
+    student = builder.hybrid_from_parts(teacher_weights, students, layers, context.recipe.seed)
     objective = DistillationObjective(student, builder.teacher(teacher_weights), context.layout)
-    return _train_and_publish(context, context.conversion.distil, objective, HYBRID_WEIGHTS)
+    return _train_and_publish(
+        context, context.conversion.distil, objective, HYBRID_WEIGHTS, began_from=students
+    )
 
 
 def run_finetune(context: StageContext) -> StageResult:
     distilled = context.inputs[f"distil.{variant_of(context)}"] / HYBRID_WEIGHTS
     model = context.builder().hybrid(distilled, attention_layers_of(context))
     objective = NextTokenObjective(model, context.layout)
-    return _train_and_publish(context, context.conversion.finetune, objective, HYBRID_WEIGHTS)
+    return _train_and_publish(
+        context, context.conversion.finetune, objective, HYBRID_WEIGHTS, began_from=distilled
+    )

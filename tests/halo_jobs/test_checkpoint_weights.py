@@ -10,6 +10,7 @@ from halo_jobs.recipe import TrainingSection
 from halo_jobs.release_sources import release_source, weights_source
 from halo_jobs.training.batches import BatchCursor
 from halo_jobs.training.objectives import NextTokenObjective
+from halo_jobs.training.optimizer import build_optimizer
 from halo_jobs.training.trainer import Trainer
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
@@ -34,7 +35,7 @@ class _Windows:
 
 @pytest.fixture
 def trained(tmp_path):
-    """A run's folder with a checkpoint of its last step, and the weights it ended with."""
+    """The checkpoints of a run, and the weights that resuming from the newest one gives."""
     section = TrainingSection(
         steps=4,
         context_length=16,
@@ -56,7 +57,9 @@ def trained(tmp_path):
         objective = NextTokenObjective(HypeNetModel(config))
         trainer = Trainer("test", section, objective, cursor, stage, Console(quiet=True), None)
         trainer.run()
-        weights = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+        restored = NextTokenObjective(HypeNetModel(config))
+        trainer.checkpoints.load(2, restored.model, build_optimizer(restored.chunks, section), None)
+        weights = {name: parameter.detach().clone() for name, parameter in restored.model.named_parameters()}
     return stage / "checkpoints", weights
 
 

@@ -83,6 +83,30 @@ def test_printed_command_uses_the_model_without_asking(finished):
     assert used.stdout.startswith("The state of the Union is")
 
 
+def test_finished_run_to_a_folder_to_upload(finished, tmp_path):
+    _, run, _ = finished
+    done = _halo("export", run, tmp_path / "release", "--shard-gb", "0.0001")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (published,) = run.glob("export/*/hypenet")
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert card == (published / "README.md").read_text()
+    assert "## Scores" in card and "## Data" in card
+    assert len(list((tmp_path / "release").glob("model-*.safetensors"))) > 2
+    same = _halo("verify", published, tmp_path / "release")
+    assert same.returncode == 0, same.stdout + same.stderr
+
+
+def test_weights_of_a_stage_say_how_they_came_about(finished, tmp_path):
+    _, run, _ = finished
+    (weights,) = run.glob("finetune.hybrid/*/hybrid")
+    done = _halo("inspect", weights, "--json", tmp_path / "facts.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = read_json(tmp_path / "facts.json")
+    steps = [step["step"] for step in facts["provenance"]]
+    assert steps == ["convert", "students", "align", "distil.hybrid", "finetune.hybrid"]
+    assert facts["files_not_matching_their_checksum"] == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_goes_on_to_the_same_weights(finished, tmp_path, number):
     recipe, whole, _ = finished

@@ -7,7 +7,7 @@ factories, one parameter that is two pieces of the whole.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ def save_tensors(
     *,
     model: ModelDescription | None = None,
     dtype: torch.dtype | None = None,
+    provenance: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """A weights folder from whole tensors or a view of them (one process); an earlier one there is replaced."""
     job = weights_job(
@@ -121,7 +122,7 @@ def save_tensors(
         as_view(tensors),
         model,
         Layout(),
-        [],
+        provenance,
         identity={},
         companions_of=None,
         num_layers=1,
@@ -130,15 +131,23 @@ def save_tensors(
     run_afresh(job)
 
 
-def save_weights(folder: Path, model: LocalModel, keep: KeyFilter | None = None) -> None:
+def save_weights(
+    folder: Path,
+    model: LocalModel,
+    keep: KeyFilter | None = None,
+    *,
+    provenance: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Publish `model`, or its tensors that `keep` accepts, as a weights folder; all ranks call it.
+
+    `provenance` says how the weights came about, oldest step first.
 
     The folder appears when all ranks have written their part, and not at all if one fails.
     """
     temporary = _on_first_rank(lambda: _new_temporary(folder))
     try:
         written = _on_all_ranks(lambda: _write_own(temporary, model, keep))
-        _on_first_rank(lambda: _publish(temporary, folder, written, _describe(model, keep)))
+        _on_first_rank(lambda: _publish(temporary, folder, written, _describe(model, keep), provenance))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -198,6 +207,7 @@ def _publish(
     folder: Path,
     written: list[_Written],
     described: tuple[ModelDescription | None, Layout],
+    provenance: Sequence[Mapping[str, Any]],
 ) -> None:
     sums = {name: entry for of_rank, _, _ in written for name, entry in of_rank.items()}
     infos = {key: info for _, of_rank, _ in written for key, info in of_rank.items()}
@@ -206,7 +216,7 @@ def _publish(
         for key, stored in of_rank.items():
             chunks.setdefault(key, []).extend(stored)
     model, layout = described
-    close_folder(temporary, Index(infos, chunks, layout, model, []), sums)
+    close_folder(temporary, Index(infos, chunks, layout, model, list(provenance)), sums)
     publish_folder(temporary, folder)
 
 
