@@ -24,6 +24,8 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     run.run,
     run.pretrain,
     look.status,
+    look.logs,
+    look.metrics,
     look.report,
     data.tokenize,
     weights.convert,
