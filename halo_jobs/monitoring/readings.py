@@ -91,9 +91,14 @@ def latest_of_each_stage(run: Path) -> list[StageStatus]:
 
     The inputs of a run may have changed on the way: of a stage's folders a finished one counts, the latest of them.
     """
-    rows = RunFolder(run).status()
+    rows = sorted(RunFolder(run).status(), key=_begun)
     chosen = {row.record.stage: row for row in sorted(rows, key=lambda row: row.state == "done")}
     return [row for row in rows if chosen[row.record.stage] is row]
+
+
+def _begun(row: StageStatus) -> tuple[str, float]:
+    """When a stage was; what a run says of itself in whole seconds, the file system says to the end."""
+    return row.attempts[0].started, _modified(attempt_folders(row.record.folder)[0] / "started.json") or 0.0
 
 
 def read_run(run: Path) -> list[StageReading]:
