@@ -215,9 +215,11 @@ def _set_override(content: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override}: write it as section.key=value")
     *sections, last = key.split(".")
     for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
+        inner = content.get(section, {})
+        if not isinstance(inner, dict):
             raise ValueError(f"--set {override}: '{section}' is not a section")
+        content[section] = dict(inner)  # by a YAML anchor other sections may be the same object
+        content = content[section]
     content[last] = yaml.safe_load(value)
 
 

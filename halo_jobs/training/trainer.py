@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from rich.console import Console
+from rich.text import Text
 
 from durable_files import write_json
 from halo_cluster import StageRecord, StopRequested
@@ -134,7 +135,8 @@ class Trainer:
     def _resume(self, optimizer: MegatronOptimizer) -> int:
         step, damage = self.checkpoints.newest_valid()
         for sentence in damage:
-            self.console.print(f"[yellow]{self.title}: skipping a damaged checkpoint: {sentence}")
+            remark = Text(f"{self.title}: skipping a damaged checkpoint: {sentence}", "yellow")
+            self.console.print(remark, soft_wrap=True)
         self.checkpoints.set_damaged_aside(step)
         if step is None:
             return 0
