@@ -42,12 +42,20 @@ PER_STAGE = (
     ),
     MetricName("halo_step", "Training steps done.", lambda stage: stage.step),
     MetricName("halo_steps", "Training steps in all.", lambda stage: stage.steps),
-    MetricName("halo_loss", "Training loss of the newest step.", lambda stage: stage.loss),
-    MetricName("halo_learning_rate", "Learning rate of the newest step.", lambda stage: stage.learning_rate),
+    MetricName(
+        "halo_loss",
+        "Training loss of the newest step, while it runs.",
+        _while_running(lambda stage: stage.loss),
+    ),
+    MetricName(
+        "halo_learning_rate",
+        "Learning rate of the newest step, while it runs.",
+        _while_running(lambda stage: stage.learning_rate),
+    ),
     MetricName(
         "halo_gradient_norm",
-        "Gradient norm of the newest step, before clipping.",
-        lambda stage: stage.gradient_norm,
+        "Gradient norm of the newest step before clipping, while it runs.",
+        _while_running(lambda stage: stage.gradient_norm),
     ),
     MetricName(
         "halo_tokens_per_second",
@@ -73,13 +81,13 @@ PER_STAGE = (
     ),
     MetricName(
         "halo_gpu_memory_bytes",
-        "Peak of GPU memory in tensors, in training process 0; absent without CUDA.",
-        lambda stage: stage.gpu_memory_bytes,
+        "Peak of GPU memory in tensors of training process 0, while it runs; absent without CUDA.",
+        _while_running(lambda stage: stage.gpu_memory_bytes),
     ),
     MetricName(
         "halo_host_memory_bytes",
-        "Peak of resident host memory of training process 0.",
-        lambda stage: stage.host_memory_bytes,
+        "Peak of resident host memory of training process 0, while it runs.",
+        _while_running(lambda stage: stage.host_memory_bytes),
     ),
     MetricName("halo_attempts_total", "Attempts begun.", lambda stage: stage.attempts, "counter"),
     MetricName(
