@@ -154,10 +154,7 @@ def metrics(
         server = MetricsServer(run_folder, token, port)
     except OSError as error:
         raise ValueError(f"port {port} cannot be had: {error.strerror}; choose another with --port") from None
-    count = len(find_runs(run_folder))
-    console.print(
-        f"{server.url} serves {count} {'run' if count == 1 else 'runs'} of {run_folder}", soft_wrap=True
-    )
+    console.print(f"{server.url} serves {run_folder}, runs now: {len(find_runs(run_folder))}", soft_wrap=True)
     console.print(f"Bearer token: {path}", soft_wrap=True, highlight=False)
     with server:
         server.serve_forever()

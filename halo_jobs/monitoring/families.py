@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from halo_cluster import AttemptState
+from halo_cluster.ray_metrics import Sample
 from halo_jobs.monitoring.readings import StageReading, find_runs, read_run
 
 
@@ -149,3 +150,12 @@ def _add(families: dict[str, GaugeMetricFamily | CounterMetricFamily], run: str,
     for state in STATES:
         families[STAGE_STATE.name].add_metric([run, stage.stage, state], float(stage.state == state))
     families[STAGE_INFO.name].add_metric([run, stage.stage, stage.node, stage.attempt, stage.reason], 1.0)
+
+
+def ray_samples(folder: Path) -> list[Sample]:
+    """The same metrics for Ray's dashboards, which have no counters that are set: there they are gauges."""
+    return [
+        Sample(sample.name, sample.labels, sample.value)
+        for family in RunCollector(folder).collect()
+        for sample in family.samples
+    ]
