@@ -48,7 +48,7 @@ def status(
     sheet.print(_widest_fitting(str(run_folder), [_row(stage) for stage in stages], sheet))
     for stage in stages:
         if stage.reason:
-            state = "tried before" if stage.state == "running" else stage.state
+            state = "restarted after" if stage.state == "running" else stage.state
             remark = f"{stage.stage} {state}: {stage.reason}"
             console.print(Text(remark, _STYLES[stage.state]), soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,11 @@ import pytest
 
 from halo_cluster.ray_metrics import Sample, published_in_ray
 
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_metrics_report_interval_ms": "1000",
+}
 IN_RAY = """
 import sys, time, urllib.request
 import ray
@@ -57,7 +63,7 @@ def ray_folder() -> Iterator[Path]:
 def test_gauges_come_change_and_go_in_ray(ray_folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", IN_RAY, str(ray_folder)],
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        env={**os.environ, **RAY_SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex()},
         capture_output=True,
         text=True,
         timeout=240,

@@ -19,11 +19,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from prometheus_client.utils import floatToGoString
 
 from halo_cluster import StageRecord
 from halo_jobs.monitoring.exporter import MetricsServer, exposition, read_or_make_token
 from halo_jobs.monitoring.families import ALL_METRICS, EXTRA_LABELS
 from halo_jobs.monitoring.readings import last_metrics, read_run
+from halo_jobs.training.progress import peak_memory
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "watching.md"
@@ -153,6 +155,22 @@ def test_damaged_files_cost_their_numbers_only(training_run, tmp_path):
     align, select = read_run(run)
     assert (align.state, align.step, align.steps, align.loss) == ("done", None, None, None)
     assert (select.state, select.tasks) == ("done", None)
+
+
+def test_gpu_memory_is_shown_where_there_is_a_gpu(training_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 << 30)
+    host, gpu = peak_memory()
+    shutil.copytree(training_run / "finetune.hybrid", tmp_path / "finetune.hybrid")
+    shutil.copy(training_run / "recipe.yaml", tmp_path)
+    (metrics,) = tmp_path.glob("finetune.hybrid/*/metrics.jsonl")
+    line = {**last_metrics(metrics.parent), "gpu_memory_bytes": gpu, "host_memory_bytes": host}
+    metrics.write_text(json.dumps(line) + "\n")
+    content = exposition(tmp_path)
+    labels = f'run="{tmp_path.name}",stage="finetune.hybrid"'
+    assert f"halo_gpu_memory_bytes{{{labels}}} {floatToGoString(3 << 30)}" in content
+    assert f"halo_host_memory_bytes{{{labels}}}" in content
+    assert "halo_gpu_memory_bytes{" not in exposition(training_run)
 
 
 def _get(url: str, token: str | None = None) -> tuple[int, str]:
