@@ -20,7 +20,7 @@ def test_a_part_that_is_no_block_leaves_the_direct_path(tmp_path, monkeypatch):
             return write(descriptor, data)
         if len(calls) > 1:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return write(descriptor, data[:BUFFER_BYTES // 2])
+        return write(descriptor, data[: BUFFER_BYTES // 2])
 
     monkeypatch.setattr("hypenet_tools.direct_file.os.write", write_in_parts)
     content = os.urandom(2 * BUFFER_BYTES + 1000)
