@@ -23,6 +23,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     run.demo,
     run.run,
     run.pretrain,
+    run.cancel,
     look.status,
     look.logs,
     look.metrics,
