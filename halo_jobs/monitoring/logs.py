@@ -112,7 +112,7 @@ class StageLog:
             if folder in self._ended:
                 continue
             status = AttemptStatus.read(folder)  # first: what it logged before its end is then read below
-            title, over = f"attempt {status.number}", status.state != "running"
+            title, over = f"attempt {status.label}", status.state != "running"
             yield from self._lines(f"{title} on {status.host}", _files(folder), final or over)
             if over:
                 self._ended.add(folder)

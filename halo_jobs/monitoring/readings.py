@@ -129,7 +129,7 @@ def _read_stage(row: StageStatus, recipe: dict[str, Any]) -> StageReading:
         folder=str(folder),
         state=row.state,
         attempts=len(row.attempts),
-        attempt=str(newest.number),
+        attempt=newest.label,
         started=row.attempts[0].started,
         seconds=row.seconds,
         node=newest.host,
