@@ -41,8 +41,19 @@ class FolderManifest:
 
     @classmethod
     def read(cls, folder: Path) -> FolderManifest:
-        content = read_json(folder / cls.FILE_NAME)
-        return cls({name: (int(size), str(digest)) for name, (size, digest) in content.items()})
+        """ValueError if it is not there, not a manifest, or names files outside its folder."""
+        path = folder / cls.FILE_NAME
+        content = read_json(path)
+        try:
+            manifest = cls({name: (int(size), str(digest)) for name, (size, digest) in content.items()})
+        except (AttributeError, TypeError, ValueError) as problem:
+            raise ValueError(
+                f"{path} is damaged: it is no list of files with sizes and checksums ({problem})"
+            ) from None
+        outside = [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise ValueError(f"{path} is damaged: it names {outside[0]!r}, which is not in its folder")
+        return manifest
 
     def problems(self, folder: Path) -> Iterable[str]:
         """One sentence per file that is missing, of another size, or of another content."""

@@ -4,7 +4,10 @@ import atexit
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,3 +27,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def mounted_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Gives a folder on a file system of its own, as large as asked for ("1200k")."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        folder.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False)
+        if mounted.returncode != 0:
+            assert os.environ.get("CI") != "true", (
+                "CI runs this test as root, and root could not mount a tmpfs"
+            )
+            pytest.skip("this root may not mount a tmpfs")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)

@@ -55,8 +55,6 @@ def _listed_files(folder: Path) -> dict[str, tuple[int, str]] | str:
         there = {path.name for path in folder.iterdir()} | {INDEX_FILE, TRAINING_FILE}
     except (ValueError, OSError) as problem:
         return str(problem) if str(manifest) in str(problem) else f"{manifest} is damaged: {problem}"
-    except (TypeError, AttributeError):
-        return f"{manifest} is damaged: it lists no files"
     unlisted = there - files.keys() - {manifest.name}
     return f"{manifest} is damaged: it does not list {min(unlisted)}" if unlisted else files
 

@@ -17,6 +17,7 @@ from halo_jobs.stages.measure import logits_scaling_base_of
 from halo_jobs.stages.selected import MAIN_VARIANT
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from hypenet_tools import write_hf_folder, write_qwen3_folder
+from hypenet_tools.companions import licence_of
 from hypenet_tools.hf_config import hypenet_config, qwen3_config
 from hypenet_tools.model_weights import read_weights
 
@@ -72,7 +73,7 @@ def run_export(context: StageContext) -> StageResult:
         base_model=Path(recipe.teacher.rpartition(":")[2]).name,
         config=config,
         parameters=tensors.elements,
-        licence="other",
+        licence=licence_of(tokenizer_folder(recipe)),
         data=_data_sources(context),
         command=_command(context),
     )

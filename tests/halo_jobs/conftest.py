@@ -65,7 +65,12 @@ def tiny_teacher(tmp_path_factory, tiny_tokenizer) -> Path:
     }
     folder = tmp_path_factory.mktemp("teacher") / "tiny"
     write_qwen3_folder(
-        folder, tensors, shape, tokenizer_folder=tiny_tokenizer, dtype=torch.float32, model_card="tiny"
+        folder,
+        tensors,
+        shape,
+        tokenizer_folder=tiny_tokenizer,
+        dtype=torch.float32,
+        model_card="---\nlicense: apache-2.0\n---\ntiny\n",
     )
     return folder
 

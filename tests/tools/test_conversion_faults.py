@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from halo_jobs.cli import app
-from hypenet_tools.convert import convert_job
+from hypenet_tools.convert import convert_job, reshard_job
+from hypenet_tools.export import export_job
 from hypenet_tools.jobs import keep_or_write, run_job
 from hypenet_tools.layout import Layout
 from hypenet_tools.opened import open_model
@@ -26,8 +29,9 @@ SLOW_SHAPE = replace(TINY, num_layers=12, hidden_size=512, ffn_hidden_size=1024,
 LAYOUT, SHARD_BYTES = Layout(2, 2), 300_000
 
 
-def command(source, out, *options):
-    halo = [sys.executable, "-m", "halo_jobs.cli", "convert", source, out, "--tp", 2, "--pp", 2]
+def command(source, out, *options, kind="convert"):
+    layout = [] if kind == "export" else ["--tp", 2, "--pp", 2]
+    halo = [sys.executable, "-m", "halo_jobs.cli", kind, source, out, *layout]
     return [*map(str, halo), "--shard-gb", str(SHARD_BYTES / 1e9), *map(str, options)]
 
 
@@ -45,35 +49,46 @@ def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def refused_or_whole(folder, whole):
-    """A folder of an unfinished job is no model, until it lacks nothing but its name."""
-    try:
+def refuse_as_model(folder):
+    """What `halo verify`, and every other command, does with a folder of an unfinished job."""
+    with pytest.raises(
+        ValueError, match=r"has not ended; repeat that command|is neither a Hugging Face folder"
+    ):
         open_model(folder)
-    except ValueError:
-        return
-    assert content(folder) == whole
 
 
-def finish(source, out, whole):
-    done = subprocess.run(command(source, out), capture_output=True, text=True, check=False)
+def finish(command, out, whole):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert content(out) == whole
     assert [path.name for path in out.parent.glob("out*")] == ["out"]
 
 
+def job_of(kind, source, folder):
+    """The job that a command does, and what it is given."""
+    if kind == "convert":
+        return source, convert_job(source, folder / "whole", LAYOUT, max_shard_bytes=SHARD_BYTES)
+    assert run_job(convert_job(source, folder / "weights", Layout(), max_shard_bytes=SHARD_BYTES))
+    weights = open_model(folder / "weights")
+    if kind == "reshard":
+        return weights.folder, reshard_job(weights, folder / "whole", LAYOUT, max_shard_bytes=SHARD_BYTES)
+    return weights.folder, export_job(weights, folder / "whole", max_shard_bytes=SHARD_BYTES)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_kill_9_at_random_moments(hf_folder, tmp_path):
-    source, out = hf_folder("source", SLOW_SHAPE), tmp_path / "out"
-    unfinished = tmp_path / "out.unfinished"
-    job = convert_job(source, tmp_path / "whole", LAYOUT, max_shard_bytes=SHARD_BYTES)
+@pytest.mark.parametrize("kind", ["convert", "reshard", "export"])
+def test_kill_9_at_random_moments(hf_folder, tmp_path, kind):
+    out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"
+    source, job = job_of(kind, hf_folder("source", SLOW_SHAPE), tmp_path)
     assert run_job(job)
     whole = content(tmp_path / "whole")
+    halo = command(source, out, kind=kind)
     rng = random.Random(os.environ.get("HALO_TEST_SEED", "17"))
     for kill in range(KILLS):
-        options = ("--workers", 1 + kill % 2)
+        options = ["--workers", str(1 + kill % 2)]
         process = subprocess.Popen(
-            command(source, out, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            [*halo, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         # By files, not by the clock: wherever the machine is in its work when so many are done.
         target = rng.randrange(len(job.shards) + 1)
@@ -86,16 +101,29 @@ def test_kill_9_at_random_moments(hf_folder, tmp_path):
         if out.exists():
             assert content(out) == whole
         else:
-            refused_or_whole(unfinished, whole)
-            refused_or_whole(unfinished / "files", whole)
+            refuse_as_model(unfinished)
+            refuse_as_model(unfinished / "files")
         if kill % 2 and (files := sorted(unfinished.glob("files/*.safetensors"))):
             files[0].write_bytes(files[0].read_bytes()[:-9])  # as by a disk that lost its last pages
-        if kill % 3 == 2:  # begin anew: early kills are worth as much as late ones
-            if unfinished.exists() or not out.exists():
-                finish(source, out, whole)
+        complete = out.exists() and not unfinished.exists()  # the kill came too late
+        if complete or kill % 3 == 2:  # begin anew: early kills are worth as much as late ones
+            if not complete:
+                finish(halo, out, whole)
             shutil.rmtree(out)
     if unfinished.exists() or not out.exists():
-        finish(source, out, whole)
+        finish(halo, out, whole)
+
+
+@pytest.mark.parametrize("kind", ["convert", "export"])
+def test_all_but_the_name_is_no_model_yet(hf_folder, tmp_path, kind):
+    """Killed just before the rename."""
+    _, job = job_of(kind, hf_folder("source", TINY), tmp_path)
+    stop_after(job, len(job.shards))
+    job.finish(job.files, job.sums())
+    with pytest.raises(ValueError, match=f"has not ended; repeat that command, and use {job.out}$"):
+        open_model(job.files)
+    assert run_job(job)
+    open_model(job.out)
 
 
 def stop_after(job, files):
@@ -154,6 +182,64 @@ def test_too_little_room_is_seen_before_writing(hf_folder, tmp_path, monkeypatch
     ):
         run_job(job)
     assert not list(job.files.iterdir())
+
+
+def test_disk_that_fills_up_meanwhile(hf_folder, mounted_disk, tmp_path):
+    source = hf_folder("source", SLOW_SHAPE)
+    job = convert_job(source, tmp_path / "out", LAYOUT, max_shard_bytes=SHARD_BYTES)
+    disk = mounted_disk(str(job.nbytes + 20 * 2**20))
+    out, unfinished = disk / "out", disk / "out.unfinished"
+    process = subprocess.Popen(command(source, out, "--workers", 1), stderr=subprocess.PIPE, text=True)
+    while not [*unfinished.glob("sums/*.json")]:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
+    filler = os.open(disk / "other", os.O_WRONLY | os.O_CREAT)
+    with pytest.raises(OSError, match="No space left"):
+        while True:
+            os.write(filler, bytes(2**16))
+    os.close(filler)
+    process.send_signal(signal.SIGCONT)
+    _, stderr = process.communicate()
+    assert process.returncode == 1
+    (line,) = stderr.splitlines()
+    assert line.startswith(f"error: {unfinished}/") and "No space left on device" in line
+    assert not out.exists()
+    kept = {path.name for path in unfinished.glob("sums/*.json")}
+    assert kept
+    (disk / "other").unlink()
+    again = subprocess.run(command(source, out), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    WeightsFolder(out).require_intact()
+
+
+def anonymous_bytes(process):
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return 0
+    fields = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
+    return 1024 * int(fields[0]) if fields else 0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(hf_folder, tmp_path):
+    """Tensors of 200 MB go through in a few blocks: half a gigabyte is what the README promises."""
+    shape = replace(TINY, num_layers=2, hidden_size=1024, vocab_size=50_000, tied_embeddings=False)
+    source = hf_folder("source", shape, dtype=torch.float32)
+    steps = (
+        command(source, tmp_path / "one", "--hybrid", "0"),
+        command(tmp_path / "one", tmp_path / "two", kind="reshard"),
+        command(tmp_path / "two", tmp_path / "back", "--logits-scaling", 8, kind="export"),
+    )
+    for step in steps:
+        process = subprocess.Popen(step, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process))
+            time.sleep(0.005)
+        assert process.returncode == 0, process.communicate()[1]
+        assert 0 < peak < 2**29, (step, peak)
 
 
 def limit_file_size():

@@ -1,6 +1,8 @@
 """Reading model folders: what comes back, and what each kind of damage says."""
 
 import json
+import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -8,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hypenet_megatron.presets import QWEN3_SHAPES
+from hypenet_tools.hf_config import hypenet_config, qwen3_config, read_config
 from hypenet_tools.hf_folder import read_model_folder
 from hypenet_tools.release import write_hf_folder, write_qwen3_folder
-from tests.tools.tiny_models import HYBRID, TINY
+from tests.tools.tiny_models import HYBRID, TINY, tiny
 
 
 @pytest.fixture
@@ -128,23 +132,88 @@ def test_truncated_weights(hybrid, keep):
         read_model_folder(hybrid)
 
 
-def test_index_that_leaves_the_folder(teacher):
-    index = teacher / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"]["model.norm.weight"] = "../other.safetensors"
-    index.write_text(json.dumps(content))
-    with pytest.raises(
-        ValueError, match=r"'\.\./other\.safetensors', which is not a safetensors file of its own"
-    ):
+def _overlap(header):
+    first, second = sorted(
+        (entry["data_offsets"], name) for name, entry in header.items() if "shape" in entry
+    )[:2]
+    size = second[0][1] - second[0][0]
+    header[second[1]]["data_offsets"] = [first[0][0], first[0][0] + size]
+
+
+def _gap(header):
+    entries = [entry for entry in header.values() if "shape" in entry]
+    last = max(entries, key=lambda entry: entry["data_offsets"])
+    last["data_offsets"] = [at + 64 for at in last["data_offsets"]]
+
+
+def _too_short(header):
+    header["model.norm.weight"]["shape"] = [480]
+
+
+@pytest.mark.parametrize("damage", [_overlap, _gap, _too_short])
+def test_header_that_does_not_fit_the_data(hybrid, damage):
+    path = hybrid / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    damage(header)
+    text = json.dumps(header).encode()
+    data = content[end:] + bytes(64 if damage is _gap else 0)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not a safetensors file"):
+        read_model_folder(hybrid)
+
+
+@pytest.fixture
+def edit_index(teacher):
+    """Changes the weight_map of the teacher's index."""
+
+    def edit(change):
+        index = teacher / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        change(content["weight_map"])
+        index.write_text(json.dumps(content))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "pytorch_model.bin", "..", "", 3]
+)
+def test_index_that_leaves_the_folder(teacher, edit_index, name):
+    save_file({"model.norm.weight": torch.ones(48)}, teacher.parent / "other.safetensors")
+    edit_index(lambda weight_map: weight_map.update({"model.norm.weight": name}))
+    problem = f"points at {str(name)!r}, which is not a safetensors file of its own folder"
+    with pytest.raises(ValueError, match=re.escape(problem)):
         read_model_folder(teacher)
 
 
-def test_index_that_disagrees_with_a_shard(teacher):
-    index = teacher / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"]["model.norm.weight"] = content["weight_map"]["model.embed_tokens.weight"]
-    index.write_text(json.dumps(content))
+def test_index_that_disagrees_with_a_shard(teacher, edit_index):
+    edit_index(
+        lambda weight_map: weight_map.update({"model.norm.weight": weight_map["model.embed_tokens.weight"]})
+    )
     with pytest.raises(ValueError, match=r"lacks the tensor model\.norm\.weight"):
+        read_model_folder(teacher)
+
+
+def test_tensor_that_the_index_does_not_list(teacher, edit_index):
+    edit_index(lambda weight_map: weight_map.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"holds the tensor model\.norm\.weight that .* does not list"):
+        read_model_folder(teacher)
+
+
+def test_tensor_in_two_shards(teacher):
+    first, second, *_ = sorted(teacher.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second)
+    with pytest.raises(ValueError, match=f"{second.name} and .*{first.name} both hold the tensor {name}"):
+        read_model_folder(teacher)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+def test_index_without_a_map(teacher, content):
+    (teacher / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map of tensor names to files"):
         read_model_folder(teacher)
 
 
@@ -168,9 +237,39 @@ def test_surplus_tensor(hybrid):
         read_model_folder(hybrid)
 
 
-def test_integer_tensor(hybrid):
-    edit_weights(hybrid, lambda t: t.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight has dtype I8"):
+def test_missing_tensor(hybrid):
+    edit_weights(hybrid, lambda t: t.pop("model.layers.3.mlp.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"lack model\.layers\.3\.mlp\.up_proj\.weight"):
+        read_model_folder(hybrid)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [
+        (torch.int8, "I8"),
+        (torch.int32, "I32"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+        (torch.float64, "F64"),
+    ],
+)
+def test_tensor_of_a_dtype_that_is_not_supported(hybrid, dtype, code):
+    """Quantised weights are refused also where the config does not say that they are."""
+    edit_weights(hybrid, lambda t: t.update({"model.norm.weight": torch.zeros(48).to(dtype)}))
+    with pytest.raises(
+        ValueError, match=rf"model\.norm\.weight has dtype {code}, but only .*unquantised model"
+    ):
+        read_model_folder(hybrid)
+
+
+def test_weights_of_gptq_without_a_word_in_the_config(hybrid):
+    def quantise(tensors):
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(6, 80, dtype=torch.int32)
+        tensors["model.layers.0.mlp.up_proj.scales"] = torch.zeros(1, 80, dtype=torch.float16)
+
+    edit_weights(hybrid, quantise)
+    with pytest.raises(ValueError, match=r"up_proj\.qweight has dtype I32"):
         read_model_folder(hybrid)
 
 
@@ -188,7 +287,8 @@ def test_integer_tensor(hybrid):
         ({"lightning_nkv": 2}, "lightning_nkv is 2, but only 4"),
         ({"lightning_use_short_conv": True}, "lightning_use_short_conv is True"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"are quantised \(awq\)"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"are quantised \(fp8\)"),
         ({"mixer_types": ["attn", "gdn", "attn", "kda"]}, "mixer_types holds gdn, kda"),
         ({"mixer_types": ["attn"]}, "one mixer for each of the 4 layers"),
         ({"attn_logits_scaling": "hype"}, "attn_logits_scaling is 'hype'"),
@@ -198,12 +298,65 @@ def test_integer_tensor(hybrid):
         ({"num_key_value_heads": 3}, "query_heads 4 is not a multiple of kv_groups 3"),
         ({"tie_word_embeddings": "absent"}, "tie_word_embeddings is None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' is not supported"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn' instead of an object"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "'yarn' .* remove rope_parameters"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
+            "'yarn' .* remove rope_scaling",
+        ),
+        ({"rope_theta": math.inf}, "rope_theta is inf instead of a positive number"),
+        ({"layer_types": 3}, "layer_types holds 3, but only 'full_attention'"),
     ],
 )
 def test_config_that_cannot_be_read(hybrid, changes, message):
     edit_config(hybrid, **changes)
     with pytest.raises(ValueError, match=r"config\.json: .*" + message):
         read_model_folder(hybrid)
+
+
+STRANGE = (None, "x", -1, 0, 3, 1.5, True, [], ["x"], [None], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=repr)
+def test_any_value_of_any_key_is_read_or_refused_in_a_sentence(tmp_path, strange):
+    path = tmp_path / "config.json"
+    configs = [
+        qwen3_config(TINY, "bfloat16"),
+        qwen3_config(tiny(QWEN3_SHAPES["qwen3-30b-a3b"]), "bfloat16"),
+        hypenet_config(TINY, HYBRID, 7.0, "bfloat16"),
+    ]
+    also = ("rope_scaling", "rope_parameters", "layer_types", "quantization_config", "use_sliding_window")
+    for config in configs:
+        for key in (*config, *also):
+            path.write_text(json.dumps({**config, key: strange}))
+            try:
+                read_config(path)
+            except ValueError as refusal:
+                assert str(path) in str(refusal), (key, refusal)
+
+
+@pytest.mark.parametrize("name", QWEN3_SHAPES)
+def test_configs_as_they_are_published(tmp_path, name):
+    """As transformers 4.51 wrote them: keys without a meaning for us, absent ones as null, instruct models' ids."""
+    shape = QWEN3_SHAPES[name]
+    config = qwen3_config(shape, "bfloat16")
+    config["torch_dtype"] = config.pop("dtype")
+    config |= {
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "max_window_layers": shape.num_layers,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "transformers_version": "4.51.0",
+        "use_sliding_window": False,
+    }
+    if shape.experts:
+        config |= {"output_router_logits": False, "router_aux_loss_coef": 0.001, "mlp_only_layers": []}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_config(tmp_path / "config.json")
+    assert (found.shape, found.mixer_types) == (replace(shape, name=tmp_path.name), None)
 
 
 def test_damaged_config(hybrid):

@@ -82,6 +82,22 @@ def test_index_that_leaves_the_folder(weights, edit, name):
         WeightsFolder(weights)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "it is no list of files with sizes and checksums"),
+        ({"weights.json": 3}, "it is no list of files with sizes and checksums"),
+        ({"weights.json": ["much", "a"]}, "it is no list of files with sizes and checksums"),
+        ({"../weights.json": [3, "a"]}, r"it names '\.\./weights\.json', which is not in its folder"),
+        ({"/etc/passwd": [3, "a"]}, "it names '/etc/passwd', which is not in its folder"),
+    ],
+)
+def test_manifest_that_is_none(weights, content, message):
+    (weights / "MANIFEST.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"MANIFEST\.json is damaged: " + message):
+        WeightsFolder(weights)
+
+
 def test_file_that_the_manifest_does_not_have(weights, edit):
     edit(lambda content: chunks(content)[0].update(file="other.safetensors"))
     with pytest.raises(ValueError, match=r"names other\.safetensors, which MANIFEST\.json does not list"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from hypenet_tools.hf_folder import TOKENIZER_FILES
 GENERATION_CONFIG, MODEL_CARD, CHECKSUM_FILE = "generation_config.json", "README.md", "SHA256SUMS"
 COMPANIONS = (*TOKENIZER_FILES, "chat_template.json", GENERATION_CONFIG, MODEL_CARD, "LICENSE")
 
+_LICENCE = re.compile(r"""^license: *["']?([^\s"']+)["']? *$""", re.MULTILINE)
+
 
 def companions(folder: Path) -> list[Path]:
     """The companions that `folder` has."""
@@ -24,6 +27,13 @@ def copy_companions(source: Path, target: Path) -> None:
     for path in companions(source):
         target.mkdir(exist_ok=True)
         shutil.copyfile(path, target / path.name)
+
+
+def licence_of(folder: Path) -> str:
+    """The licence that the model card of `folder` states; "other" if there is none."""
+    card = folder / MODEL_CARD
+    found = _LICENCE.search(card.read_text()) if card.is_file() else None
+    return found[1] if found else "other"
 
 
 def fingerprint(folder: Path) -> list[list[Any]]:

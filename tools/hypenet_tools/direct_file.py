@@ -7,6 +7,8 @@ fills. File systems that know no O_DIRECT get the same buffers through the cache
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -78,4 +80,18 @@ class DirectFile:
 
     def _write_all(self, data: memoryview) -> None:
         while data:  # a nearly full disk takes a part, then refuses the rest
-            data = data[os.write(self._descriptor, data) :]
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._leave_direct():
+                    raise
+
+    def _leave_direct(self) -> bool:
+        """Go on through the page cache; False if that is where we are already.
+
+        A part that is no whole number of blocks (a quota, a limit on file sizes) leaves a position at which the disk
+        takes nothing directly. The cache takes the rest, or says what the matter is.
+        """
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return bool(flags & os.O_DIRECT)

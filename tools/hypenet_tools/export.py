@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hypenet_tools.companions import MODEL_CARD, fingerprint
+from hypenet_tools.companions import MODEL_CARD, fingerprint, licence_of
 from hypenet_tools.hf_config import ModelDescription
 from hypenet_tools.jobs import Job
 from hypenet_tools.opened import OpenedModel
@@ -17,7 +16,6 @@ from hypenet_tools.release import SHARD_BYTES, release_job
 from hypenet_tools.weights import DTYPE_CODES
 
 _UNCHANGED_BY = {"convert", "import", "reshard"}
-_LICENCE = re.compile(r"^license: *(\S+)$", re.MULTILINE)
 
 
 def export_job(
@@ -73,9 +71,7 @@ def _card(source: OpenedModel, model: ModelDescription, companions: Path) -> str
     ]
     if card.is_file() and not changed:
         return card.read_text()
-    base_card = companions / MODEL_CARD
-    found = _LICENCE.search(base_card.read_text()) if base_card.is_file() else None
-    return _new_card(source, model, found[1] if found else "other")
+    return _new_card(source, model, licence_of(companions))
 
 
 def _new_card(source: OpenedModel, model: ModelDescription, licence: str) -> str:

@@ -182,11 +182,12 @@ class _Reader:
 
     def refuse_sliding_windows(self) -> None:
         kinds = self.config.get("layer_types") or []
-        if any(kind != "full_attention" for kind in kinds):
-            raise ValueError(
-                f"{self.path}: layer_types holds {next(k for k in kinds if k != 'full_attention')!r}, but only "
-                "'full_attention' is supported; use a Qwen3 without sliding windows"
-            )
+        for kind in kinds if isinstance(kinds, list) else [kinds]:
+            if kind != "full_attention":
+                raise ValueError(
+                    f"{self.path}: layer_types holds {kind!r}, but only 'full_attention' is supported; use a Qwen3 "
+                    "without sliding windows"
+                )
 
     def expert_sizes(self) -> dict[str, int]:
         if self.config.get("model_type") != QWEN3_MOE:
@@ -202,7 +203,7 @@ class _Reader:
         value = self.config.get(key)
         if kind is float and isinstance(value, int):
             value = float(value)
-        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
             raise ValueError(
                 f"{self.path}: {key} is {value!r} instead of a positive number; restore the config"
             )
@@ -236,15 +237,21 @@ class _Reader:
 
     def rope_theta(self) -> float:
         """RoPE's base; transformers 5 keeps it in `rope_parameters`, earlier ones beside the other keys."""
-        scaling = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            raise ValueError(
-                f"{self.path}: RoPE scaling of type {kind!r} is not supported; remove rope_scaling"
-            )
-        if "rope_theta" in scaling:
-            return _Reader(self.path, scaling).number("rope_theta", float)
-        return self.number("rope_theta", float)
+        holder = self
+        for key in ("rope_scaling", "rope_parameters"):
+            scaling = self.config.get(key)
+            if scaling is None:
+                continue
+            if not isinstance(scaling, dict):
+                raise ValueError(
+                    f"{self.path}: {key} is {scaling!r} instead of an object; restore the config"
+                )
+            kind = scaling.get("rope_type", scaling.get("type", "default"))
+            if kind != "default":
+                raise ValueError(f"{self.path}: RoPE scaling of type {kind!r} is not supported; remove {key}")
+            if "rope_theta" in scaling:
+                holder = _Reader(self.path, scaling)
+        return holder.number("rope_theta", float)
 
     def mixer_types(self, num_layers: int) -> tuple[MixerType, ...]:
         names = self.config.get("mixer_types")

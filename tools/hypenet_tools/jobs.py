@@ -35,7 +35,7 @@ from durable_files import (
 from hypenet_tools.shards import Advance, Shard
 from hypenet_tools.workers import run_in_workers
 
-UNFINISHED = ".unfinished"
+UNFINISHED, JOB_FILE = ".unfinished", "job.json"
 LOCK_PATIENCE_SECONDS = 15.0
 _SPARE_BYTES = 16 * 2**20
 
@@ -82,7 +82,7 @@ class Job:
         return self._is_ours() or not any(self.unfinished.iterdir())
 
     def _is_ours(self) -> bool:
-        path = self.unfinished / "job.json"
+        path = self.unfinished / JOB_FILE
         return path.is_file() and read_json(path) == self.plain_identity()
 
     def plain_identity(self) -> Any:
@@ -94,7 +94,7 @@ class Job:
             return
         if self.out.exists():
             raise ValueError(f"{self.out} exists already; remove it or choose another name")
-        path = self.unfinished / "job.json"
+        path = self.unfinished / JOB_FILE
         if path.is_file() and not self._is_ours():
             asked, begun = self.plain_identity(), read_json(path)
             changed = sorted(key for key in {*asked, *begun} if asked.get(key) != begun.get(key))
@@ -112,7 +112,7 @@ class Job:
         self.require_free(part)
         for path in (self.files, self.unfinished / "sums"):
             path.mkdir(parents=True, exist_ok=True)
-        publish_once(self.unfinished / "job.json", self.plain_identity())
+        publish_once(self.unfinished / JOB_FILE, self.plain_identity())
         self.require_free(part)  # two different jobs may have begun at the same moment
 
     def sums(self) -> dict[str, tuple[int, str]]:
@@ -124,6 +124,16 @@ class Job:
                 entry = read_json(path)
                 found[shard.name] = (int(entry["bytes"]), str(entry["sha256"]))
         return found
+
+
+def require_no_job(folder: Path) -> None:
+    """ValueError if `folder` is where a job is at work, or was when it was killed: what lies there is no model yet."""
+    for path in (folder.absolute(), folder.absolute().parent):
+        if path.name.endswith(UNFINISHED) and (path / JOB_FILE).is_file():
+            raise ValueError(
+                f"{folder} is the work of a command that has not ended; repeat that command, and use "
+                f"{path.with_name(path.name.removesuffix(UNFINISHED))}"
+            )
 
 
 def _sum_file(unfinished: Path, shard: Shard) -> Path:
@@ -228,7 +238,7 @@ def _publish_if_complete(job: Job) -> bool:
 
 def _drop_unfinished(job: Job) -> None:
     """job.json goes last: a kill in between leaves something that the next call knows as published."""
-    record = job.unfinished / "job.json"
+    record = job.unfinished / JOB_FILE
     for path in [*job.unfinished.glob("*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

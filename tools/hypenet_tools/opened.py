@@ -11,6 +11,7 @@ from durable_files import FolderManifest, sha256_file
 from hypenet_tools.companions import CHECKSUM_FILE
 from hypenet_tools.hf_config import ModelDescription
 from hypenet_tools.hf_folder import read_model_folder
+from hypenet_tools.jobs import require_no_job
 from hypenet_tools.layout import Layout
 from hypenet_tools.mapped import hugging_face_view, megatron_view
 from hypenet_tools.shards import Advance
@@ -71,6 +72,7 @@ class OpenedModel:
 
 def open_model(folder: Path) -> OpenedModel:
     """Open a folder without reading its weights. ValueError says what is wrong with it, or that it is neither kind."""
+    require_no_job(folder)
     if is_weights_folder(folder):
         weights = WeightsFolder(folder)
         index = weights.index
