@@ -5,9 +5,12 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.cluster_sandbox import SlurmSandbox, hold_slurm_sandbox
 
 # No test may reach a hub; every model and tokenizer is made or shipped here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,3 +27,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def held_slurm(request: pytest.FixtureRequest) -> Iterator[SlurmSandbox]:
+    yield from hold_slurm_sandbox(request)
+
+
+@pytest.fixture
+def slurm(held_slurm: SlurmSandbox) -> Iterator[SlurmSandbox]:
+    """A real Slurm with nodes n1 to n4, all idle; one for the whole session."""
+    held_slurm.heal()
+    yield held_slurm

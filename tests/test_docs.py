@@ -13,6 +13,7 @@ DOCUMENTS = [
     ROOT / "ARCHITECTURE.md",
     ROOT / "docs" / "data.md",
     ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "slurm-sandbox.md",
 ]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
