@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,17 +17,23 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from halo_jobs.commands.consoles import console
+from halo_cluster import StageRecord
+from halo_cluster.jobs import LiveJob, SchedulerUnreachable, StageJob
+from halo_cluster.slurm.queue import live_jobs
+from halo_jobs.commands.consoles import console, errors
 from halo_jobs.monitoring.readings import StageReading, check_run, find_runs, latest_of_each_stage, read_run
 
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo.")]
 
-_STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
+_STYLES = {"done": "green", "running": "cyan", "pending": "cyan", "interrupted": "yellow", "failed": "red"}
 _BAR_WIDTH = 10
 _COLUMNS = ("stage", "state", "tries", "progress", "done", "loss", "tokens/s", "left", "time", "node")
 _NUMBERS = ("tries", "done", "loss", "tokens/s", "left", "time")
 _DROPPED_FIRST = ("progress", "node", "time", "tries")
 _UNBOUNDED = 10_000
+_SILENT_SECONDS = (
+    60.0  # a living stage shows itself every second; a network file system may hold that back for a while
+)
 
 
 def status(
@@ -39,18 +47,50 @@ def status(
     Works beside a run in progress, from another terminal or another machine that sees the folder.
     """
     stages = read_run(run_folder)
+    queue = _queue(stages)
     if as_json:
-        content = {"run": run_folder.resolve().name, "stages": [asdict(stage) for stage in stages]}
+        rows = [{**asdict(stage), "queue": _as_json(queue.get(stage.stage))} for stage in stages]
+        content = {"run": run_folder.resolve().name, "stages": rows}
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return
     # A file or a pipe gets everything, whatever width it is thought to have.
     sheet = console if console.is_terminal else Console(width=_UNBOUNDED)
     sheet.print(_widest_fitting(str(run_folder), [_row(stage) for stage in stages], sheet))
     for stage in stages:
-        if stage.reason:
-            state = "restarted after" if stage.state == "running" else stage.state
-            remark = f"{stage.stage} {state}: {stage.reason}"
-            console.print(Text(remark, _STYLES[stage.state]), soft_wrap=True)
+        for remark in _remarks(stage, queue.get(stage.stage)):
+            console.print(Text(f"{stage.stage} {remark}", _STYLES[stage.state]), soft_wrap=True)
+
+
+def _queue(stages: list[StageReading]) -> dict[str, LiveJob]:
+    """What Slurm, if it is here and answers, has in its queue for stages that are not done."""
+    open_stages = [stage for stage in stages if stage.job and stage.state != "done"]
+    if not open_stages or shutil.which("squeue") is None:
+        return {}
+    try:
+        live = live_jobs()
+    except SchedulerUnreachable as problem:
+        errors.print(f"{problem}; what the run's folder says follows", soft_wrap=True, highlight=False)
+        return {}
+    names = {
+        stage.stage: StageJob(stage.stage, StageRecord(Path(stage.folder)), {}).job_name
+        for stage in open_stages
+    }
+    return {stage: live[name][0] for stage, name in names.items() if name in live}
+
+
+def _as_json(job: LiveJob | None) -> dict[str, str] | None:
+    return None if job is None else asdict(job)
+
+
+def _remarks(stage: StageReading, job: LiveJob | None) -> Iterator[str]:
+    if stage.reason:
+        yield f"{'restarted after' if stage.state == 'running' else stage.state}: {stage.reason}"
+    age = stage.heartbeat_age_seconds
+    if age is not None and age > _SILENT_SECONDS:
+        yield f"has shown no life for {_duration(age)}; {stage.node} may be gone, or the disk slow"
+    if job is not None:
+        where = f" on {job.nodes}" if job.nodes else f" ({job.reason})"
+        yield f"is job {job.job}, {job.state}{where}"
 
 
 def _row(stage: StageReading) -> dict[str, str | Text]:

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from halo_cluster import AttemptState
 from halo_cluster.ray_metrics import Sample
-from halo_jobs.monitoring.readings import StageReading, find_runs, read_run
+from halo_jobs.monitoring.readings import StageReading, StageState, find_runs, read_run
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ PER_STAGE = (
     ),
     MetricName("halo_attempts_total", "Attempts begun.", lambda stage: stage.attempts, "counter"),
     MetricName(
-        "halo_restarts_total", "Attempts after the first.", lambda stage: stage.attempts - 1, "counter"
+        "halo_restarts_total",
+        "Attempts after the first.",
+        lambda stage: max(0, stage.attempts - 1),
+        "counter",
     ),
 )
 STAGE_STATE = MetricName(
@@ -111,7 +114,7 @@ EXTRA_LABELS = {
 }
 """Of the metrics that are not labelled run and stage alone."""
 ALL_METRICS = (*PER_STAGE, STAGE_STATE, STAGE_INFO, RUN_READABLE)
-STATES: tuple[AttemptState, ...] = get_args(AttemptState)
+STATES: tuple[StageState, ...] = (*get_args(AttemptState), "pending")
 
 
 class RunCollector:

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from durable_files import read_json
 from halo_cluster import AttemptStatus, StageRecord
 from halo_cluster.attempts import attempt_folders
 from halo_cluster.record import DONE_FILE
-from halo_jobs.monitoring.readings import check_run, latest_of_each_stage
+from halo_jobs.monitoring.readings import JOBS_FOLDER, check_run, job_numbers, latest_of_each_stage, submitted
 
 LOOK_SECONDS = 0.5
-_JOBS = "jobs"
 
 
 def stage_record(run: Path, stage: str) -> StageRecord:
@@ -23,9 +21,9 @@ def stage_record(run: Path, stage: str) -> StageRecord:
     begun = {row.record.stage: row.record for row in latest_of_each_stage(run)}
     if stage in begun:
         return begun[stage]
-    submitted = [jobs for jobs in run.glob(f"*/*/{_JOBS}") if jobs.parent.parent.name == stage]
-    if submitted:
-        return StageRecord(max(submitted, key=lambda jobs: jobs.stat().st_mtime).parent)
+    for record in submitted(run):
+        if record.stage == stage:
+            return record
     there = ", ".join(begun) or "none yet"
     raise ValueError(f"{run} has begun no stage {stage!r}; begun are: {there}")
 
@@ -62,16 +60,11 @@ def _files(attempt: Path) -> list[Path]:
 
 
 def _job_files(stage_folder: Path) -> list[Path]:
-    """stdout and stderr of the newest job, as the scheduler keeps them."""
-    jobs = sorted((stage_folder / _JOBS).glob("*.json"), key=lambda path: path.stat().st_mtime)
-    if not jobs:
+    """What the newest job printed, node by node, as the scheduler keeps it."""
+    numbers = job_numbers(stage_folder)
+    if not numbers:
         return []
-    content = read_json(jobs[-1])
-    return [
-        path
-        for path in sorted(Path(content["logs"]).glob(f"{content['job']}_*"))
-        if path.suffix in (".out", ".err")
-    ]
+    return sorted((stage_folder / JOBS_FOLDER).glob(f"{numbers[-1]}_*_log.*"))
 
 
 @dataclass
@@ -112,7 +105,7 @@ class StageLog:
             if folder in self._ended:
                 continue
             status = AttemptStatus.read(folder)  # first: what it logged before its end is then read below
-            title, over = f"attempt {status.number}", status.state != "running"
+            title, over = f"attempt {status.label}", status.state != "running"
             yield from self._lines(f"{title} on {status.host}", _files(folder), final or over)
             if over:
                 self._ended.add(folder)

@@ -2,6 +2,7 @@
 
 recipe.yaml                              how many steps a training stage has
 <stage>/<input hash>/attempt.<label>/    state, host, heartbeat, reason of an end
+                     jobs/<id>.json      submitted to a scheduler
                      metrics.jsonl       training: a line per step
                      progress.json       stages of tasks (select, evaluate): tasks done and in all
                      checkpoints/        training: what is saved
@@ -16,17 +17,20 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from durable_files import read_json
-from halo_cluster import AttemptState, RunFolder, StageStatus
+from halo_cluster import AttemptState, RunFolder, StageRecord, StageStatus
 from halo_cluster.attempts import attempt_folders
 from halo_cluster.run_folder import RECIPE_FILE
 
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
+JOBS_FOLDER = "jobs"
+StageState = AttemptState | Literal["pending"]
+"""Pending: submitted to a scheduler, and no attempt begun."""
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl, whose lines have some 300 bytes
 
 
@@ -37,36 +41,38 @@ class StageReading:
     stage: str
     input_hash: str
     folder: str
-    state: AttemptState
+    state: StageState
     attempts: int
     attempt: str
-    """Label of the newest attempt, as in attempt.<label>."""
+    """Label of the newest attempt, as in attempt.<label>; empty before the first."""
+    job: str
+    """The scheduler's number of the newest submission; empty without a scheduler."""
     started: str
-    """Of the first attempt, ISO 8601."""
+    """Of the first attempt, ISO 8601; empty before it."""
     seconds: float
     """Wall time over all attempts."""
     node: str
     """Host of the newest attempt."""
     reason: str
     """Why the newest attempt ended, if it did not end well; while one runs, why the one before it did not."""
-    step: int | None
-    steps: int | None
-    loss: float | None
-    learning_rate: float | None
-    gradient_norm: float | None
-    tokens_per_second: float | None
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_second: float | None = None
     """Mean of the newest attempt."""
-    tasks_done: int | None
-    tasks: int | None
-    progress: float | None
+    tasks_done: int | None = None
+    tasks: int | None = None
+    progress: float | None = None
     """Share of the stage that is done, 0 to 1."""
-    seconds_left: float | None
-    checkpoint_step: int | None
-    checkpoint_age_seconds: float | None
-    heartbeat_age_seconds: float | None
+    seconds_left: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age_seconds: float | None = None
+    heartbeat_age_seconds: float | None = None
     """Of a running stage: seconds since its process last showed that it lives."""
-    host_memory_bytes: int | None
-    gpu_memory_bytes: int | None
+    host_memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
 
 
 def is_run(folder: Path) -> bool:
@@ -102,10 +108,49 @@ def _begun(row: StageStatus) -> tuple[str, float]:
 
 
 def read_run(run: Path) -> list[StageReading]:
-    """A reading of every stage that was begun. ValueError if `run` is not a run's folder."""
+    """A reading of every stage that was begun, then of those only submitted. ValueError if it is not a run's folder."""
     check_run(run)
     recipe = _recipe(run)
-    return [_read_stage(row, recipe) for row in latest_of_each_stage(run)]
+    begun = [_read_stage(row, recipe) for row in latest_of_each_stage(run)]
+    names = {stage.stage for stage in begun}
+    pending = [_pending(record, recipe) for record in submitted(run) if record.stage not in names]
+    return begun + sorted(pending, key=lambda stage: int(stage.job))
+
+
+def submitted(run: Path) -> list[StageRecord]:
+    """Stages that were submitted to a scheduler; of several inputs of a stage the latest."""
+    latest: dict[str, tuple[int, StageRecord]] = {}
+    for jobs in run.glob(f"*/*/{JOBS_FOLDER}"):
+        record, numbers = StageRecord(jobs.parent), job_numbers(jobs.parent)
+        if numbers:
+            known = latest.get(record.stage)
+            latest[record.stage] = max(
+                (numbers[-1], record), known or (0, record), key=lambda entry: entry[0]
+            )
+    return [record for _, record in latest.values()]
+
+
+def job_numbers(stage_folder: Path) -> list[int]:
+    """The scheduler's numbers of the stage's submissions, oldest first."""
+    notes = (path.stem for path in (stage_folder / JOBS_FOLDER).glob("*.json"))
+    return sorted(int(name) for name in notes if name.isdecimal())
+
+
+def _pending(record: StageRecord, recipe: dict[str, Any]) -> StageReading:
+    return StageReading(
+        stage=record.stage,
+        input_hash=record.input_hash,
+        folder=str(record.folder),
+        state="pending",
+        attempts=0,
+        attempt="",
+        job=str(job_numbers(record.folder)[-1]),
+        started="",
+        seconds=0.0,
+        node="",
+        reason="",
+        steps=_steps(recipe, record.stage),
+    )
 
 
 def _recipe(run: Path) -> dict[str, Any]:
@@ -129,7 +174,8 @@ def _read_stage(row: StageStatus, recipe: dict[str, Any]) -> StageReading:
         folder=str(folder),
         state=row.state,
         attempts=len(row.attempts),
-        attempt=str(newest.number),
+        attempt=newest.label,
+        job=next((str(number) for number in reversed(job_numbers(folder))), ""),
         started=row.attempts[0].started,
         seconds=row.seconds,
         node=newest.host,

@@ -90,55 +90,6 @@ def test_logs_of_a_stage(training_run):
     assert "has begun no stage 'alin'; begun are: tokenize, " in absent.stderr
 
 
-def test_logs_follow_across_attempts_until_done(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("name: small\n")
-    record = StageRecord(tmp_path / "align" / "0123456789ab")
-    for number in (1, 2):
-        record.begin_attempt().log(f"work of attempt {number}")
-    first, second = record.folder / "attempt.1", record.folder / "attempt.2"
-    follower = subprocess.Popen(
-        _command("logs", tmp_path, "align", "--follow"), stdout=subprocess.PIPE, text=True
-    )
-    assert follower.stdout is not None
-    lines = iter(follower.stdout.readline, "")
-    assert next(lines).endswith("attempt 2 on " + socket.gethostname() + ": log.txt\n")
-    assert next(lines).endswith(" work of attempt 2\n")
-    with open(second / "rank-1.txt", "w") as rank:
-        rank.write("half of a ")
-        rank.flush()
-        time.sleep(0.8)
-        rank.write("line\nand what follows no line end")
-    third = record.begin_attempt()  # the second is closed as killed
-    third.log("work of attempt 3")
-    output = record.folder / "weights"
-    output.write_text("weights")
-    third.publish([output], {})
-    rest = [line.rstrip("\n") for line in lines]
-    assert follower.wait(20) == 0
-    assert rest[0].endswith("attempt 2 on " + socket.gethostname() + ": rank-1.txt")
-    assert rest[1:4] == [
-        "half of a line",
-        "and what follows no line end",
-        "== attempt 2 interrupted: killed, or the machine stopped",
-    ]
-    assert rest[4].endswith("attempt 3 on " + socket.gethostname() + ": log.txt")
-    assert rest[5].endswith(" work of attempt 3") and rest[6] == "== align done"
-    assert not any("attempt 1" in line for line in rest), first
-
-
-def test_log_of_a_job_that_began_no_attempt(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("name: small\n")
-    jobs = tmp_path / "align" / "0123456789ab" / "jobs"
-    jobs.mkdir(parents=True)
-    (jobs / "12.json").write_text(
-        json.dumps({"job": "12", "name": "halo", "submitted": "", "logs": str(jobs)})
-    )
-    (jobs / "12_0_log.out").write_text("")
-    (jobs / "12_0_log.err").write_text("python: not found\n")
-    shown = _halo("logs", tmp_path, "align")
-    assert shown.stdout.splitlines() == ["== the scheduler's log: 12_0_log.err", "python: not found"]
-
-
 def test_last_metrics_of_a_long_file_that_was_cut_short(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 5001)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5001, "lo')
