@@ -161,14 +161,16 @@ class ClusterSection(Section):
 class FanOutSection(Section):
     """Who computes the tasks of the layer sweep. No result depends on it but by the threads of a CPU worker.
 
-    One local worker is the stage's own process. `ray_address` is a cluster to join; without it one is started, on the
-    nodes of the Slurm allocation that the stage runs in, or on this machine.
+    One local worker is the stage's own process. Workers of a Slurm array are jobs of their own, asked for with the
+    `cluster` section's time, partition, account and so on. `ray_address` is a cluster to join; without it one is
+    started, on the nodes of the Slurm allocation that the stage runs in, or on this machine.
     """
 
     backend: Literal["local", "slurm-array", "ray"] = "local"
     workers: PositiveInt = 1
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    memory_gb_per_worker: Annotated[float, Field(gt=0)] | None = None
     ray_address: str | None = None
 
 

@@ -12,7 +12,17 @@ from megatron.core import parallel_state
 from rich.console import Console
 
 from halo_cluster import StageRecord
-from halo_cluster.fan_out import Backend, LocalProcesses, Plan, RayActors, Task, ThisProcess, fan_out
+from halo_cluster.fan_out import (
+    Backend,
+    LocalProcesses,
+    Plan,
+    RayActors,
+    SlurmArray,
+    Task,
+    ThisProcess,
+    fan_out,
+)
+from halo_cluster.slurm import SlurmSettings
 from halo_jobs.recipe import Recipe, recipe_class
 from halo_jobs.stages.context import StageContext
 from halo_jobs.training.progress import ProgressReporter
@@ -28,6 +38,10 @@ def backend_of(recipe: Recipe) -> Backend:
         return RayActors(
             section.workers, section.ray_address, section.cpus_per_worker, section.gpus_per_worker
         )
+    if section.backend == "slurm-array":
+        settings = SlurmSettings(**recipe.cluster.model_dump(exclude={"retries", "backoff_seconds"}))
+        resources = (section.cpus_per_worker, section.gpus_per_worker, section.memory_gb_per_worker)
+        return SlurmArray(section.workers, settings, *resources)
     return ThisProcess() if section.workers == 1 else LocalProcesses(section.workers, section.gpus_per_worker)
 
 
