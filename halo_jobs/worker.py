@@ -103,8 +103,8 @@ def _what_it_said(attempt: Path, failed: RankFailed) -> Exception:
         return RankFailed(f"{failed}; {_RESUMES}", failed.code)
     failure = read_json(attempt / FAILURE)
     if failed.code == STOPPED_EXIT_CODE:
-        return StopRequested(failure["sentence"])
-    if failure["user_error"]:
+        return StopRequested(failure["sentence"], by_user=failure["final"])
+    if failure["final"]:
         error: Exception = ValueError(failure["sentence"])
     else:
         error = RankFailed(failure["sentence"], failed.code, failure["host"])
@@ -123,7 +123,7 @@ class JoinedAttempt:
     def fail(self, reason: str) -> None:
         """Leave the reason for the driver, who records how the attempt ended. The first process to speak is heard."""
         # Who ends the others for one that hangs or is gone is not where it went wrong.
-        content = {"rank": self.rank, "host": "", "sentence": reason, "user_error": False, "traceback": ""}
+        content = {"rank": self.rank, "host": "", "sentence": reason, "final": False, "traceback": ""}
         publish_once(self.folder / FAILURE, content)
 
 
@@ -164,7 +164,7 @@ def main(attempt: Path, rank: int) -> int:
                 if isinstance(problem, PeerLost) or is_lost_peer(problem)
                 else socket.gethostname(),
                 "sentence": sentence(problem),
-                "user_error": isinstance(problem, ValueError),
+                "final": isinstance(problem, ValueError) or getattr(problem, "by_user", False),
                 "traceback": traceback.format_exc(),
             },
         )

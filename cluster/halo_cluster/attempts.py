@@ -61,16 +61,19 @@ def write_exit(
     seconds: float,
     *,
     host: str = "",
-    user_error: bool = False,
+    final: bool = False,
 ) -> None:
-    """Say how an attempt ended; what was said first stands. `host` is where it went wrong."""
+    """Say how an attempt ended; what was said first stands. `host` is where it went wrong.
+
+    `final`: it is for the user to begin another one, after an error of theirs or a stop that they asked for.
+    """
     content = {
         "outcome": outcome,
         "reason": reason,
         "seconds": round(seconds, 3),
         "ended": utc_now(),
         "host": host,
-        "user_error": user_error,
+        "final": final,
     }
     publish_once(folder / "exit.json", content)
 
@@ -87,7 +90,7 @@ def close_abandoned(folder: Path, reason: str = KILLED) -> None:
 class AttemptStatus:
     """One attempt. `started` is ISO 8601, empty if it was killed before saying so; `seconds` is wall time.
 
-    `failed_on` is the host where it went wrong, if that is known; `user_error` says that another try would be in vain.
+    `failed_on` is the host where it went wrong, if that is known; `final` leaves another try to the user.
     """
 
     label: str
@@ -98,7 +101,7 @@ class AttemptStatus:
     seconds: float
     reason: str
     failed_on: str
-    user_error: bool
+    final: bool
 
     @classmethod
     def read(cls, folder: Path) -> AttemptStatus:
@@ -119,7 +122,7 @@ class AttemptStatus:
             seconds=end["seconds"],
             reason=end["reason"],
             failed_on=end.get("host", ""),
-            user_error=end.get("user_error", False),
+            final=end.get("final", False),
         )
 
 

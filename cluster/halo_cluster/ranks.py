@@ -22,6 +22,7 @@ from typing import Any
 
 PATIENCE_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
+_REPEAT_SECONDS = 3.0
 
 
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR2)
@@ -98,12 +99,20 @@ def run_ranks(command: Sequence[str], ranks: int, logs: Path, nodes: Nodes = THI
 
 @contextmanager
 def _requests_passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A second request of a kind does what it did before: the caller ends, and the processes with it."""
+    """A second request of a kind does what it did before: the caller ends, and the processes with it.
+
+    One that follows at once is the first again: a scheduler may signal this process and its launcher, who passes it on.
+    """
     before: dict[int, Any] = {}
+    asked: dict[int, float] = {}
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - asked.setdefault(number, now) < _REPEAT_SECONDS:
+            process.send_signal(number)
+            return
         signal.signal(number, before[number])
-        process.send_signal(number)
+        signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, pass_on) for number in _REQUESTS}

@@ -135,11 +135,11 @@ class Reconciler:
         self._seen_attempts[job.name] = {a.label for a in attempts}
         last = new[-1] if new else None
         if end and end.state == "CANCELLED":
-            raise StopRequested(f"stage {job.name} was cancelled ({word})")
-        if last and last.state == "interrupted" and not last.reason.startswith(KILLED):
-            raise StopRequested(last.reason)
+            raise StopRequested(f"stage {job.name} was cancelled ({word})", by_user=True)
+        if last and last.final and last.state == "interrupted":
+            raise StopRequested(last.reason, by_user=True)
         reason = last.reason if last else f"{word} before the stage began; see {job.jobs_folder}"
-        if last and last.user_error:
+        if last and last.final:
             raise ValueError(reason)
         self._failures[job.name] += 1
         if self._failures[job.name] > self.patience.retries:
@@ -174,9 +174,7 @@ class Reconciler:
 
 def nodes_to_avoid(attempts: Sequence[AttemptStatus], failures_per_node: int) -> list[str]:
     """Hosts on which that many attempts failed; those that were killed or stopped say nothing about a node."""
-    failed = Counter(
-        a.failed_on for a in attempts if a.state == "failed" and a.failed_on and not a.user_error
-    )
+    failed = Counter(a.failed_on for a in attempts if a.state == "failed" and a.failed_on and not a.final)
     return sorted(host for host, count in failed.items() if count >= failures_per_node)
 
 

@@ -199,19 +199,17 @@ class Attempt:
 
     def fail(self, reason: str, *, host: str | None = None, user_error: bool = False) -> None:
         """`host` is where it went wrong, if not here ("": unknown). After a `user_error` another try is in vain."""
-        self._end("failed", reason, host=self._process.host if host is None else host, user_error=user_error)
+        self._end("failed", reason, host=self._process.host if host is None else host, final=user_error)
 
-    def interrupt(self, reason: str) -> None:
+    def interrupt(self, reason: str, *, by_user: bool = False) -> None:
         """End without a fault of the stage's: the user or the machine asked for it."""
-        self._end("interrupted", reason)
+        self._end("interrupted", reason, final=by_user)
 
-    def _end(self, outcome: AttemptState, reason: str, *, host: str = "", user_error: bool = False) -> None:
+    def _end(self, outcome: AttemptState, reason: str, *, host: str = "", final: bool = False) -> None:
         self._heartbeat.stop()
         # A full disk must not hide the failure being recorded; this attempt is then counted by its heartbeat.
         with suppress(OSError):
-            write_exit(
-                self.folder, outcome, reason, self._heartbeat.seconds, host=host, user_error=user_error
-            )
+            write_exit(self.folder, outcome, reason, self._heartbeat.seconds, host=host, final=final)
 
 
 def _size_problem(path: Path, size: int) -> str | None:

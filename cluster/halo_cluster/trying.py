@@ -26,7 +26,14 @@ class StageFailed(RuntimeError):
 
 
 class StopRequested(Exception):
-    """A stage was asked to stop, has saved what it had, and ends unfinished; the message says by what and where."""
+    """A stage was asked to stop, has saved what it had, and ends unfinished; the message says by what and where.
+
+    `by_user`: not by a signal, which may be the scheduler's. Then nothing but the user begins it again.
+    """
+
+    def __init__(self, message: str, *, by_user: bool = False) -> None:
+        super().__init__(message)
+        self.by_user = by_user
 
 
 def carry_out(name: str, attempt: Attempt, run: Callable[[Attempt], StageResult]) -> dict[str, Any]:
@@ -39,11 +46,11 @@ def carry_out(name: str, attempt: Attempt, run: Callable[[Attempt], StageResult]
         with attempt.captured_logging():
             result = run(attempt)
         return attempt.publish(result.outputs, result.summary)
-    except KeyboardInterrupt:
-        attempt.interrupt("Ctrl-C")
+    except KeyboardInterrupt as interruption:
+        attempt.interrupt(str(interruption) or "Ctrl-C")
         raise
     except StopRequested as request:
-        attempt.interrupt(str(request))
+        attempt.interrupt(str(request), by_user=request.by_user)
         raise
     except Exception as error:
         reason = _reason(attempt.record.folder, error)

@@ -244,7 +244,8 @@ class Trainer:
                 self.stop.forget_file()
             raise StopRequested(
                 f"{self.title}: stopped by {self.stop.reason(stop)} after step {done} of {self.section.steps}, "
-                f"which is saved in {self.checkpoints.path(done)}"
+                f"which is saved in {self.checkpoints.path(done)}",
+                by_user=self.stop.is_by_file(stop),
             )
 
     def _training_state(self, done: int) -> dict[str, Any]:
