@@ -26,7 +26,7 @@ from halo_cluster.jobs import StageJob
 from halo_cluster.reconcile import Patience, Reconciler, submit_chain
 from halo_cluster.slurm import Slurm, SlurmSettings
 from halo_cluster.slurm.queue import cancel, live_jobs
-from halo_jobs.checks import check_recipe
+from halo_jobs.checks import about, check_recipe
 from halo_jobs.estimate import training_costs
 from halo_jobs.graph import StageNode, input_hashes, stage_nodes
 from halo_jobs.models import layout_of
@@ -107,7 +107,8 @@ def _finished(run: RunFolder, records: Mapping[str, StageRecord]) -> RunResult:
 
 def _slurm(recipe: Recipe, retries_by_job: int = 0) -> Slurm:
     settings = SlurmSettings(**recipe.cluster.model_dump(exclude={"retries", "backoff_seconds"}))
-    settings.check()
+    with about("cluster"):
+        settings.check()
     return Slurm(settings, (sys.executable, "-m", "halo_jobs.stage_job"), retries_by_job)
 
 

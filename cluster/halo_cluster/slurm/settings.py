@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 _FLAG = re.compile(r"[a-z][a-z-]*")
@@ -44,14 +44,16 @@ class SlurmSettings:
     """Further sbatch flags by their long names."""
 
     def check(self) -> None:
-        """ValueError with the mend for flags that Slurm would read as something else, or that are not ours to give."""
-        for flag, value in self.sbatch.items():
+        """ValueError with the mend for what Slurm would read as something else, or that is not ours to give."""
+        for flag in self.sbatch:
             if not _FLAG.fullmatch(flag):
                 raise ValueError(f"sbatch flag {flag!r} is not a long name like 'mail-user'; correct it")
             if flag in _OURS:
                 raise ValueError(f"sbatch flag {flag!r} is set by the executor; remove it")
-            if "\n" in str(value):
-                raise ValueError(f"sbatch flag {flag!r} has a value of several lines; make it one")
+        for name, value in {**asdict(self), **self.sbatch}.items():
+            # A line of its own in a batch script would be a command.
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"{name} has a line break or another control character in it; correct it")
 
     def submitit_parameters(self, nodes: int) -> dict[str, Any]:
         """As Submitit's SlurmExecutor names them; what is left to the site is absent."""

@@ -56,7 +56,7 @@ class Slurm:
         return str(submitted.job_id)
 
     def preview(self, job: StageJob) -> str:
-        """The batch script, as it would be submitted now."""
+        """The batch script, as it would be submitted now. Writes nothing."""
         executor = self._executor(job, (), ())
         return str(executor._make_submission_file_text(executor._submitit_command_str, "preview"))
 
