@@ -22,12 +22,17 @@ class RayActors:
 
     A cluster that is joined may ask for a token: RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are Ray's own. Results go
     through the pool's folder and the code is imported, so the nodes need both at the same paths.
+
+    `metrics` names a function "module:function" that returns the samples of the folder `metrics_of` (ray_metrics.py);
+    Ray's dashboards show them meanwhile.
     """
 
     workers: int
     address: str | None = None
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
+    metrics: str = ""
+    metrics_of: str = ""
 
     @contextmanager
     def crew(self, launch: Launch) -> Iterator[Crew]:
@@ -75,6 +80,8 @@ class _RayCrew:
             workers=backend.workers,
             cpus=backend.cpus_per_worker,
             gpus=backend.gpus_per_worker,
+            metrics=backend.metrics,
+            metrics_of=backend.metrics_of,
         )
         module = [sys.executable, "-m", "halo_cluster.fan_out.ray_crew", str(self._launch.plan_file)]
         with open(pool.workers / f"{self._name}.log", "ab") as log:
