@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -46,9 +45,11 @@ class Launcher:
         if code == 0:
             return
         first = environment["HALO_NODE"] == "0"
-        if asked and code in (*STOPPED_CODES, *(-number for number in asked)):
-            if first:
-                _requeue()
+        stopped = code in (*STOPPED_CODES, *(-number for number in asked))
+        if stopped and not first:
+            return  # an error code here would have the first node killed while it still publishes
+        if stopped and asked:
+            _requeue()
             return
         if first and code == 1 and _failures_so_far() <= self.failures:
             _requeue()
@@ -87,13 +88,9 @@ def launched_as() -> tuple[str, Nodes] | None:
 
 
 def _requeue() -> None:
-    """Put this job back into the queue, unless somebody cancelled it; Slurm then ends what is left of it here."""
+    """Put this job back into the queue, unless Slurm is ending it (scancel); it then ends what is left of it here."""
     job = os.environ["SLURM_JOB_ID"]
-    if "JobState=CANCELLED" in call(_words("show", "job", job)):
+    if "JobState=RUNNING" not in call(["scontrol", "show", "job", job]):
         return
-    call(_words("requeue", job))
+    call(["scontrol", "requeue", job])
     time.sleep(_END_SECONDS)
-
-
-def _words(*words: str) -> Sequence[str]:
-    return ["scontrol", *words]
