@@ -15,7 +15,7 @@ SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = "embedded:"
 
 # The sections that say where a recipe runs, not what comes out.
-WHERE = {"layout", "cluster"}
+WHERE = {"layout", "cluster", "fan_out"}
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -158,6 +158,22 @@ class ClusterSection(Section):
     backoff_seconds: Annotated[float, Field(ge=0)] = 15.0
 
 
+class FanOutSection(Section):
+    """Who computes the tasks of the layer sweep. No result depends on it but by the threads of a CPU worker.
+
+    One local worker is the stage's own process. Workers of a Slurm array are jobs of their own, asked for with the
+    `cluster` section's time, partition, account and so on. `ray_address` is a cluster to join; without it one is
+    started, on the nodes of the Slurm allocation that the stage runs in, or on this machine.
+    """
+
+    backend: Literal["local", "slurm-array", "ray"] = "local"
+    workers: PositiveInt = 1
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    memory_gb_per_worker: Annotated[float, Field(gt=0)] | None = None
+    ray_address: str | None = None
+
+
 class _Common(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: int = 1
@@ -165,6 +181,7 @@ class _Common(Section):
     corpus: CorpusSection
     layout: LayoutSection = LayoutSection()
     cluster: ClusterSection = ClusterSection()
+    fan_out: FanOutSection = FanOutSection()
 
 
 class ConversionRecipe(_Common):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cluster_sandbox import SlurmSandbox, hold_slurm_sandbox
+
 # No test may reach a hub; every model and tokenizer is made or shipped here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Without a GPU the Triton kernels run in Triton's interpreter; it has to be said before a kernel is imported.
@@ -49,3 +51,15 @@ def mounted_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     if folder.is_mount():
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def held_slurm(request: pytest.FixtureRequest) -> Iterator[SlurmSandbox]:
+    yield from hold_slurm_sandbox(request)
+
+
+@pytest.fixture
+def slurm(held_slurm: SlurmSandbox) -> Iterator[SlurmSandbox]:
+    """A real Slurm with nodes n1 to n4, all idle; one for the whole session."""
+    held_slurm.heal()
+    yield held_slurm

@@ -15,6 +15,7 @@ DOCUMENTS = [
     ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "watching.md",
     ROOT / "docs" / "when-something-dies.md",
+    ROOT / "docs" / "slurm-sandbox.md",
 ]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from durable_files import read_json, write_json
+from durable_files import publish_once, read_json, write_json
+from halo_cluster.fan_out import Task
+from halo_cluster.fan_out.plan import Worker
+from halo_jobs.evaluation.interface import Task as EvaluationTask
 from halo_jobs.evaluation.runner import TaskMetrics, evaluate_models
 from halo_jobs.evaluation.suites import HeldOut, group_score, group_standard_error, selection_suite
 from halo_jobs.models import whole
@@ -19,15 +26,16 @@ from halo_jobs.selection.scores import (
     choose_attention_layers,
     layer_importance,
 )
-from halo_jobs.selection.sweep import LayerSwitch
+from halo_jobs.selection.sweep import LayerSwitch, layer_groups
 from halo_jobs.stages.context import HELD_OUT_STORE, StageContext, StageResult
 from halo_jobs.stages.data import WORDS_FILE, tokenizer_folder
+from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
-from halo_jobs.training.progress import ProgressReporter
 from tokenized_data import WindowSampler
 
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 2**17}
 DIVERGENCE_WINDOWS = 8
+TASKS_PER_WORKER = 8
 
 
 def held_out_material(context: StageContext) -> HeldOut:
@@ -35,56 +43,88 @@ def held_out_material(context: StageContext) -> HeldOut:
     return HeldOut.of(context.store(HELD_OUT_STORE), tokenizer_folder(context.recipe), load_words(WORDS_FILE))
 
 
-def _divergence(context: StageContext, switch: LayerSwitch, context_length: int) -> list[float]:
-    """KL(teacher || M(i)) on held-out prose."""
-    sampler = WindowSampler(context.store(HELD_OUT_STORE), context_length, context.recipe.seed)
-    count = min(DIVERGENCE_WINDOWS, sampler.num_windows)
-    windows = [sampler.window(sample).tokens[:-1] for sample in range(count)]
-    return switch.divergence(torch.from_numpy(np.stack(windows)).to(context.device))
-
-
-def _measure(
-    context: StageContext, switch: LayerSwitch, num_layers: int
-) -> tuple[LayerSweep, list[TaskMetrics]]:
-    """All scores; each task's are kept in a file, so that a killed sweep goes on with the next task."""
+def _suite(context: StageContext) -> list[EvaluationTask]:
     section = context.conversion.select
-    tasks = selection_suite(
+    return selection_suite(
         held_out_material(context),
         context_length=section.context_length,
         items=section.items,
         seed=context.recipe.seed,
     )
-    per_model: list[TaskMetrics] = [{} for _ in range(num_layers + 1)]
-    reporter = ProgressReporter(context.name, len(tasks), context.console, context.folder)
-    with reporter.live():
-        for done, task in enumerate(tasks, start=1):
-            kept = context.folder / "sweep" / f"{task.name}.json"
-            if not kept.exists():
-                metrics = evaluate_models([task], switch.score, TOKENS_PER_BATCH[context.device.type])
-                write_json(kept, [model[task.name] for model in metrics])
-            for model, numbers in zip(per_model, read_json(kept), strict=True):
-                model[task.name] = numbers
-            reporter.update(done, f"{task.name}: teacher {per_model[0][task.name]['score']:.2f}")
-    recall, commonsense = (
-        [group_score(tasks, metrics, group) for metrics in per_model] for group in ("recall", "commonsense")
+
+
+def _divergence_windows(context: StageContext) -> torch.Tensor:
+    """Held-out prose [windows, context_length] for KL(teacher || M(i))."""
+    length = context.conversion.select.context_length
+    sampler = WindowSampler(context.store(HELD_OUT_STORE), length, context.recipe.seed)
+    count = min(DIVERGENCE_WINDOWS, sampler.num_windows)
+    windows = [sampler.window(sample).tokens[:-1] for sample in range(count)]
+    return torch.from_numpy(np.stack(windows)).to(context.device)
+
+
+def make_sweep_worker(setup: Any) -> Worker:
+    """Loads the aligned model once; a task is one evaluation task, or the divergence, for a group of layers."""
+    context = worker_context(setup)
+    aligned = context.builder().aligned(
+        context.inputs["init"] / TEACHER_WEIGHTS, context.inputs["align"] / STUDENT_WEIGHTS
     )
-    divergence = _divergence(context, switch, section.context_length)
+    switch = LayerSwitch(whole(aligned), context.device)
+    suite = {task.name: task for task in _suite(context)}
+    windows = _divergence_windows(context)
+
+    def run(arguments: dict[str, Any]) -> Any:
+        layers, teacher = range(*arguments["layers"]), arguments["teacher"]
+        if arguments["task"] is None:
+            return switch.divergence(windows, layers)
+        task = suite[arguments["task"]]
+        score = partial(switch.score, layers=layers, teacher=teacher)
+        metrics = evaluate_models([task], score, TOKENS_PER_BATCH[context.device.type])
+        return [model[task.name] for model in metrics]
+
+    return run
+
+
+def _groups_of_layers(context: StageContext, folder: Path, num_layers: int, evaluations: int) -> list[range]:
+    """What one task sweeps. The first call decides by its number of workers, so that later ones with others find the
+    same tasks; a single worker needs no parts, which share less."""
+    workers = context.recipe.fan_out.workers
+    wanted = 1 if workers == 1 else math.ceil(TASKS_PER_WORKER * workers / evaluations)
+    publish_once(folder / "cut.json", {"groups": wanted})
+    return layer_groups(num_layers, read_json(folder / "cut.json")["groups"])
+
+
+def _measure(context: StageContext, num_layers: int) -> tuple[LayerSweep, list[TaskMetrics]]:
+    """All scores; each result is kept in a file, so that a killed sweep goes on with what is left."""
+    suite, folder = _suite(context), context.folder / "sweep"
+    groups = _groups_of_layers(context, folder, num_layers, len(suite) + 1)
+    of_group = {}
+    for name in [*(task.name for task in suite), None]:
+        for group in groups:
+            arguments = {"task": name, "layers": [group.start, group.stop], "teacher": group.start == 0}
+            of_group[name, group] = Task(f"{name or 'divergence'}.{group.start}-{group.stop - 1}", arguments)
+    found = run_tasks(context, folder, "halo_jobs.stages.select:make_sweep_worker", list(of_group.values()))
+    per_model: list[TaskMetrics] = [{} for _ in range(num_layers + 1)]
+    for task in suite:
+        # The first group has the teacher in front.
+        rows = [row for group in groups for row in found[of_group[task.name, group].name]]
+        for model, numbers in zip(per_model, rows, strict=True):
+            model[task.name] = numbers
+    divergence = [value for group in groups for value in found[of_group[None, group].name]]
+    recall, commonsense = (
+        [group_score(suite, metrics, group) for metrics in per_model] for group in ("recall", "commonsense")
+    )
     layers = tuple(
         LayerScore(layer, recall[layer + 1], commonsense[layer + 1], divergence[layer])
         for layer in range(num_layers)
     )
-    error = group_standard_error(tasks, per_model[0], "commonsense")
+    error = group_standard_error(suite, per_model[0], "commonsense")
     return LayerSweep(layers, recall[0], commonsense[0], error), per_model
 
 
 def run_select(context: StageContext) -> StageResult:
     section = context.conversion.select
     builder = context.builder()
-    aligned = builder.aligned(
-        context.inputs["init"] / TEACHER_WEIGHTS, context.inputs["align"] / STUDENT_WEIGHTS
-    )
-    switch = LayerSwitch(whole(aligned), context.device)
-    sweep, per_model = _measure(context, switch, builder.shape.num_layers)
+    sweep, per_model = _measure(context, builder.shape.num_layers)
     importance = layer_importance(section.method, sweep)
     if section.attention_layers is not None:
         builder.shape.hybrid_mixers(section.attention_layers)  # refuses layers that do not exist

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,18 @@ def make_worker(setup: dict[str, Any]) -> Any:
     notes.mkdir(exist_ok=True)
 
     def work(arguments: dict[str, Any]) -> Any:
-        """Square "value" after "seconds". With "hold", not before a file of that name exists; see below for others."""
+        """Square "value" after "seconds". With "hold", not before a file of that name exists; a file "die-<value>"
+        kills the process that works on it. The first "failures" times raise; "refuse" is a user's error."""
         value = arguments["value"]
-        earlier = len(executions(notes, value))
-        note = notes / f"{value}.{uuid.uuid4().hex}"
-        note.with_suffix(".writing").write_text(str(os.getpid()))
-        note.with_suffix(".writing").rename(note)
+        earlier = executions(notes)[value]
+        (notes / f"{value}.{uuid.uuid4().hex}").touch()
         if earlier < arguments.get("failures", 0):
             raise RuntimeError(f"no luck with {value}")
         if "refuse" in arguments:
             raise ValueError(arguments["refuse"])
         while "hold" in arguments and not (notes / arguments["hold"]).exists():
+            if earlier == 0 and (notes / f"die-{value}").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.02)
         time.sleep(arguments.get("seconds", 0.0))
         return {"square": value * value, "third": value / 3}
@@ -44,9 +47,9 @@ def make_worker(setup: dict[str, Any]) -> Any:
     return work
 
 
-def executions(notes: Path, value: int) -> list[int]:
-    """The processes that began with the task of `value`, one entry for each time."""
-    return [int(path.read_text()) for path in notes.glob(f"{value}.*") if path.suffix != ".writing"]
+def executions(notes: Path) -> Counter[int]:
+    """How often the task of each value was begun."""
+    return Counter(int(path.name.partition(".")[0]) for path in notes.glob("*.*"))
 
 
 def plan_of(notes: Path, count: int, **arguments: Any) -> fo.Plan:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halo_jobs.evaluation.interface import ScoreBatch
-from halo_jobs.selection.sweep import LayerSwitch
+from halo_jobs.selection.sweep import LayerSwitch, layer_groups
 from hypenet_megatron.alignment import Route
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
@@ -83,3 +83,38 @@ def test_sweep_starts_from_the_teacher_whatever_ran_before(model, switch, ids):
     model.set_route(Route.STUDENT)
     assert switch.divergence(ids) == expected
     assert {mixer.route for mixer in model.aligned_mixers()} == {Route.TEACHER}
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_groups_of_layers_give_the_same_bits(model, switch, ids, groups):
+    mask = np.zeros(ids.shape, bool)
+    mask[0, 3:9] = mask[1, 19] = True
+    batch = ScoreBatch(ids.numpy(), mask)
+    expected, divergence = switch.score(batch), switch.divergence(ids)
+    found, parts = [], []
+    for group in layer_groups(SHAPE.num_layers, groups):
+        found += switch.score(batch, group, teacher=group.start == 0)
+        parts += switch.divergence(ids, group)
+    assert parts == divergence
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.log_probability, other.log_probability)
+        np.testing.assert_array_equal(one.is_greedy, other.is_greedy)
+
+
+def test_group_passes_no_layer_above_in_vain(model, switch, ids):
+    passed = []
+    for number, layer in enumerate(model.decoder.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: passed.append(number))
+    with torch.no_grad():
+        list(switch.final_hidden(ids, range(1, 3), teacher=False))
+    assert passed == [0, 1] + [1, 2, 3] + [2, 3]
+
+
+@pytest.mark.parametrize("layers", [1, 4, 28, 36])
+@pytest.mark.parametrize("groups", [1, 2, 3, 7, 40])
+def test_groups_are_whole_and_balanced(layers, groups):
+    found = layer_groups(layers, groups)
+    assert [layer for group in found for layer in group] == list(range(layers))
+    assert len(found) == min(groups, layers)
+    costs = [sum(layers - layer for layer in group) for group in found]
+    assert max(costs) <= sum(costs) / len(costs) + layers

@@ -10,6 +10,7 @@ from halo_cluster.fan_out.crews import Backend, Crew, Launch, LocalProcesses, Th
 from halo_cluster.fan_out.driver import fan_out
 from halo_cluster.fan_out.plan import MakeWorker, Plan, Task
 from halo_cluster.fan_out.ray_actors import RayActors
+from halo_cluster.fan_out.slurm_array import SlurmArray
 from halo_cluster.fan_out.task_pool import FanOutFailed
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MakeWorker",
     "Plan",
     "RayActors",
+    "SlurmArray",
     "Task",
     "ThisProcess",
     "fan_out",

@@ -71,3 +71,6 @@ class SlurmSettings:
             "constraint": self.constraint,
         }
         return {key: value for key, value in parameters.items() if value is not None}
+
+    def srun_arguments(self) -> list[str]:
+        return [f"--container-image={self.container}"] if self.container else []

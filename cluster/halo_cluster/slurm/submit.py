@@ -45,7 +45,7 @@ class Slurm:
         try:
             submitted = executor.submit(launcher)
         except (FailedJobError, FailedSubmissionError) as refusal:
-            raise _refusal(str(refusal)) from None
+            raise refusal_of(str(refusal)) from None
         note = {
             "job": submitted.job_id,
             "name": job.job_name,
@@ -61,17 +61,10 @@ class Slurm:
         return str(executor._make_submission_file_text(executor._submitit_command_str, "preview"))
 
     def _executor(self, job: StageJob, after: Sequence[str], exclude: Sequence[str]) -> Any:
-        try:
-            from submitit import SlurmExecutor
-        except ModuleNotFoundError:
-            raise ValueError("Submitit is not installed; `pip install 'hypenet-megatron[slurm]'`") from None
         dependency = ["singleton", *([f"afterok:{':'.join(after)}"] if after else [])]
         nodes = self.settings.nodes if job.processes > 1 else 1
         self.settings.check()
-        try:
-            executor = SlurmExecutor(folder=job.jobs_folder)
-        except RuntimeError:
-            raise ValueError("`srun` is not on PATH; run this where Slurm's commands are") from None
+        executor = submitit_executor(job.jobs_folder)
         executor.update_parameters(
             **self.settings.submitit_parameters(nodes),
             job_name=job.job_name,
@@ -79,17 +72,25 @@ class Slurm:
             dependency=",".join(dependency),
             exclude=",".join(exclude) or None,
             stderr_to_stdout=True,
-            srun_args=self._srun_arguments(),
+            srun_args=["--kill-on-bad-exit=1", *self.settings.srun_arguments()],
             additional_parameters={"kill-on-invalid-dep": "yes", "requeue": True, **self.settings.sbatch},
         )
         return executor
 
-    def _srun_arguments(self) -> list[str]:
-        container = self.settings.container
-        return ["--kill-on-bad-exit=1", *([f"--container-image={container}"] if container else [])]
+
+def submitit_executor(folder: Path) -> Any:
+    """Submitit's, with its files in `folder`; ValueError where it or Slurm is missing."""
+    try:
+        from submitit import SlurmExecutor
+    except ModuleNotFoundError:
+        raise ValueError("Submitit is not installed; `pip install 'hypenet-megatron[slurm]'`") from None
+    try:
+        return SlurmExecutor(folder=folder)
+    except RuntimeError:
+        raise ValueError("`srun` is not on PATH; run this where Slurm's commands are") from None
 
 
-def _refusal(said: str) -> Exception:
+def refusal_of(said: str) -> Exception:
     """What sbatch said: its last line. A controller that is away is no verdict on the job."""
     lines = [line for line in said.strip().splitlines() if line.strip()]
     line = next((line for line in lines if "sbatch: error" in line), lines[-1] if lines else "sbatch failed")

@@ -1,0 +1,167 @@
+"""Workers as the elements of Slurm job arrays, submitted through Submitit; what each job runs:
+
+    python -m halo_cluster.fan_out.slurm_array <plan file>
+
+Elements are not requeued by Slurm, which would hold them back for two minutes: their driver submits others. They need
+no driver to go on with the tasks that are left, and a driver that is started again takes them for its own, by their
+name.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from halo_cluster.fan_out.crews import Crew, Launch
+from halo_cluster.fan_out.worker import open_pool, work
+from halo_cluster.jobs import SchedulerUnreachable
+from halo_cluster.record import input_hash
+from halo_cluster.slurm.queue import call
+from halo_cluster.slurm.settings import SlurmSettings
+from halo_cluster.slurm.submit import refusal_of, submitit_executor
+
+QUEUE_SECONDS = 5.0
+_ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED"}
+
+
+@dataclass(frozen=True)
+class SlurmArray:
+    """`workers` jobs of one task each. What they ask for is `settings`, with these CPUs, GPUs and this memory."""
+
+    workers: int
+    settings: SlurmSettings = field(default_factory=SlurmSettings)
+    cpus_per_worker: int = 1
+    gpus_per_worker: int = 0
+    memory_gb_per_worker: float | None = None
+
+    @contextmanager
+    def crew(self, launch: Launch) -> Iterator[Crew]:
+        crew = _Elements(self, launch)
+        try:
+            yield crew
+        finally:
+            crew.end()
+
+    def job_settings(self) -> SlurmSettings:
+        return replace(
+            self.settings,
+            cpus_per_node=self.cpus_per_worker,
+            gpus_per_node=self.gpus_per_worker or None,
+            memory_gb=self.memory_gb_per_worker,
+        )
+
+
+@dataclass(frozen=True)
+class _BecomeWorker:
+    """What Submitit calls in the job: from there on Submitit has no part in it, neither its signals nor its pickles."""
+
+    plan_file: str
+
+    def __call__(self) -> None:
+        module = ["-m", "halo_cluster.fan_out.slurm_array", self.plan_file]
+        os.execv(sys.executable, [sys.executable, *module])
+
+
+class _Elements:
+    def __init__(self, backend: SlurmArray, launch: Launch) -> None:
+        self._backend, self._launch = backend, launch
+        place = {"folder": str(launch.pool.folder.resolve()), "plan": launch.pool.plan.digest}
+        self.job_name = re.sub(r"[^\w.-]", ".", f"{launch.name}.{input_hash(place)}")
+        self._seen: set[str] = set()
+        self._next_look = 0.0
+
+    def tend(self) -> int:
+        """Looks into the queue every QUEUE_SECONDS; a controller that is away is asked again."""
+        pool, now = self._launch.pool, time.monotonic()
+        if now < self._next_look:
+            return 0
+        self._next_look = now + QUEUE_SECONDS
+        try:
+            alive = self._alive()
+            self._seen |= alive
+            for element in self._seen:
+                if element not in alive:
+                    pool.ended(_worker_name(element), "its Slurm job ended")
+                elif pool.has_to_end(_worker_name(element)):
+                    call(["scancel", element])
+                    alive = alive - {element}
+            missing = self._backend.workers - len(alive)
+            if missing <= 0 or pool.nothing_left():
+                return 0
+            self._submit(missing)
+            return missing if self._seen else 0
+        except SchedulerUnreachable:
+            return 0
+
+    def _alive(self) -> set[str]:
+        """Elements that run or wait to, such as "17_3"; a single job is "17"."""
+        of_ours = [f"--name={self.job_name}", f"--user={getpass.getuser()}"]
+        lines = call(["squeue", "--noheader", "--array", *of_ours, "--format=%i %T"]).splitlines()
+        return {element for element, state in (line.split() for line in lines) if state in _ALIVE}
+
+    def _submit(self, count: int) -> None:
+        executor = self._executor()
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        try:
+            with _outside_of_own_job(), executor.batch():
+                for _ in range(count):
+                    executor.submit(_BecomeWorker(str(self._launch.plan_file.resolve())))
+        except (FailedJobError, FailedSubmissionError) as refusal:
+            raise refusal_of(str(refusal)) from None
+
+    def _executor(self) -> Any:
+        settings = self._backend.job_settings()
+        settings.check()
+        executor = submitit_executor(self._launch.pool.folder / "jobs")
+        executor.update_parameters(
+            **settings.submitit_parameters(1),
+            job_name=self.job_name,
+            comment=f"halo {self._launch.name}",
+            stderr_to_stdout=True,
+            srun_args=settings.srun_arguments(),
+            additional_parameters={"no-requeue": True, **settings.sbatch},
+        )
+        return executor
+
+    def end(self) -> None:
+        """Workers that find nothing left end by themselves; those that still wait in the queue would for nothing."""
+        states = ["--state=PENDING"] if self._launch.pool.nothing_left() else []
+        with suppress(SchedulerUnreachable):
+            call(["scancel", f"--name={self.job_name}", f"--user={getpass.getuser()}", *states])
+
+
+def _worker_name(element: str) -> str:
+    return f"slurm-{element.replace('_', '-')}"
+
+
+@contextmanager
+def _outside_of_own_job() -> Iterator[None]:
+    """A job may submit jobs, but they are not to inherit its size, memory and numbers."""
+    own = {
+        key: value for key, value in os.environ.items() if key.startswith("SLURM_") and key != "SLURM_CONF"
+    }
+    for key in own:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(own)
+
+
+def main() -> None:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    element = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    work(open_pool(Path(sys.argv[1])), _worker_name(element))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The layer sweep by one worker, by several, and after kills: always the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from halo_cluster import StageRecord
+from halo_jobs.graph import stage_nodes
+from halo_jobs.recipe import ConversionRecipe, FanOutSection, Recipe, recipe_yaml
+from halo_jobs.stages.context import StageContext
+from hypenet_megatron.runtime import model_parallel
+
+
+def run_stage(recipe: Recipe, name: str, run: Path, folder: Path) -> Path:
+    """One stage of `recipe` in `folder`, from the stages in `run`."""
+    node = next(node for node in stage_nodes(recipe) if node.name == name)
+    inputs = {before: run / before / "inputs" for before in node.depends_on}
+    attempt = StageRecord(folder).begin_attempt()
+    with model_parallel(seed=recipe.seed) as device:
+        node.run(StageContext(name, recipe, folder, inputs, Console(quiet=True), device, attempt))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a CPU the number of threads decides how sums are cut; workers have as many as OMP_NUM_THREADS says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def recipe(pipeline_recipe_content: dict) -> ConversionRecipe:
+    return ConversionRecipe.model_validate(pipeline_recipe_content)
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory: pytest.TempPathFactory, recipe: ConversionRecipe) -> Path:
+    """A run that has come as far as the sweep."""
+    run = tmp_path_factory.mktemp("run")
+    for name in ("tokenize", "init", "align"):
+        run_stage(recipe, name, run, run / name / "inputs")
+    return run
+
+
+@pytest.fixture(scope="module")
+def by_one_worker(aligned: Path, recipe: ConversionRecipe) -> bytes:
+    folder = run_stage(recipe, "select", aligned, aligned / "select" / "one")
+    assert len(list((folder / "sweep" / "results").iterdir())) == 7, "one per evaluation, and the divergence"
+    return (folder / "selection.json").read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_bits_do_not_depend_on_the_workers(
+    backend: str, aligned: Path, recipe: ConversionRecipe, by_one_worker: bytes, tmp_path: Path
+) -> None:
+    several = recipe.model_copy(update={"fan_out": FanOutSection(backend=backend, workers=2)})
+    folder = run_stage(several, "select", aligned, tmp_path / "select")
+    assert (folder / "selection.json").read_bytes() == by_one_worker
+    assert len(list((folder / "sweep" / "results").iterdir())) == 7 * 3
+    others = {path.stem.partition("-")[0] for path in (folder / "sweep" / "workers").glob("*.heartbeat")}
+    assert others == {backend}, "not by the stage's own process"
+
+
+def test_another_number_of_workers_goes_on_with_the_same_tasks(
+    aligned: Path, recipe: ConversionRecipe, by_one_worker: bytes, tmp_path: Path
+) -> None:
+    several = recipe.model_copy(update={"fan_out": FanOutSection(workers=2)})
+    folder = run_stage(several, "select", aligned, tmp_path / "select")
+    (folder / "selection.json").unlink()
+    kept = sorted((folder / "sweep" / "results").iterdir())
+    times = {path: path.stat().st_mtime_ns for path in kept[::2]}
+    for path in kept[1::2]:
+        path.unlink()
+    run_stage(recipe, "select", aligned, folder)
+    assert (folder / "selection.json").read_bytes() == by_one_worker
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert sorted((folder / "sweep" / "results").iterdir()) == kept
+
+
+def test_workers_are_no_part_of_what_is_computed(recipe: ConversionRecipe) -> None:
+    elsewhere = recipe.model_copy(update={"fan_out": FanOutSection(backend="ray", workers=8)})
+    assert recipe_yaml(elsewhere) == recipe_yaml(recipe)
+    settings = {node.name: node.settings for node in stage_nodes(recipe)}
+    assert {node.name: node.settings for node in stage_nodes(elsewhere)} == settings
