@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from dataclasses import asdict, dataclass
 from halo_cluster.fan_out.crews import Crew, Launch, end_processes, new_name
 from halo_cluster.fan_out.ray_cluster import RayCluster, without_usage_statistics
 from halo_cluster.fan_out.ray_crew import RayWork
+
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.INFO)  # for the attempt's log
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class _RayCrew:
             cpus = backend.workers * backend.cpus_per_worker
             self._cluster = RayCluster(pool.workers, self._name, cpus)
             environment, address = self._cluster.environment, self._cluster.address
+            _log.info(
+                "Ray's dashboard is at %s, its token in %s", self._cluster.dashboard, self._cluster.token
+            )
         work = RayWork(
             address=address,
             crew=self._name,
