@@ -70,9 +70,11 @@ def _run_stage(
     attempt: Attempt,
 ) -> StageResult:
     folder, processes = attempt.record.folder, recipe.layout.processes
-    if node.trains and processes > 1:
-        return run_in_processes(attempt.folder, _work(node, recipe, records), processes)
     inputs = {name: records[name].folder for name in node.depends_on}
+    if node.trains and processes > 1:
+        # Under the same names as here: outputs are looked for in the folder that the attempt knows.
+        places = {"folder": str(folder), "inputs": {name: str(path) for name, path in inputs.items()}}
+        return run_in_processes(attempt.folder, _work(node, recipe, records) | places, processes)
     reset_seeds(recipe.seed)
     layout = layout_of(recipe) if node.trains else ONE_PROCESS
     return node.run(StageContext(node.name, recipe, folder, inputs, console, device, attempt, layout))

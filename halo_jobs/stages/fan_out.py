@@ -32,11 +32,17 @@ from hypenet_megatron.runtime import model_parallel
 _for_the_process = ExitStack()
 
 
-def backend_of(recipe: Recipe) -> Backend:
+def backend_of(recipe: Recipe, run: Path) -> Backend:
+    """`run` is the folder whose metrics are shown where a backend has dashboards."""
     section = recipe.fan_out
     if section.backend == "ray":
         return RayActors(
-            section.workers, section.ray_address, section.cpus_per_worker, section.gpus_per_worker
+            section.workers,
+            section.ray_address,
+            section.cpus_per_worker,
+            section.gpus_per_worker,
+            metrics="halo_jobs.monitoring.families:ray_samples",
+            metrics_of=str(run.resolve()),
         )
     if section.backend == "slurm-array":
         settings = SlurmSettings(**recipe.cluster.model_dump(exclude={"retries", "backoff_seconds"}))
@@ -55,12 +61,12 @@ def run_tasks(context: StageContext, folder: Path, worker: str, tasks: Sequence[
         "attempt": str(context.attempt.folder.resolve()),
     }
     plan = Plan(worker, setup, tuple(tasks))
-    reporter = ProgressReporter(context.name, len(tasks), context.console)
+    reporter = ProgressReporter(context.name, len(tasks), context.console, context.folder)
     with reporter.live():
         return fan_out(
             folder,
             plan,
-            backend_of(context.recipe),
+            backend_of(context.recipe, context.folder.parent.parent),
             name=f"{context.recipe.name} {context.name}",
             progress=reporter.update,
         )

@@ -221,6 +221,13 @@ def _query(port: int, path: str, **parameters: object) -> list:
     return data["result"] if isinstance(data, dict) else data
 
 
+def _configurations() -> dict[str, dict]:
+    """What the page has people tell Prometheus, by the name of the job."""
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    contents = [yaml.safe_load(block) for block in blocks]
+    return {content["scrape_configs"][0]["job_name"]: content for content in contents}
+
+
 @pytest.fixture(scope="module")
 def prometheus(training_run, tmp_path_factory) -> Iterator[int]:
     """A real Prometheus that scrapes the run as the page says, every second; its port."""
@@ -232,8 +239,7 @@ def prometheus(training_run, tmp_path_factory) -> Iterator[int]:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
     token_file = folder / "token"
-    (configuration,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    content = yaml.safe_load(configuration)
+    content = _configurations()["halo"]
     (job,) = content["scrape_configs"]
     job["authorization"]["credentials_file"] = str(token_file)
     job["static_configs"] = [{"targets": [f"127.0.0.1:{ports[0]}"]}]
@@ -298,8 +304,8 @@ def test_dashboard_chooses_among_runs(prometheus):
     assert _query(prometheus, f"label/{match[2]}/values", **{"match[]": match[1]}) == ["tiny"]
 
 
-def test_prometheus_warns_of_no_metric(training_run):
-    """promtool, where Debian's Prometheus brought it, finds nothing to say about names, types and help."""
+def test_prometheus_objects_to_nothing(training_run, tmp_path):
+    """promtool, where Debian's Prometheus brought it: to names, types and help, and to the page's configuration."""
     tool = shutil.which("promtool")
     if tool is None:
         pytest.skip("needs promtool, which `apt-get install prometheus` brings")
@@ -311,3 +317,8 @@ def test_prometheus_warns_of_no_metric(training_run):
         check=False,
     )
     assert (shown.returncode, shown.stderr) == (0, "")
+    (tmp_path / "ray.yml").write_text(yaml.safe_dump(_configurations()["ray"]))
+    checked = subprocess.run(
+        [tool, "check", "config", tmp_path / "ray.yml"], capture_output=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -20,6 +20,13 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
+def import_function(path: str) -> Any:
+    """What "module:function" names."""
+    assert _IMPORT_PATH.fullmatch(path), f"{path!r} is not module:function"
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 @dataclass(frozen=True)
 class Task:
     """`name` becomes a file name: letters, digits, `.`, `_`, `-`."""
@@ -66,6 +73,5 @@ class Plan:
 
     def make_worker(self) -> Worker:
         """Import the worker function and let it load what it needs."""
-        module, _, function = self.worker.partition(":")
-        make: MakeWorker = getattr(importlib.import_module(module), function)
+        make: MakeWorker = import_function(self.worker)
         return make(self.setup)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from halo_cluster.fan_out.crews import Crew, Launch, end_processes, new_name
 from halo_cluster.fan_out.ray_cluster import RayCluster, without_usage_statistics
 from halo_cluster.fan_out.ray_crew import RayWork
 
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.INFO)  # for the attempt's log
+
 
 @dataclass(frozen=True)
 class RayActors:
@@ -22,12 +26,17 @@ class RayActors:
 
     A cluster that is joined may ask for a token: RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are Ray's own. Results go
     through the pool's folder and the code is imported, so the nodes need both at the same paths.
+
+    `metrics` names a function "module:function" that returns the samples of the folder `metrics_of` (ray_metrics.py);
+    Ray's dashboards show them meanwhile.
     """
 
     workers: int
     address: str | None = None
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
+    metrics: str = ""
+    metrics_of: str = ""
 
     @contextmanager
     def crew(self, launch: Launch) -> Iterator[Crew]:
@@ -68,6 +77,9 @@ class _RayCrew:
             cpus = backend.workers * backend.cpus_per_worker
             self._cluster = RayCluster(pool.workers, self._name, cpus)
             environment, address = self._cluster.environment, self._cluster.address
+            _log.info(
+                "Ray's dashboard is at %s, its token in %s", self._cluster.dashboard, self._cluster.token
+            )
         work = RayWork(
             address=address,
             crew=self._name,
@@ -75,6 +87,8 @@ class _RayCrew:
             workers=backend.workers,
             cpus=backend.cpus_per_worker,
             gpus=backend.gpus_per_worker,
+            metrics=backend.metrics,
+            metrics_of=backend.metrics_of,
         )
         module = [sys.executable, "-m", "halo_cluster.fan_out.ray_crew", str(self._launch.plan_file)]
         with open(pool.workers / f"{self._name}.log", "ab") as log:

@@ -50,12 +50,12 @@ class RayCluster:
         in_slurm = "SLURM_JOB_ID" in os.environ
         self.address = f"{own_address()}:{free_port()}"
         self.dashboard = f"http://127.0.0.1:{free_port()}"
-        token = logs / f"{name}.token"
-        with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
+        self.token = logs / f"{name}.token"
+        with open(os.open(self.token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
             handle.write(secrets.token_hex(32))
         self.environment = without_usage_statistics(os.environ) | {
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_ADDRESS": self.address,
         }
         if not in_slurm:

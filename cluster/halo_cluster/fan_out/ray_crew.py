@@ -12,16 +12,18 @@ import os
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from halo_cluster.fan_out.crews import Patience
+from halo_cluster.fan_out.plan import import_function
 from halo_cluster.fan_out.task_pool import FanOutFailed, TaskPool
 from halo_cluster.fan_out.worker import open_pool, work
 from halo_cluster.ranks import end_with_parent
+from halo_cluster.ray_metrics import published_in_ray
 
 NAMESPACE = "halo"
 _CONNECT_SECONDS = 120.0
@@ -30,7 +32,10 @@ _LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class RayWork:
-    """`workers` actors, named `shown` and a number, each with so many CPUs and GPUs."""
+    """`workers` actors, named `shown` and a number, each with so many CPUs and GPUs.
+
+    `metrics`, if not empty, is a "module:function" that returns the samples to show in Ray, of the folder `metrics_of`.
+    """
 
     address: str
     crew: str
@@ -38,6 +43,8 @@ class RayWork:
     workers: int
     cpus: int
     gpus: int
+    metrics: str = ""
+    metrics_of: str = ""
 
 
 class FanOutWorker:
@@ -115,16 +122,24 @@ def main(plan_file: Path, plan: RayWork) -> None:
         log_to_driver=False,
         job_config=ray.job_config.JobConfig(metadata=metadata),
     )
-    actors = _Actors(plan_file, pool, plan)
-    for _ in range(plan.workers):
-        actors.start()
-    patience = Patience(pool, plan.workers)
-    while not pool.nothing_left():
-        try:
-            patience.after(actors.replace_ended())
-        except FanOutFailed as failure:
-            pool.give_up(str(failure))
-            return
+    with _shown_metrics(plan):
+        actors = _Actors(plan_file, pool, plan)
+        for _ in range(plan.workers):
+            actors.start()
+        patience = Patience(pool, plan.workers)
+        while not pool.nothing_left():
+            try:
+                patience.after(actors.replace_ended())
+            except FanOutFailed as failure:
+                pool.give_up(str(failure))
+                return
+
+
+def _shown_metrics(plan: RayWork) -> AbstractContextManager[None]:
+    if not plan.metrics:
+        return nullcontext()
+    samples = import_function(plan.metrics)
+    return published_in_ray(lambda: samples(Path(plan.metrics_of)))
 
 
 if __name__ == "__main__":
