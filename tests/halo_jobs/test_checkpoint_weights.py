@@ -43,7 +43,7 @@ def trained(tmp_path):
         micro_batch=4,
         learning_rate=1e-2,
         warmup_steps=1,
-        checkpoint_every=2,
+        checkpoint_every=4,
     )
     run = tmp_path / "run"
     stage = run / "finetune.hybrid" / "0123456789ab"
