@@ -6,7 +6,7 @@ help:
 	@echo "make demo   convert a small real model on this machine's CPU, with a report (12 minutes on 2 cores)"
 	@echo "make test   everything CI checks: lint, then the tests"
 	@echo "make test-grid   every kind of training under every parallel layout (10 minutes on 2 cores)"
-	@echo "make test-faults   kills processes that train together or convert, twenty times each (4 minutes on 2 cores)"
+	@echo "make test-faults   kills processes that train together or convert, twenty times each (7 minutes on 2 cores)"
 	@echo "make lint   ruff, mypy and the import rules of the rooms"
 	@echo "make clean  remove .venv and caches; runs/ stays"
 
@@ -35,7 +35,6 @@ test-grid: bootstrap
 test-faults: export OMP_NUM_THREADS ?= 1
 test-faults: bootstrap
 	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py
-	HALO_CONVERT_KILLS=20 $(BIN)/pytest -rP tests/tools/test_conversion_faults.py -k kill_9
 	HALO_CONVERT_KILLS=20 $(BIN)/pytest -rP tests/tools/test_conversion_faults.py -k kill_9
 
 clean:
