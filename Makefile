@@ -1,12 +1,13 @@
 # What there is to run; `make` alone says so. Everything happens in .venv, which the first target that needs it makes.
 BIN := .venv/bin
-.PHONY: help demo test test-grid test-faults lint clean bootstrap
+.PHONY: help demo test test-cluster test-grid test-faults lint clean bootstrap
 
 help:
 	@echo "make demo   convert a small real model on this machine's CPU, with a report (12 minutes on 2 cores)"
 	@echo "make test   everything CI checks: lint, then the tests"
 	@echo "make test-grid   every kind of training under every parallel layout (10 minutes on 2 cores)"
 	@echo "make test-faults   kills processes that train together or convert, twenty times each (7 minutes on 2 cores)"
+	@echo "make test-cluster   every fault of workers and drivers on a real Ray and a real Slurm"
 	@echo "make lint   ruff, mypy and the import rules of the rooms"
 	@echo "make clean  remove .venv and caches; runs/ stays"
 
@@ -36,6 +37,11 @@ test-faults: export OMP_NUM_THREADS ?= 1
 test-faults: bootstrap
 	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py
 	HALO_CONVERT_KILLS=20 $(BIN)/pytest -rP tests/tools/test_conversion_faults.py -k kill_9
+
+# A few of them are in `make test`.
+test-cluster: export OMP_NUM_THREADS ?= 1
+test-cluster: bootstrap
+	$(BIN)/pytest -m cluster tests/cluster
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

@@ -25,7 +25,7 @@ from tokenized_data.text import text_files
 
 
 @contextmanager
-def _about(key: str) -> Iterator[None]:
+def about(key: str) -> Iterator[None]:
     """Put the recipe's key in front of what the body refuses."""
     try:
         yield
@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe) -> ModelShape:
     """
     _check_corpus(recipe)
     shape = _teacher_shape(recipe) if isinstance(recipe, ConversionRecipe) else _planned_shape(recipe)
-    with _about("teacher" if isinstance(recipe, ConversionRecipe) else "tokenizer"):
+    with about("teacher" if isinstance(recipe, ConversionRecipe) else "tokenizer"):
         tokenizer = load_tokenizer_identity(tokenizer_folder(recipe))
         if tokenizer.vocab_size > shape.vocab_size:
             raise ValueError(
@@ -58,13 +58,13 @@ def check_recipe(recipe: Recipe) -> ModelShape:
 
 def _check_corpus(recipe: Recipe) -> None:
     for key, sources in (("corpus.train", recipe.corpus.train), ("corpus.held_out", recipe.corpus.held_out)):
-        with _about(key):
+        with about(key):
             for source in sources:
                 text_files([resolve_path(source)])
 
 
 def _teacher_shape(recipe: ConversionRecipe) -> ModelShape:
-    with _about("teacher"):
+    with about("teacher"):
         teacher = read_model_folder(_folder(recipe.teacher))
         if teacher.mixer_types is not None:
             raise ValueError(f"{teacher.folder} is a HypeNet already; give a Qwen3 model as teacher")
@@ -72,9 +72,9 @@ def _teacher_shape(recipe: ConversionRecipe) -> ModelShape:
 
 
 def _planned_shape(recipe: PretrainRecipe) -> ModelShape:
-    with _about("tokenizer"):
+    with about("tokenizer"):
         vocabulary = load_tokenizer_identity(_folder(recipe.tokenizer)).vocab_size
-    with _about("shape"):
+    with about("shape"):
         return ModelShape(name=recipe.name, vocab_size=vocabulary, **recipe.shape.model_dump())
 
 
@@ -91,7 +91,7 @@ def _check_selection(recipe: ConversionRecipe, shape: ModelShape) -> None:
     layers = recipe.select.attention_layers
     if layers is None:
         return
-    with _about("select.attention_layers"):
+    with about("select.attention_layers"):
         if len(set(layers)) < len(layers):
             raise ValueError(f"{layers} names a layer twice; name each once")
         try:
@@ -102,7 +102,7 @@ def _check_selection(recipe: ConversionRecipe, shape: ModelShape) -> None:
 
 def _check_layout(recipe: Recipe, shape: ModelShape) -> None:
     layout, processes = layout_of(recipe), recipe.layout.processes
-    with _about("layout"):
+    with about("layout"):
         layout.check_model(shape)
         layout.data_ranks(processes)
         if torch.cuda.is_available() and processes > torch.cuda.device_count():
@@ -110,7 +110,7 @@ def _check_layout(recipe: Recipe, shape: ModelShape) -> None:
                 f"{processes} processes need a GPU each and here are {torch.cuda.device_count()}; lower processes"
             )
     for name, section in training_sections(recipe).items():
-        with _about(f"{name} in this layout"):
+        with about(f"{name} in this layout"):
             layout.check_batch(section.context_length, section.global_batch, section.micro_batch, processes)
 
 
@@ -137,7 +137,7 @@ def _check_recall(recipe: Recipe) -> None:
                 f"corpus.recall_episodes: 0 leaves {name} without the episodes that its recall_share of "
                 f"{section.recall_share} asks for; allow some, or set {name}.recall_share to 0"
             )
-        with _about(f"{name} with recall_share {section.recall_share}"):
+        with about(f"{name} with recall_share {section.recall_share}"):
             check_episode_settings(section.context_length, recipe.corpus.answer_weight)
 
 
@@ -163,15 +163,15 @@ def _check_tasks(recipe: Recipe, tokenizer: TokenizerIdentity) -> None:
     words = load_words(WORDS_FILE).held_out
     materials = Materials(prose, tokenizer_folder(recipe) / "tokenizer.json", tokenizer.eos_id, words)
     needles, trained = recipe.evaluate, "pretrain"
-    with _about("evaluate.contexts"):
+    with about("evaluate.contexts"):
         for variant in VARIANTS:
             needle_task(
                 materials, variant, min(needles.contexts), needles.depths, needles.needle_items, recipe.seed
             )
     if isinstance(recipe, ConversionRecipe):
         select, trained = recipe.select, "distil"
-        with _about("select.context_length"):
+        with about("select.context_length"):
             recall_tasks(materials, "selection", select.context_length, select.items, recipe.seed)
-    with _about(f"{trained}.context_length, at which models are evaluated"):
+    with about(f"{trained}.context_length, at which models are evaluated"):
         length = training_sections(recipe)[trained].context_length
         recall_tasks(materials, "evaluation", length, needles.suite_items, recipe.seed)

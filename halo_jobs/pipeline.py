@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,7 +22,11 @@ from halo_cluster import (
     run_stages,
     storage_errors,
 )
-from halo_jobs.checks import check_recipe
+from halo_cluster.jobs import StageJob
+from halo_cluster.reconcile import Patience, Reconciler, submit_chain
+from halo_cluster.slurm import Slurm, SlurmSettings
+from halo_cluster.slurm.queue import cancel, live_jobs
+from halo_jobs.checks import about, check_recipe
 from halo_jobs.estimate import training_costs
 from halo_jobs.graph import StageNode, input_hashes, stage_nodes
 from halo_jobs.models import layout_of
@@ -44,6 +50,17 @@ def _records(run: RunFolder, recipe: Recipe, nodes: list[StageNode]) -> dict[str
     return {node.name: run.stage(node.name, hashes[node.name]) for node in nodes}
 
 
+def _work(node: StageNode, recipe: Recipe, records: Mapping[str, StageRecord]) -> dict[str, Any]:
+    """All that a process needs to know to run the stage (JSON)."""
+    return {
+        "stage": node.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "folder": str(records[node.name].folder.resolve()),
+        "inputs": {name: str(records[name].folder.resolve()) for name in node.depends_on},
+        "processes": recipe.layout.processes if node.trains else 1,
+    }
+
+
 def _run_stage(
     node: StageNode,
     recipe: Recipe,
@@ -52,16 +69,10 @@ def _run_stage(
     device: torch.device,
     attempt: Attempt,
 ) -> StageResult:
-    inputs = {name: records[name].folder for name in node.depends_on}
     folder, processes = attempt.record.folder, recipe.layout.processes
     if node.trains and processes > 1:
-        work = {
-            "stage": node.name,
-            "recipe": recipe.model_dump(mode="json"),
-            "folder": str(folder),
-            "inputs": {name: str(path) for name, path in inputs.items()},
-        }
-        return run_in_processes(attempt.folder, work, processes)
+        return run_in_processes(attempt.folder, _work(node, recipe, records), processes)
+    inputs = {name: records[name].folder for name in node.depends_on}
     reset_seeds(recipe.seed)
     layout = layout_of(recipe) if node.trains else ONE_PROCESS
     return node.run(StageContext(node.name, recipe, folder, inputs, console, device, attempt, layout))
@@ -84,10 +95,75 @@ def run_recipe(recipe: Recipe, runs: Path, console: Console) -> RunResult:
             for node in nodes
         ]
         run_stages(planned, console)
-        folders = {name: record.folder for name, record in records.items()}
-        with storage_errors(run.folder):
-            report = build_report(run.folder, folders, run.folder / "report.html")
+        return _finished(run, records)
+
+
+def _finished(run: RunFolder, records: Mapping[str, StageRecord]) -> RunResult:
+    folders = {name: record.folder for name, record in records.items()}
+    with storage_errors(run.folder):
+        report = build_report(run.folder, folders, run.folder / "report.html")
     return RunResult(folders, report)
+
+
+def _slurm(recipe: Recipe, retries_by_job: int = 0) -> Slurm:
+    settings = SlurmSettings(**recipe.cluster.model_dump(exclude={"retries", "backoff_seconds"}))
+    with about("cluster"):
+        settings.check()
+    return Slurm(settings, (sys.executable, "-m", "halo_jobs.stage_job"), retries_by_job)
+
+
+def _stage_jobs(recipe: Recipe, records: Mapping[str, StageRecord], nodes: list[StageNode]) -> list[StageJob]:
+    if recipe.layout.processes % recipe.cluster.nodes:
+        raise ValueError(
+            f"layout.processes {recipe.layout.processes} is not a multiple of cluster.nodes {recipe.cluster.nodes}"
+        )
+    jobs = []
+    for node in nodes:
+        work = _work(node, recipe, records)
+        jobs.append(StageJob(node.name, records[node.name], work, work["processes"], node.depends_on))
+    return jobs
+
+
+def run_recipe_on_slurm(
+    recipe: Recipe, runs: Path, console: Console, *, detach: bool = False
+) -> RunResult | None:
+    """As `run_recipe`, every stage a job of Slurm. With `detach`, submit them all and return None."""
+    check_recipe(recipe)
+    run = RunFolder(runs / recipe.name)
+    nodes = stage_nodes(recipe)
+    records = _records(run, recipe, nodes)
+    jobs = _stage_jobs(recipe, records, nodes)
+    run.prepare(recipe_yaml(recipe))
+    if detach:
+        submitted = submit_chain(jobs, _slurm(recipe, recipe.cluster.retries))
+        for name, job in submitted.items():
+            console.print(f"{name}: job {job}", highlight=False)
+        return None
+    patience = Patience(recipe.cluster.retries, recipe.cluster.backoff_seconds)
+    Reconciler(jobs, _slurm(recipe), console, patience).run()
+    return _finished(run, records)
+
+
+def print_batch_script(recipe: Recipe, runs: Path, console: Console) -> None:
+    """The script that the largest stage would be submitted with."""
+    nodes = stage_nodes(recipe)
+    records = _records(RunFolder(runs / recipe.name), recipe, nodes)
+    jobs = _stage_jobs(recipe, records, nodes)
+    job = max(jobs, key=lambda job: job.processes)
+    console.print(f"\nBatch script of stage {job.name}:", highlight=False)
+    console.print(_slurm(recipe).preview(job), markup=False, highlight=False, soft_wrap=True)
+
+
+def cancel_run(run_folder: Path, stage: str | None) -> list[str]:
+    """End the jobs of a run, or of one of its stages, whose names Slurm still has; returns their ids."""
+    live = live_jobs()
+    records = (StageRecord(folder) for folder in run_folder.glob("*/*") if (folder / "jobs").is_dir())
+    wanted = (
+        StageJob(record.stage, record, {}).job_name for record in records if stage in (None, record.stage)
+    )
+    jobs = [entry.job for name in wanted for entry in live.get(name, [])]
+    cancel(jobs)
+    return jobs
 
 
 def print_plan(recipe: Recipe, runs: Path, console: Console) -> None:

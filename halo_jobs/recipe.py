@@ -14,6 +14,9 @@ ASSETS = Path(__file__).parent / "assets"
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = "embedded:"
 
+# The sections that say where a recipe runs, not what comes out.
+WHERE = {"layout", "cluster"}
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 SelectionMethod = Literal["halo", "jet_nemotron", "kl", "uniform", "last_half", "all_rnn"]
@@ -133,12 +136,35 @@ class LayoutSection(Section):
     recompute: Literal["attention", "layers"] | None = None
 
 
+class ClusterSection(Section):
+    """What jobs ask of Slurm (`--executor slurm`), and how failures are met. No result depends on it.
+
+    Fields but `retries` and `backoff_seconds` are those of halo_cluster's SlurmSettings.
+    """
+
+    nodes: PositiveInt = 1
+    gpus_per_node: PositiveInt | None = None
+    cpus_per_node: PositiveInt | None = None
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    time_minutes: PositiveInt = 240
+    grace_seconds: PositiveInt = 120
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    container: str | None = None
+    sbatch: dict[str, str | int | bool] = {}
+    retries: Annotated[int, Field(ge=0)] = 3
+    backoff_seconds: Annotated[float, Field(ge=0)] = 15.0
+
+
 class _Common(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     corpus: CorpusSection
     layout: LayoutSection = LayoutSection()
+    cluster: ClusterSection = ClusterSection()
 
 
 class ConversionRecipe(_Common):
@@ -215,9 +241,11 @@ def _set_override(content: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override}: write it as section.key=value")
     *sections, last = key.split(".")
     for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
+        inner = content.get(section, {})
+        if not isinstance(inner, dict):
             raise ValueError(f"--set {override}: '{section}' is not a section")
+        content[section] = dict(inner)  # by a YAML anchor other sections may be the same object
+        content = content[section]
     content[last] = yaml.safe_load(value)
 
 
@@ -250,5 +278,5 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe with every default spelt out, as frozen in a run folder; without the layout, which may change."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"layout"}), sort_keys=False)
+    """The recipe with every default spelt out, as frozen in a run folder; without where it runs, which may change."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude=WHERE), sort_keys=False)

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, TextIO
@@ -22,15 +23,15 @@ _CHATTY_LOGGERS = ("torch.utils.cpp_extension", "torch.distributed", "megatron")
 
 
 class Interruption:
-    """Turns SIGINT and SIGTERM into one KeyboardInterrupt, and sees to it that the process then ends.
+    """Turns each of `signals` into one KeyboardInterrupt, and sees to it that the process then ends.
 
     `requested` stays true, for code between here and main() may have made another exception of it. Nothing in a run
     folder needs an orderly end, so a second signal, or taking longer than PATIENCE_SECONDS, ends the process at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> None:
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in signals:
             signal.signal(number, self._interrupt)
         signal.signal(signal.SIGALRM, lambda number, frame: self.end())
 
@@ -39,7 +40,7 @@ class Interruption:
             self.end()
         self.requested = True
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     def end(self) -> NoReturn:
         """Say so and go, without waiting for threads and without Python's own end, which may repeat the signal."""

@@ -5,6 +5,7 @@
 attempt.<n>/work.json      the stage, its recipe and its folders
             result.json    what process 0 made
             failure.json   what the first process that failed had to say
+            killed.json    which process of another node was killed, and could say nothing
             rank-<k>.txt   what process k logged
 
 Exit codes as of `halo` itself: 0, 1, and STOPPED_EXIT_CODE after a stop on request.
@@ -14,14 +15,20 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from durable_files import publish_once, read_json, write_json
 from halo_cluster import (
+    THIS_MACHINE,
+    Nodes,
     RankFailed,
     StageRecord,
     StageResult,
@@ -32,32 +39,75 @@ from halo_cluster import (
 )
 from halo_jobs.terminal import STOPPED_EXIT_CODE, quieten_libraries, sentence
 
-WORK, RESULT, FAILURE = "work.json", "result.json", "failure.json"
+if TYPE_CHECKING:
+    from halo_jobs.training.trainer import AttemptInProgress
+
+WORK, RESULT, FAILURE, KILLED = "work.json", "result.json", "failure.json", "killed.json"
+EXIT = "exit.json"
+_RESUMES = "the same command goes on from the last checkpoint"
+_LOOK_SECONDS = 0.2
+_HEARSAY_SECONDS = 2.0
+_STORY_SECONDS = 20.0
 
 
-def run_in_processes(attempt: Path, work: dict[str, Any], processes: int) -> StageResult:
+def run_in_processes(
+    attempt: Path, work: dict[str, Any], processes: int, nodes: Nodes = THIS_MACHINE
+) -> StageResult:
     """Run work["stage"] of work["recipe"] in `processes` processes, in work["folder"] and from work["inputs"].
 
-    ValueError or StopRequested with the sentence of the process that raised it, RankFailed if one ended otherwise.
+    Called on the first of `nodes`; the others call `join_processes`. ValueError or StopRequested with the sentence of
+    the process that raised it, RankFailed if one ended otherwise.
     """
     write_json(attempt / WORK, work)
     try:
-        run_ranks([sys.executable, "-m", "halo_jobs.worker", str(attempt)], processes, attempt)
+        run_ranks(_command(attempt), processes, attempt, nodes)
     except RankFailed as failed:
+        if nodes.count > 1:
+            time.sleep(_HEARSAY_SECONDS)
         raise _what_it_said(attempt, failed) from None
     result = read_json(attempt / RESULT)
     return StageResult([Path(output) for output in result["outputs"]], result["summary"])
 
 
+def join_processes(attempt: Path, processes: int, nodes: Nodes) -> int:
+    """Run this node's part of what `run_in_processes` runs on the first one; an exit code as of `halo` itself."""
+    while not (attempt / WORK).exists():
+        if (attempt / EXIT).exists():
+            return 0
+        time.sleep(_LOOK_SECONDS)
+    try:
+        run_ranks(_command(attempt), processes, attempt, nodes)
+    except RankFailed as failed:
+        if failed.code == STOPPED_EXIT_CODE:
+            return STOPPED_EXIT_CODE
+        if failed.code < 0:
+            publish_once(attempt / KILLED, {"sentence": f"{failed} on {failed.host}", "host": failed.host})
+        # The end of one task ends the others at once; the first node is to have told its story by then.
+        deadline = time.monotonic() + _STORY_SECONDS
+        while not (attempt / EXIT).exists() and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        return 1
+    return 0
+
+
+def _command(attempt: Path) -> list[str]:
+    return [sys.executable, "-m", "halo_jobs.worker", str(attempt)]
+
+
 def _what_it_said(attempt: Path, failed: RankFailed) -> Exception:
     """The failed process's own error, its traceback as a note; of one that was killed, that."""
+    if (attempt / KILLED).exists():
+        killed = read_json(attempt / KILLED)
+        return RankFailed(f"{killed['sentence']}; {_RESUMES}", failed.code, killed["host"])
     if failed.code < 0 or not (attempt / FAILURE).exists():
-        return RankFailed(f"{failed}; the same command goes on from the last checkpoint", failed.code)
+        return RankFailed(f"{failed}; {_RESUMES}", failed.code)
     failure = read_json(attempt / FAILURE)
     if failed.code == STOPPED_EXIT_CODE:
-        return StopRequested(failure["sentence"])
-    user_error = failure["user_error"]
-    error = ValueError(failure["sentence"]) if user_error else RankFailed(failure["sentence"], failed.code)
+        return StopRequested(failure["sentence"], by_user=failure["final"])
+    if failure["final"]:
+        error: Exception = ValueError(failure["sentence"])
+    else:
+        error = RankFailed(failure["sentence"], failed.code, failure["host"])
     error.add_note(f"in process {failure['rank']}:\n{failure['traceback']}")
     return error
 
@@ -72,41 +122,49 @@ class JoinedAttempt:
 
     def fail(self, reason: str) -> None:
         """Leave the reason for the driver, who records how the attempt ended. The first process to speak is heard."""
-        content = {"rank": self.rank, "sentence": reason, "user_error": False, "traceback": ""}
+        # Who ends the others for one that hangs or is gone is not where it went wrong.
+        content = {"rank": self.rank, "host": "", "sentence": reason, "final": False, "traceback": ""}
         publish_once(self.folder / FAILURE, content)
 
 
-def _run_stage(attempt: Path, work: dict[str, Any], rank: int) -> StageResult:
-    """This process's part of the stage."""
-    from rich.console import Console
-
+def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console) -> StageResult:
+    """This process's part of the stage, in the world that its environment names or alone."""
     from halo_jobs.graph import stage_nodes
     from halo_jobs.models import layout_of
     from halo_jobs.recipe import recipe_class
     from halo_jobs.stages.context import StageContext
-    from hypenet_megatron.runtime import model_parallel
+    from hypenet_megatron.runtime import ONE_PROCESS, model_parallel
 
     recipe = recipe_class(work["recipe"]).model_validate(work["recipe"])
     node = next(node for node in stage_nodes(recipe) if node.name == work["stage"])
     inputs = {name: Path(folder) for name, folder in work["inputs"].items()}
-    folder, console, layout = Path(work["folder"]), Console(quiet=rank > 0), layout_of(recipe)
-    joined = JoinedAttempt(StageRecord(folder), attempt, rank)
+    layout = layout_of(recipe) if node.trains else ONE_PROCESS
     with model_parallel(layout, seed=recipe.seed) as device:
-        return node.run(StageContext(node.name, recipe, folder, inputs, console, device, joined, layout))
+        context = StageContext(
+            node.name, recipe, Path(work["folder"]), inputs, console, device, attempt, layout
+        )
+        return node.run(context)
 
 
 def main(attempt: Path, rank: int) -> int:
     logging.basicConfig(filename=rank_log(attempt, rank))
     quieten_libraries()
+    work = read_json(attempt / WORK)
+    joined = JoinedAttempt(StageRecord(Path(work["folder"])), attempt, rank)
+    from halo_jobs.supervision import PeerLost, is_lost_peer
+
     try:
-        result = _run_stage(attempt, read_json(attempt / WORK), rank)
+        result = run_stage(work, joined, Console(quiet=rank > 0))
     except Exception as problem:
         publish_once(
             attempt / FAILURE,
             {
                 "rank": rank,
+                "host": ""
+                if isinstance(problem, PeerLost) or is_lost_peer(problem)
+                else socket.gethostname(),
                 "sentence": sentence(problem),
-                "user_error": isinstance(problem, ValueError),
+                "final": isinstance(problem, ValueError) or getattr(problem, "by_user", False),
                 "traceback": traceback.format_exc(),
             },
         )

@@ -13,6 +13,8 @@ DOCUMENTS = [
     ROOT / "ARCHITECTURE.md",
     ROOT / "docs" / "data.md",
     ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "watching.md",
+    ROOT / "docs" / "when-something-dies.md",
 ]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 

@@ -7,17 +7,20 @@ several (ranks.py).
 """
 
 from halo_cluster.attempts import AttemptState, AttemptStatus
-from halo_cluster.local import PlannedStage, StageFailed, StageResult, StopRequested, run_stages
+from halo_cluster.local import PlannedStage, run_stages
 from halo_cluster.processes import ProcessIdentity
-from halo_cluster.ranks import RankFailed, end_with_parent, rank_log, run_ranks
+from halo_cluster.ranks import THIS_MACHINE, Nodes, RankFailed, end_with_parent, rank_log, run_ranks
 from halo_cluster.record import Attempt, StageRecord, input_hash
 from halo_cluster.run_folder import RunFolder, StageStatus
 from halo_cluster.storage import StorageError, storage_errors
+from halo_cluster.trying import StageFailed, StageResult, StopRequested, carry_out
 
 __all__ = [
+    "THIS_MACHINE",
     "Attempt",
     "AttemptState",
     "AttemptStatus",
+    "Nodes",
     "PlannedStage",
     "ProcessIdentity",
     "RankFailed",
@@ -28,6 +31,7 @@ __all__ = [
     "StageStatus",
     "StopRequested",
     "StorageError",
+    "carry_out",
     "end_with_parent",
     "input_hash",
     "rank_log",

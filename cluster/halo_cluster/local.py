@@ -5,26 +5,15 @@ It keeps nothing in memory that matters: kill it at any instant and the same cal
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from halo_cluster.record import Attempt, StageRecord
-from halo_cluster.storage import storage_sentence
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage made: files and folders inside its stage folder, and its own numbers (JSON values)."""
-
-    outputs: Sequence[Path]
-    summary: dict[str, Any]
+from halo_cluster.trying import StageResult, StopRequested, carry_out
 
 
 @dataclass(frozen=True)
@@ -35,14 +24,6 @@ class PlannedStage:
     record: StageRecord
     run: Callable[[Attempt], StageResult]
     depends_on: tuple[str, ...] = ()
-
-
-class StageFailed(RuntimeError):
-    """A stage ended in an error that is not the user's; the message names the stage and its log."""
-
-
-class StopRequested(Exception):
-    """A stage was asked to stop, has saved what it had, and ends unfinished; the message says by what and where."""
 
 
 def run_stages(stages: Sequence[PlannedStage], console: Console) -> dict[str, dict[str, Any]]:
@@ -69,44 +50,21 @@ def run_stages(stages: Sequence[PlannedStage], console: Console) -> dict[str, di
 
 def _run_stage(stage: PlannedStage, console: Console, width: int) -> dict[str, Any]:
     attempt = stage.record.begin_attempt()
-    earlier = sum(status.seconds for status in stage.record.attempts()[:-1])
-    resumed = (
-        f"attempt {attempt.number}, after {_duration(earlier)} of earlier ones" if attempt.number > 1 else ""
-    )
+    earlier = stage.record.attempts()[:-1]
+    spent = _duration(sum(status.seconds for status in earlier))
+    resumed = f"attempt {len(earlier) + 1}, after {spent} of earlier ones" if earlier else ""
     _say(console, stage, width, "running", resumed)
     try:
-        with attempt.captured_logging():
-            result = stage.run(attempt)
-        done = attempt.publish(result.outputs, result.summary)
-    except KeyboardInterrupt:
-        attempt.interrupt("Ctrl-C")
-        _say(console, stage, width, "interrupted", "the same command resumes here")
+        done = carry_out(stage.name, attempt, stage.run)
+    except (KeyboardInterrupt, StopRequested) as request:
+        saved = "saved; " if isinstance(request, StopRequested) else ""
+        _say(console, stage, width, "interrupted", f"{saved}the same command resumes here")
         raise
-    except StopRequested as request:
-        attempt.interrupt(str(request))
-        _say(console, stage, width, "interrupted", "saved; the same command resumes here")
-        raise
-    except Exception as error:
-        reason = _reason(stage.record.folder, error)
-        with suppress(OSError):  # the disk may be what failed
-            attempt.log(traceback.format_exc())
-        attempt.fail(reason)
+    except Exception:
         _say(console, stage, width, "failed", "")
-        if isinstance(error, ValueError):
-            raise
-        raise StageFailed(
-            f"stage {stage.name} failed: {reason}; the traceback is in {attempt.log_path}"
-        ) from error
+        raise
     _say(console, stage, width, "done", _duration(done["seconds"]))
     return done
-
-
-def _reason(folder: Path, error: Exception) -> str:
-    """One line, without a full stop."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return storage_sentence(folder, error)
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 _STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}

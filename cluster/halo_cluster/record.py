@@ -23,8 +23,9 @@ from halo_cluster.attempts import (
     AttemptState,
     AttemptStatus,
     attempt_folders,
-    attempt_number,
+    attempt_label,
     close_abandoned,
+    next_label,
     utc_now,
     write_exit,
 )
@@ -106,15 +107,19 @@ class StageRecord:
         """Oldest first."""
         return [AttemptStatus.read(folder) for folder in attempt_folders(self.folder)]
 
-    def begin_attempt(self) -> Attempt:
-        """Start the next attempt. The caller holds the run folder, so others without an end were killed."""
+    def attempt_folder(self, label: str) -> Path:
+        return self.folder / f"attempt.{label}"
+
+    def begin_attempt(self, label: str | None = None) -> Attempt:
+        """Start an attempt, with the next free number or with the `label` that a scheduler gave.
+
+        The caller holds the run folder, or is the one job of its name, so other attempts without an end were killed.
+        """
         with storage_errors(self.folder):
-            earlier = attempt_folders(self.folder)
-            for folder in earlier:
+            for folder in attempt_folders(self.folder):
                 close_abandoned(folder)
             discard_leftovers(self.folder)
-            number = attempt_number(earlier[-1]) + 1 if earlier else 1
-            folder = self.folder / f"attempt.{number}"
+            folder = self.attempt_folder(label or next_label(self.folder))
             folder.mkdir(parents=True)
             return Attempt(self, folder)
 
@@ -136,15 +141,14 @@ class Attempt:
         self.folder = folder
         self.log_path = folder / "log.txt"
         self.started = utc_now()
-        process = asdict(ProcessIdentity.current())
-        write_json(
-            folder / "started.json", {**process, "command": shlex.join(sys.argv), "started": self.started}
-        )
+        self._process = ProcessIdentity.current()
+        begun = {**asdict(self._process), "command": shlex.join(sys.argv), "started": self.started}
+        write_json(folder / "started.json", begun)
         self._heartbeat = Heartbeat(folder / "heartbeat")
 
     @property
-    def number(self) -> int:
-        return attempt_number(self.folder)
+    def label(self) -> str:
+        return attempt_label(self.folder)
 
     def log(self, text: str) -> None:
         with open(self.log_path, "a") as handle:
@@ -175,7 +179,7 @@ class Attempt:
             content = {
                 "stage": self.record.stage,
                 "input_hash": self.record.input_hash,
-                "attempt": self.number,
+                "attempt": self.label,
                 "started": min((a.started for a in attempts if a.started), default=self.started),
                 "finished": utc_now(),
                 "seconds": 0.0,
@@ -183,7 +187,7 @@ class Attempt:
                 "bytes": {name: path.stat().st_size for name, path in files.items()},
                 "summary": dict(summary),
             }
-            earlier = sum(attempt.seconds for attempt in attempts if attempt.number != self.number)
+            earlier = sum(attempt.seconds for attempt in attempts if attempt.label != self.label)
             content["seconds"] = round(earlier + self._heartbeat.seconds, 3)
             if publish_once(self.record.folder / DONE_FILE, content):
                 self._end("done", "")
@@ -193,18 +197,19 @@ class Attempt:
         assert published is not None
         return published
 
-    def fail(self, reason: str) -> None:
-        self._end("failed", reason)
+    def fail(self, reason: str, *, host: str | None = None, user_error: bool = False) -> None:
+        """`host` is where it went wrong, if not here ("": unknown). After a `user_error` another try is in vain."""
+        self._end("failed", reason, host=self._process.host if host is None else host, final=user_error)
 
-    def interrupt(self, reason: str) -> None:
+    def interrupt(self, reason: str, *, by_user: bool = False) -> None:
         """End without a fault of the stage's: the user or the machine asked for it."""
-        self._end("interrupted", reason)
+        self._end("interrupted", reason, final=by_user)
 
-    def _end(self, outcome: AttemptState, reason: str) -> None:
+    def _end(self, outcome: AttemptState, reason: str, *, host: str = "", final: bool = False) -> None:
         self._heartbeat.stop()
         # A full disk must not hide the failure being recorded; this attempt is then counted by its heartbeat.
         with suppress(OSError):
-            write_exit(self.folder, outcome, reason, self._heartbeat.seconds)
+            write_exit(self.folder, outcome, reason, self._heartbeat.seconds, host=host, final=final)
 
 
 def _size_problem(path: Path, size: int) -> str | None:

@@ -58,6 +58,16 @@ class RunFolder:
                 self._freeze(recipe_yaml)
             yield
 
+    def prepare(self, recipe_yaml: str) -> None:
+        """Freeze `recipe_yaml`, without holding the run: jobs of a scheduler exclude each other by their names.
+
+        ValueError if it has another recipe, or if a live process holds it; StorageError if it cannot be written.
+        """
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with exclusive(self.folder):
+                self._freeze(recipe_yaml)
+
     def _freeze(self, recipe_yaml: str) -> None:
         path = self.folder / RECIPE_FILE
         if not path.exists():

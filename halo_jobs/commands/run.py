@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -29,19 +30,60 @@ DryRunOption = Annotated[
 ]
 
 
-def _run(recipe: Path, runs: Path, name: str | None, settings: list[str] | None, dry_run: bool) -> None:
+class Executor(StrEnum):
+    """Where stages run."""
+
+    LOCAL = "local"
+    SLURM = "slurm"
+
+
+ExecutorOption = Annotated[
+    Executor,
+    typer.Option(
+        "--executor",
+        help="local: this machine, stage after stage. slurm: every stage a job, as the recipe's cluster section asks.",
+    ),
+]
+DetachOption = Annotated[
+    bool,
+    typer.Option(
+        "--detach", help="With slurm: submit all stages, each after what it depends on, and return."
+    ),
+]
+
+
+def _run(
+    recipe: Path,
+    runs: Path,
+    name: str | None,
+    settings: list[str] | None,
+    dry_run: bool,
+    executor: Executor = Executor.LOCAL,
+    detach: bool = False,
+) -> None:
     from halo_jobs.recipe import load_recipe
 
     overrides = [*(settings or []), *([f"name={name}"] if name else [])]
     loaded = load_recipe(recipe, overrides)
     # Imported after the recipe is known to be good: torch and megatron take seconds to load.
-    from halo_jobs.pipeline import print_plan, run_recipe
+    from halo_jobs.pipeline import print_batch_script, print_plan, run_recipe, run_recipe_on_slurm
     from halo_jobs.report import usage_command
 
+    if detach and executor is not Executor.SLURM:
+        raise ValueError("--detach leaves the stages to Slurm; add --executor slurm")
     if dry_run:
         print_plan(loaded, runs, console)
+        if executor is Executor.SLURM:
+            print_batch_script(loaded, runs, console)
         return
-    result = run_recipe(loaded, runs, console)
+    if executor is Executor.SLURM:
+        finished = run_recipe_on_slurm(loaded, runs, console, detach=detach)
+        if finished is None:
+            console.print("Look after them with `halo status`, end them with `halo cancel`.", highlight=False)
+            return
+        result = finished
+    else:
+        result = run_recipe(loaded, runs, console)
     console.print(f"\nReport: {result.report}", soft_wrap=True, highlight=False)
     for config in sorted(result.stage_folders["export"].glob("*/config.json")):
         console.print(
@@ -55,13 +97,31 @@ def run(
     name: NameOption = None,
     settings: SetOption = None,
     dry_run: DryRunOption = False,
+    executor: ExecutorOption = Executor.LOCAL,
+    detach: DetachOption = False,
 ) -> None:
     """Run every stage of a recipe, or resume it: finished stages are kept, the others go on from their checkpoint.
 
     Stop it with Ctrl-C (or kill -9) whenever you like; the same command goes on to the same weights. SIGTERM, SIGUSR2
     or a file `stop` in the folder of a training stage saves first and ends with exit code 75.
+
+    With `--executor slurm` this command only looks after the jobs. Stopped, they go on; started again, it adopts them.
+    `halo cancel` ends them.
     """
-    _run(recipe, runs, name, settings, dry_run)
+    _run(recipe, runs, name, settings, dry_run, executor, detach)
+
+
+def cancel(
+    run_folder: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo.")],
+    stage: Annotated[str | None, typer.Argument(help="Only this stage, such as align.")] = None,
+) -> None:
+    """End a run's Slurm jobs, waiting or running. Training stages save first; `halo run` goes on from there."""
+    from halo_jobs.pipeline import cancel_run
+
+    jobs = cancel_run(run_folder, stage)
+    console.print(
+        f"Ended: {', '.join(jobs)}" if jobs else "No job of it is in Slurm's queue.", highlight=False
+    )
 
 
 def demo(runs: RunsOption = Path("runs"), settings: SetOption = None, dry_run: DryRunOption = False) -> None:

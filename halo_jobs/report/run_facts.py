@@ -46,7 +46,7 @@ class StageRecord:
 
     name: str
     folder: Path
-    attempt: int
+    attempt: str
     seconds: float
     started: datetime
     finished: datetime
@@ -232,7 +232,7 @@ def _stage(name: str, folder: Path, content: Mapping[str, Any]) -> StageRecord:
     return StageRecord(
         name=name,
         folder=folder,
-        attempt=int(content["attempt"]),
+        attempt=str(content["attempt"]),
         seconds=float(content["seconds"]),
         started=datetime.fromisoformat(content["started"]),
         finished=datetime.fromisoformat(content["finished"]),

@@ -85,7 +85,7 @@ def _suite_metrics(context: StageContext, scorer: MegatronScorer, training_conte
         items=section.suite_items,
         seed=context.recipe.seed,
     )
-    reporter = ProgressReporter(f"{context.name} suite", len(tasks), context.console)
+    reporter = ProgressReporter(f"{context.name} suite", len(tasks), context.console, context.folder)
     metrics: TaskMetrics = {}
     with reporter.live():
         for done, task in enumerate(tasks, start=1):
@@ -102,7 +102,9 @@ def _needle_grid(context: StageContext, scorer: MegatronScorer) -> list[dict[str
     """Rows of the needle grid, kept per context length."""
     section = context.recipe.evaluate
     rows: list[dict[str, Any]] = []
-    reporter = ProgressReporter(f"{context.name} needles", len(section.contexts), context.console)
+    reporter = ProgressReporter(
+        f"{context.name} needles", len(section.contexts), context.console, context.folder
+    )
     with reporter.live():
         for done, context_length in enumerate(section.contexts, start=1):
             kept = context.folder / "needles" / f"{context_length}.json"

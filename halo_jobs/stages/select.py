@@ -55,7 +55,7 @@ def _measure(
         seed=context.recipe.seed,
     )
     per_model: list[TaskMetrics] = [{} for _ in range(num_layers + 1)]
-    reporter = ProgressReporter(context.name, len(tasks), context.console)
+    reporter = ProgressReporter(context.name, len(tasks), context.console, context.folder)
     with reporter.live():
         for done, task in enumerate(tasks, start=1):
             kept = context.folder / "sweep" / f"{task.name}.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 STOP_FILE = "stop"
+# A scheduler may signal every process of a job, and a launcher passes on what it got: so near, it is one request.
+REPEAT_SECONDS = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -20,11 +23,12 @@ class StopRequests:
     def __init__(self, folder: Path):
         self.file = folder / STOP_FILE
         self._signal = 0
+        self._asked: dict[int, float] = {}
         self._before: dict[int, Any] = {}
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """While the block runs, SIGTERM and SIGUSR2 are requests. The second one of a kind does what it did before."""
+        """While the block runs, SIGTERM and SIGUSR2 are requests. Asked again later, they do what they did before."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._request) for number in _SIGNALS}
         try:
@@ -35,8 +39,12 @@ class StopRequests:
             self._before = {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._asked.setdefault(number, now) < REPEAT_SECONDS:
+            self._signal = number
+            return
         signal.signal(number, self._before[number])
-        self._signal = number
+        signal.raise_signal(number)
 
     def code(self) -> int:
         """0: go on; 1: the file is there; else the number of the signal."""
@@ -47,5 +55,9 @@ class StopRequests:
         with suppress(FileNotFoundError):
             self.file.unlink()
 
+    @staticmethod
+    def is_by_file(code: int) -> bool:
+        return code == 1
+
     def reason(self, code: int) -> str:
-        return f"the file {self.file}" if code == 1 else signal.Signals(code).name
+        return f"the file {self.file}" if self.is_by_file(code) else signal.Signals(code).name

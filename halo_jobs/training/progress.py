@@ -1,14 +1,18 @@
-"""What a training stage shows while it runs: a progress bar, a JSON-lines log, TensorBoard."""
+"""What a stage shows while it runs: a progress bar, its log, TensorBoard, and files that the monitoring reads."""
 
 from __future__ import annotations
 
 import json
+import logging
+import resource
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,14 +24,19 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from durable_files import write_text
+from durable_files import write_json, write_text
+from halo_jobs.monitoring.readings import METRICS_FILE, PROGRESS_FILE
 
 PLAIN_LINE_SECONDS = 10.0
+PROGRESS_FILE_SECONDS = 1.0
+
+_log = logging.getLogger("halo_jobs.progress")
+_log.setLevel(logging.INFO)  # for the attempt's log; a terminal has the bar
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl; `step` counts finished steps."""
+    """One line of metrics.jsonl; `step` counts finished steps. Memory is the peak so far of the process that writes."""
 
     step: int
     loss: float
@@ -37,6 +46,16 @@ class StepMetrics:
     elapsed_seconds: float
     consumed_samples: int
     consumed_tokens: int
+    host_memory_bytes: int
+    gpu_memory_bytes: int | None
+    """None without CUDA."""
+
+
+def peak_memory() -> tuple[int, int | None]:
+    """Most bytes that this process has had resident, and most that its tensors have had on its GPU, if it has one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 class MetricsLog:
@@ -46,7 +65,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, resume_step: int, writes: bool = True):
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         self.elapsed_before = 0.0
         self._writes = writes
         if writes:
@@ -80,9 +99,14 @@ class MetricsLog:
 
 
 class ProgressReporter:
-    """A live bar on a terminal; elsewhere (log files, CI) one plain line every few seconds."""
+    """A live bar on a terminal; elsewhere (log files, CI) one plain line every few seconds, which the attempt's log has
+    in any case.
 
-    def __init__(self, title: str, total: int, console: Console):
+    With `folder`, where a stage of tasks has got to is kept in its progress.json; a training's metrics.jsonl says that
+    already.
+    """
+
+    def __init__(self, title: str, total: int, console: Console, folder: Path | None = None):
         self._title, self._total, self._console = title, total, console
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -96,8 +120,10 @@ class ProgressReporter:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(title, total=total, numbers="")
-        self._started = self._last_line = time.monotonic()
+        self._started = self._last_line = self._last_file = time.monotonic()
         self._first: int | None = None
+        self._file = folder / PROGRESS_FILE if folder else None
+        self._write_file(0, None)
 
     @contextmanager
     def live(self) -> Iterator[ProgressReporter]:
@@ -108,11 +134,20 @@ class ProgressReporter:
         self._bar.update(self._task, completed=done, numbers=numbers)
         if self._first is None:
             self._first = done - 1
-        now = time.monotonic()
-        if self._console.is_terminal or (now - self._last_line < PLAIN_LINE_SECONDS and done < self._total):
-            return
-        self._last_line = now
+        now, is_last = time.monotonic(), done >= self._total
         left = (now - self._started) / (done - self._first) * (self._total - done)
-        self._console.print(
-            f"{self._title}: {done}/{self._total}  {numbers}  about {left:.0f} s left", highlight=False
-        )
+        if is_last or now - self._last_file >= PROGRESS_FILE_SECONDS:
+            self._last_file = now
+            self._write_file(done, left)
+        if is_last or now - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = now
+            line = f"{self._title}: {done}/{self._total}  {numbers}  about {left:.0f} s left"
+            _log.info(line)
+            if not self._console.is_terminal:
+                self._console.print(line, highlight=False)
+
+    def _write_file(self, done: int, seconds_left: float | None) -> None:
+        if self._file is not None:
+            content = {"title": self._title, "done": done, "total": self._total, "seconds_left": seconds_left}
+            with suppress(OSError):  # a full disk is for the stage to report, where it loses something
+                write_json(self._file, content)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from rich.console import Console
+from rich.text import Text
 
 from durable_files import write_json
 from halo_cluster import StageRecord, StopRequested
@@ -26,7 +27,7 @@ from halo_jobs.training.batches import BatchCursor
 from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
 from halo_jobs.training.objectives import Objective, gather_weights
 from halo_jobs.training.optimizer import build_optimizer, set_learning_rate
-from halo_jobs.training.progress import MetricsLog, ProgressReporter, StepMetrics
+from halo_jobs.training.progress import MetricsLog, ProgressReporter, StepMetrics, peak_memory
 from halo_jobs.training.schedule import learning_rate
 
 # What a step depends on, besides the data: a checkpoint of other values is of another training.
@@ -135,7 +136,8 @@ class Trainer:
     def _resume(self, optimizer: MegatronOptimizer) -> int:
         step, damage = self.checkpoints.newest_valid()
         for sentence in damage:
-            self.console.print(f"[yellow]{self.title}: skipping a damaged checkpoint: {sentence}")
+            remark = Text(f"{self.title}: skipping a damaged checkpoint: {sentence}", "yellow")
+            self.console.print(remark, soft_wrap=True)
         self.checkpoints.set_damaged_aside(step)
         if step is None:
             return 0
@@ -188,6 +190,7 @@ class Trainer:
             loss, gradient_norm = self._step(optimizer, step)
             elapsed = time.monotonic() - started
             done = step + 1
+            host_memory, gpu_memory = peak_memory()
             metrics = StepMetrics(
                 step=done,
                 loss=loss,
@@ -197,6 +200,8 @@ class Trainer:
                 elapsed_seconds=log.elapsed_before + elapsed,
                 consumed_samples=done * self.section.global_batch,
                 consumed_tokens=done * self.section.tokens_per_step,
+                host_memory_bytes=host_memory,
+                gpu_memory_bytes=gpu_memory,
             )
             log.write(metrics)
             reporter.update(done, f"loss {loss:.4g}  {metrics.tokens_per_second:,.0f} tokens/s")
@@ -243,7 +248,8 @@ class Trainer:
                 self.stop.forget_file()
             raise StopRequested(
                 f"{self.title}: stopped by {self.stop.reason(stop)} after step {done} of {self.section.steps}, "
-                f"which is saved in {self.checkpoints.path(done)}"
+                f"which is saved in {self.checkpoints.path(done)}",
+                by_user=self.stop.is_by_file(stop),
             )
 
     def _save_is_due(self, done: int) -> bool:

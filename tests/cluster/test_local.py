@@ -59,7 +59,7 @@ def test_failure_names_stage_and_log_and_keeps_what_is_done(
     assert init.record.done() is not None
     align.error = None
     published = run_stages(plan, console)
-    assert published["align"]["attempt"] == 2
+    assert published["align"]["attempt"] == "2"
     assert (init.runs, align.runs) == (1, 2)
 
 
@@ -91,7 +91,7 @@ def test_full_disk_does_not_hide_the_failure(
         run_stages([PlannedStage("distil.uniform", record, fail_on_a_full_disk)], console)
     monkeypatch.undo()
     again = run_stages([counting(record).planned()], console)
-    assert again["distil.uniform"]["attempt"] == 2
+    assert again["distil.uniform"]["attempt"] == "2"
 
 
 def test_publishing_on_a_full_disk_leaves_the_stage_undone(
@@ -111,7 +111,7 @@ def test_publishing_on_a_full_disk_leaves_the_stage_undone(
         run_stages([PlannedStage("distil.uniform", record, run_and_fill)], console)
     monkeypatch.undo()
     assert record.done() is None
-    assert run_stages([stage.planned()], console)["distil.uniform"]["attempt"] == 2
+    assert run_stages([stage.planned()], console)["distil.uniform"]["attempt"] == "2"
 
 
 def test_interrupt_is_recorded_and_resumed(record: StageRecord, counting, console: Console) -> None:
@@ -121,7 +121,7 @@ def test_interrupt_is_recorded_and_resumed(record: StageRecord, counting, consol
     assert [(s.state, s.reason) for s in record.attempts()] == [("interrupted", "Ctrl-C")]
     assert shown(console)[-1] == "distil.uniform interrupted the same command resumes here"
     stage.error = None
-    assert run_stages([stage.planned()], console)["distil.uniform"]["attempt"] == 2
+    assert run_stages([stage.planned()], console)["distil.uniform"]["attempt"] == "2"
     assert "attempt 2, after 0 s of earlier ones" in shown(console)[-2]
 
 
@@ -198,7 +198,7 @@ def test_killed_driver_resumes_where_it_was(run: RunFolder) -> None:
     assert drive(run, 1, None) == [3]
     published = align.done()
     assert published is not None
-    assert published["attempt"] == 3
+    assert published["attempt"] == "3"
     states = [(status.state, status.reason) for status in align.attempts()]
     assert states == [
         ("interrupted", "killed, or the machine stopped"),

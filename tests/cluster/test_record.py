@@ -46,7 +46,7 @@ def test_published_stage_reads_back_with_checksums_of_files_and_folders(record: 
     assert record.done() == published
     assert published["stage"] == "distil.uniform"
     assert published["input_hash"] == record.input_hash
-    assert published["attempt"] == 1
+    assert published["attempt"] == "1"
     assert set(published["outputs"]) == {"checkpoints/model.bin", "metrics.jsonl"}
     assert published["bytes"]["checkpoints/model.bin"] == len("weights")
     assert published["summary"] == {"loss": 0.5}
@@ -64,7 +64,7 @@ def test_seconds_are_summed_over_attempts(record: StageRecord) -> None:
     second.interrupt("Ctrl-C")
     third, output = begin(record)
     published = third.publish([output], {})
-    assert published["attempt"] == 3
+    assert published["attempt"] == "3"
     assert published["seconds"] >= 1000.0
     assert published["started"] == first.started
     assert [status.state for status in record.attempts()] == ["failed", "interrupted", "done"]
@@ -102,11 +102,11 @@ def test_eight_processes_publish_once(record: StageRecord) -> None:
     assert [racer.returncode for racer in racers] == [0] * 8
     published = record.done()
     assert published is not None
-    winner = published["attempt"]
+    winner = int(published["attempt"])
     assert published["summary"] == {"by": winner}
     assert saw == {winner}
     assert record.verify() == []
-    assert [s.number for s in record.attempts() if s.state == "done"] == [winner]
+    assert [s.label for s in record.attempts() if s.state == "done"] == [str(winner)]
     assert [path.name for path in record.folder.glob("*.unfinished-*")] == []
 
 
@@ -117,7 +117,7 @@ STAGE_THAT_HANGS = """
     record = StageRecord(Path(sys.argv[1]))
     attempt = record.begin_attempt()
     (record.folder / "half").write_text("half of it")
-    print(attempt.number, flush=True)
+    print(attempt.label, flush=True)
     time.sleep(600)
 """
 
@@ -144,17 +144,17 @@ def test_killed_attempt_is_counted_by_its_heartbeat_and_the_next_goes_on(record:
     assert read_json(first / "started.json")["pid"] == pid
     (first / "heartbeat").write_text("123.456\n")
     second, output = begin(record)
-    assert second.number == 2
+    assert second.label == "2"
     closed = read_json(first / "exit.json")
     assert (closed["outcome"], closed["seconds"]) == ("interrupted", 123.456)
     published = second.publish([output], {})
-    assert published["attempt"] == 2
+    assert published["attempt"] == "2"
     assert published["seconds"] >= 123.456
 
 
 def test_attempt_killed_before_its_first_file_counts_nothing(record: StageRecord) -> None:
     (record.folder / "attempt.7").mkdir(parents=True)
-    assert record.begin_attempt().number == 8
+    assert record.begin_attempt().label == "8"
     assert next((s.state, s.seconds) for s in record.attempts()) == ("interrupted", 0.0)
 
 

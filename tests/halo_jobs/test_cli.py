@@ -268,7 +268,7 @@ def test_status_and_report_of_an_unfinished_run(finished, tmp_path):
         metrics.write('{"step": 4, "lo')
     seen = _halo("status", run)
     assert seen.returncode == 0, seen.stderr
-    rows = {line.split()[1]: line for line in seen.stdout.splitlines() if line.startswith("│")}
+    rows = {line.split()[0]: line for line in seen.stdout.splitlines()[:-1] if line.strip()}
     last = json.loads((attempt.parent / "metrics.jsonl").read_text().splitlines()[2])
     assert "failed" in rows["finetune.hybrid"] and f"{last['loss']:.4g}" in rows["finetune.hybrid"]
     assert "done" in rows["align"]
@@ -308,5 +308,5 @@ def test_help_loads_nothing_heavy():
     assert loaded.stdout.strip() == "[]"
     shown = _halo("--help")
     assert shown.returncode == 0
-    for command in ("demo", "run", "pretrain", "status", "report", "tokenize", "corpus"):
+    for command in ("demo", "run", "pretrain", "status", "logs", "metrics", "report", "tokenize", "corpus"):
         assert f"│ {command} " in shown.stdout

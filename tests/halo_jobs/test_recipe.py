@@ -87,8 +87,10 @@ def test_broken_yaml_is_one_sentence(tmp_path):
 
 
 def test_override_changes_one_key(tiny_recipe_file):
+    assert "align: &" in tiny_recipe_file.read_text() and "distil: *" in tiny_recipe_file.read_text()
+    before = load_recipe(tiny_recipe_file)
     recipe = load_recipe(tiny_recipe_file, ["distil.steps=77", "corpus.train=[a, b]"])
-    assert recipe.distil.steps == 77
+    assert recipe.distil.steps == 77 and recipe.align == before.align
     assert recipe.corpus.train == ["a", "b"]
     with pytest.raises(ValueError, match=r"section\.key=value"):
         load_recipe(tiny_recipe_file, ["distil.steps"])

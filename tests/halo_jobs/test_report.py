@@ -40,7 +40,7 @@ def done(stage: str, seconds: float, outputs: list[str], summary: Mapping[str, A
     return {
         "stage": stage,
         "input_hash": "0123456789ab",
-        "attempt": 2 if stage == "align" else 1,
+        "attempt": "2" if stage == "align" else "1",
         "started": "2026-02-03T10:00:00+00:00",
         "finished": "2026-02-03T10:11:00+00:00",
         "seconds": seconds,

@@ -1,0 +1,283 @@
+"""The tasks of one fan-out as files that workers and drivers share, without locks and without a clock in common.
+
+results/<task>.json             arguments, result, who made it; published once
+tries/<task>@<n>.claim.json     the n-th try belongs to this worker; published once, never taken back
+      <task>@<n>.failed.json    it ended in an exception
+      <task>@<n>.refused.json   it ended in a ValueError, which no other try would mend
+      <task>@<n>.lost.json      its worker was lost
+      <task>@<n>.forgiven.json  a failure of an earlier call, which the next call does not count
+workers/<worker>.json           its process
+        <worker>.heartbeat      rewritten every second
+        <worker>.ended.json     somebody knows that it has ended
+        <worker>.failed.json    it could not be made
+        given-up.json           no backend can do better
+
+A task can be claimed while it has no result and its newest try has ended. Whoever publishes the next claim has it: a
+hard link lets one only. A worker that was given up for lost may still finish: results are published once, so the second
+one is dropped. Nothing ever waits for a file to be removed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from durable_files import publish_once, read_json
+from halo_cluster.fan_out.plan import Plan, Task
+from halo_cluster.processes import ProcessIdentity
+
+SILENT_SECONDS = 30.0
+"""A worker whose heartbeat stands still for so long is given up. Watched by the clock of whoever watches."""
+MOST_LOSSES = 10
+"""A task that loses its worker so often is at fault itself: it may exhaust the memory."""
+
+_TRY = re.compile(r"(?P<task>[^@]+)@(?P<number>\d+)\.(?P<what>claim|failed|refused|lost|forgiven)\.json")
+
+
+class FanOutFailed(RuntimeError):
+    """The tasks cannot be finished; the message names the one at fault and where its traceback is."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Try `number` (from 1) at a task, held by `worker`."""
+
+    task: str
+    number: int
+    worker: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a fan-out cannot go on: one sentence, whether it is the user's to mend, and the traceback if there is one."""
+
+    sentence: str
+    user_error: bool
+    traceback: str = ""
+
+
+@dataclass
+class _Tries:
+    """What is known of one task's tries: by number the words after it."""
+
+    marks: dict[int, set[str]] = field(default_factory=dict)
+
+    @property
+    def newest(self) -> int:
+        return max(self.marks, default=0)
+
+    @property
+    def is_open(self) -> bool:
+        """Somebody works on it, as far as is known."""
+        return self.newest > 0 and not self.marks[self.newest] - {"claim"}
+
+    def count(self, what: str) -> int:
+        return sum(what in marks for marks in self.marks.values())
+
+
+class TaskPool:
+    """One fan-out as seen from one process. Remembers which heartbeats it saw move, and nothing else that matters."""
+
+    def __init__(self, folder: Path, plan: Plan, silent_seconds: float = SILENT_SECONDS) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.silent_seconds = silent_seconds
+        self.results, self.tries, self.workers = (folder / name for name in ("results", "tries", "workers"))
+        for path in (self.results, self.tries, self.workers):
+            path.mkdir(parents=True, exist_ok=True)
+        self._holders: dict[tuple[str, int], str] = {}
+        self._last_beat: dict[str, tuple[str, float]] = {}
+
+    # results
+
+    def result_path(self, task: str) -> Path:
+        return self.results / f"{task}.json"
+
+    def published(self) -> set[str]:
+        """Names of the plan's tasks that have a result."""
+        names = {name.removesuffix(".json") for name in os.listdir(self.results) if name.endswith(".json")}
+        return names & {task.name for task in self.plan.tasks}
+
+    def read_result(self, task: Task) -> Any:
+        """The published result; ValueError if it is of other arguments."""
+        path = self.result_path(task.name)
+        content = read_json(path)
+        if content["arguments"] != task.arguments:
+            raise ValueError(
+                f"{path} is the result of other arguments; remove {self.folder} to compute it again"
+            )
+        return content["result"]
+
+    def publish(self, claim: Claim, arguments: Any, result: Any, seconds: float) -> bool:
+        """Make `result` the task's; False if another try was first."""
+        content = {
+            "arguments": arguments,
+            "result": result,
+            "worker": claim.worker,
+            "try": claim.number,
+            "seconds": round(seconds, 3),
+        }
+        return publish_once(self.result_path(claim.task), content)
+
+    # tries
+
+    def _try_path(self, task: str, number: int, what: str) -> Path:
+        return self.tries / f"{task}@{number}.{what}.json"
+
+    def _all_tries(self) -> dict[str, _Tries]:
+        found = {task.name: _Tries() for task in self.plan.tasks}
+        for name in os.listdir(self.tries):
+            match = _TRY.fullmatch(name)
+            if match and match["task"] in found:
+                found[match["task"]].marks.setdefault(int(match["number"]), set()).add(match["what"])
+        return found
+
+    def claim(self, worker: str) -> Claim | None:
+        """The next task that nobody works on, now `worker`'s; None while there is none."""
+        tries, published = self._all_tries(), self.published()
+        for task in self.plan.tasks:
+            mine = tries[task.name]
+            if task.name in published or mine.is_open or self._is_spent(mine):
+                continue
+            claim = Claim(task.name, mine.newest + 1, worker)
+            won = publish_once(self._try_path(claim.task, claim.number, "claim"), asdict(claim))
+            # The try before may have been given up for lost and published after we looked.
+            if won and not self.result_path(task.name).exists():
+                return claim
+        return None
+
+    def fail(self, claim: Claim, failure: Failure) -> None:
+        what = "refused" if failure.user_error else "failed"
+        publish_once(
+            self._try_path(claim.task, claim.number, what), {"worker": claim.worker, **asdict(failure)}
+        )
+
+    def _is_spent(self, tries: _Tries) -> bool:
+        """Another try would be of no use."""
+        return (
+            tries.count("refused") > 0
+            or tries.count("failed") > self.plan.retries
+            or tries.count("lost") >= MOST_LOSSES
+        )
+
+    def nothing_left(self) -> bool:
+        """Every task has a result or is given up."""
+        published, tries = self.published(), self._all_tries()
+        return all(name in published or self._is_spent(own) for name, own in tries.items())
+
+    def forgive(self) -> None:
+        """Begin anew with what failed: called once by a driver, before it starts workers."""
+        for name in os.listdir(self.tries):
+            match = _TRY.fullmatch(name)
+            if match and match["what"] in ("failed", "refused", "lost"):
+                with suppress(FileNotFoundError):  # a second driver did
+                    os.rename(
+                        self.tries / name, self._try_path(match["task"], int(match["number"]), "forgiven")
+                    )
+        for path in [*self.workers.glob("*.failed.json"), self._given_up]:
+            path.unlink(missing_ok=True)
+
+    def give_up(self, sentence: str) -> None:
+        """For a backend that cannot keep its workers alive."""
+        publish_once(self._given_up, asdict(Failure(sentence, user_error=False)))
+
+    @property
+    def _given_up(self) -> Path:
+        return self.workers / "given-up.json"
+
+    def failure(self) -> Failure | None:
+        """Why this fan-out cannot be finished, or None as long as it can."""
+        unmade = [Failure(**read_json(path)) for path in sorted(self.workers.glob("*.failed.json"))]
+        for failure in unmade:
+            if failure.user_error:
+                return failure
+        if len(unmade) > self.plan.retries:
+            return replace(unmade[-1], sentence=f"no worker could be made: {unmade[-1].sentence}")
+        published = self.published()
+        for task, tries in self._all_tries().items():
+            if task not in published and self._is_spent(tries):
+                return self._why_spent(task, tries)
+        return Failure(**read_json(self._given_up)) if self._given_up.exists() else None
+
+    def _why_spent(self, task: str, tries: _Tries) -> Failure | None:
+        if tries.count("lost") >= MOST_LOSSES:
+            lost = f"task {task} lost its worker {MOST_LOSSES} times; it may need more memory than there is"
+            return Failure(f"{lost}: look into {self.workers}", user_error=False)
+        what = "refused" if tries.count("refused") else "failed"
+        path = self._try_path(task, max(n for n, marks in tries.marks.items() if what in marks), what)
+        try:
+            content = read_json(path)
+        except ValueError:
+            return None  # another driver forgave it just now
+        said = Failure(content["sentence"], content["user_error"], content["traceback"])
+        if said.user_error:
+            return said
+        times = f"task {task} failed {tries.count('failed')} times, at last with: {said.sentence.rstrip('.')}"
+        return Failure(f"{times}; the traceback is in {path}", False, said.traceback)
+
+    # workers
+
+    def enter(self, worker: str) -> Path:
+        """Sign in; returns the path of the worker's heartbeat."""
+        publish_once(self.workers / f"{worker}.json", asdict(ProcessIdentity.current()))
+        return self.workers / f"{worker}.heartbeat"
+
+    def worker_failed(self, worker: str, failure: Failure) -> None:
+        publish_once(self.workers / f"{worker}.failed.json", asdict(failure))
+
+    def ended(self, worker: str, reason: str) -> None:
+        """Somebody who knows says that `worker` has ended, or is given up and has to."""
+        if not self.has_to_end(worker):
+            publish_once(self.workers / f"{worker}.ended.json", {"reason": reason})
+
+    def has_to_end(self, worker: str) -> bool:
+        return (self.workers / f"{worker}.ended.json").exists()
+
+    def workers_named(self, prefix: str) -> list[str]:
+        """Workers that signed in and whose name begins so."""
+        named = re.compile(re.escape(prefix) + r"[^.]*\.json")
+        return [
+            name.removesuffix(".json") for name in sorted(os.listdir(self.workers)) if named.fullmatch(name)
+        ]
+
+    def holders(self) -> dict[str, Claim]:
+        """Who works on what, by worker, as far as is known."""
+        published = self.published()
+        found = {}
+        for task, tries in self._all_tries().items():
+            if tries.is_open and task not in published:
+                key = (task, tries.newest)
+                if key not in self._holders:
+                    self._holders[key] = read_json(self._try_path(*key, "claim"))["worker"]
+                found[self._holders[key]] = Claim(*key, self._holders[key])
+        return found
+
+    def _is_lost(self, worker: str) -> bool:
+        """Known to have ended, or silent for `silent_seconds` while this process watched."""
+        if self.has_to_end(worker):
+            return True
+        with suppress(ValueError):  # over NFS its claim may be seen before its name
+            if ProcessIdentity.from_json(read_json(self.workers / f"{worker}.json")).has_ended():
+                return True
+        try:
+            beat = (self.workers / f"{worker}.heartbeat").read_text()
+        except FileNotFoundError:
+            beat = ""
+        now = time.monotonic()
+        if worker not in self._last_beat or self._last_beat[worker][0] != beat:
+            self._last_beat[worker] = (beat, now)
+        return now - self._last_beat[worker][1] > self.silent_seconds
+
+    def release_lost(self) -> None:
+        """End the tries of lost workers, so that others may have their tasks."""
+        for worker, claim in self.holders().items():
+            if self._is_lost(worker):
+                self.ended(worker, "lost: it had a task in hand, and ended or showed no life")
+                # It may have published in its last moment.
+                if not self.result_path(claim.task).exists():
+                    publish_once(self._try_path(claim.task, claim.number, "lost"), {"worker": worker})

@@ -1,0 +1,86 @@
+"""A worker: takes one task after another until none is left. As a process that ends with the one that started it:
+
+python -m halo_cluster.fan_out.worker <plan file> <worker's name>
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from halo_cluster.fan_out.plan import Plan, Worker
+from halo_cluster.fan_out.task_pool import Claim, Failure, TaskPool
+from halo_cluster.heartbeat import Heartbeat
+from halo_cluster.ranks import end_with_parent
+
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.05, 1.0
+
+
+def open_pool(plan_file: Path) -> TaskPool:
+    """The pool that a plan lies in."""
+    return TaskPool(plan_file.parent.parent, Plan.read(plan_file))
+
+
+def work(pool: TaskPool, name: str, look: Callable[[], None] = lambda: None) -> None:
+    """Do tasks as worker `name` until every task has a result or is given up; calls `look` between them.
+
+    Failures of tasks, and of making the worker, are left in the pool for the driver; this function raises only what
+    `look` raises, and OSError of the pool's own folder.
+    """
+    beat = Heartbeat(pool.enter(name))
+    try:
+        do: Worker | None = None
+        wait = _SHORTEST_WAIT
+        while not (pool.nothing_left() or pool.has_to_end(name)):
+            if do is None:
+                do = _make(pool, name)
+                if do is None:
+                    return
+            claim = pool.claim(name)
+            if claim is not None:
+                _attempt(pool, claim, do)
+                wait = _SHORTEST_WAIT
+            else:
+                pool.release_lost()
+                time.sleep(wait * random.uniform(0.5, 1.0))  # so that workers do not look all at once
+                wait = min(2 * wait, _LONGEST_WAIT)
+            look()
+    finally:
+        beat.stop()
+        with suppress(OSError):
+            pool.ended(name, "it left")
+
+
+def _make(pool: TaskPool, name: str) -> Worker | None:
+    try:
+        return pool.plan.make_worker()
+    except Exception as problem:
+        pool.worker_failed(name, _failure(problem))
+        return None
+
+
+def _attempt(pool: TaskPool, claim: Claim, do: Worker) -> None:
+    arguments = next(task.arguments for task in pool.plan.tasks if task.name == claim.task)
+    begun = time.monotonic()
+    try:
+        result = do(arguments)
+    except Exception as problem:
+        pool.fail(claim, _failure(problem))
+        return
+    pool.publish(claim, arguments, result, time.monotonic() - begun)
+
+
+def _failure(problem: Exception) -> Failure:
+    lines = str(problem).strip().splitlines()
+    said = lines[0] if lines else type(problem).__name__
+    return Failure(said, isinstance(problem, ValueError), traceback.format_exc())
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    work(open_pool(Path(sys.argv[1])), sys.argv[2])

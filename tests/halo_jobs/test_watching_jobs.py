@@ -1,0 +1,121 @@
+"""Looking at runs whose stages wait in a queue, restart, or were on a node that is gone."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from halo_cluster import StageRecord
+from halo_cluster.jobs import StageJob
+from halo_jobs.monitoring.exporter import exposition
+from halo_jobs.monitoring.readings import read_run
+
+
+def _command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "halo_jobs.cli", *map(str, arguments)]
+
+
+def _halo(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_logs_follow_across_attempts_until_done(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: small\n")
+    record = StageRecord(tmp_path / "align" / "0123456789ab")
+    for number in (1, 2):
+        record.begin_attempt().log(f"work of attempt {number}")
+    first, second = record.folder / "attempt.1", record.folder / "attempt.2"
+    follower = subprocess.Popen(
+        _command("logs", tmp_path, "align", "--follow"), stdout=subprocess.PIPE, text=True
+    )
+    assert follower.stdout is not None
+    lines = iter(follower.stdout.readline, "")
+    assert next(lines).endswith("attempt 2 on " + socket.gethostname() + ": log.txt\n")
+    assert next(lines).endswith(" work of attempt 2\n")
+    with open(second / "rank-1.txt", "w") as rank:
+        rank.write("half of a ")
+        rank.flush()
+        time.sleep(0.8)
+        rank.write("line\nand what follows no line end")
+    third = record.begin_attempt()  # the second is closed as killed
+    third.log("work of attempt 3")
+    output = record.folder / "weights"
+    output.write_text("weights")
+    third.publish([output], {})
+    rest = [line.rstrip("\n") for line in lines]
+    assert follower.wait(20) == 0
+    assert rest[0].endswith("attempt 2 on " + socket.gethostname() + ": rank-1.txt")
+    assert rest[1:4] == [
+        "half of a line",
+        "and what follows no line end",
+        "== attempt 2 interrupted: killed, or the machine stopped",
+    ]
+    assert rest[4].endswith("attempt 3 on " + socket.gethostname() + ": log.txt")
+    assert rest[5].endswith(" work of attempt 3") and rest[6] == "== align done"
+    assert not any("attempt 1" in line for line in rest), first
+
+
+@pytest.fixture
+def submitted_run(tmp_path) -> Path:
+    """A run whose align was submitted twice and never began."""
+    (tmp_path / "recipe.yaml").write_text("name: small\nalign: {steps: 10}\n")
+    jobs = tmp_path / "align" / "0123456789ab" / "jobs"
+    jobs.mkdir(parents=True)
+    for job in (9, 12):
+        (jobs / f"{job}.json").write_text(json.dumps({"job": str(job), "name": "halo", "submitted": ""}))
+        (jobs / f"{job}_0_log.out").write_text(f"job {job}: python: not found\n")
+    (jobs / "work.0123456789ab.json").write_text("{}")
+    return tmp_path
+
+
+def test_job_that_began_no_attempt(submitted_run):
+    shown = _halo("logs", submitted_run, "align")
+    assert shown.stdout.splitlines() == [
+        "== the scheduler's log: 12_0_log.out",
+        "job 12: python: not found",
+    ]
+    (stage,) = read_run(submitted_run)
+    assert (stage.state, stage.job, stage.attempts, stage.steps) == ("pending", "12", 0, 10)
+    content = exposition(submitted_run)
+    assert re.search(r'halo_stage_state\{.*stage="align",state="pending"\} 1.0', content)
+    assert re.search(r'halo_restarts_total\{.*stage="align"\} 0.0', content)
+
+
+def test_status_asks_slurm_why_a_stage_waits(submitted_run, tmp_path_factory, monkeypatch):
+    record = StageRecord(submitted_run / "align" / "0123456789ab")
+    programs = tmp_path_factory.mktemp("bin")
+    name = StageJob("align", record, {}).job_name
+    squeue = programs / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho '12|PENDING|Resources||{name}'\necho '13|RUNNING|None|n1|other'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    shown = _halo("status", submitted_run)
+    assert shown.stdout.splitlines()[-1] == "align is job 12, pending (Resources)"
+    stage = json.loads(_halo("status", submitted_run, "--json").stdout)["stages"][0]
+    assert (stage["state"], stage["queue"]["reason"]) == ("pending", "Resources")
+    squeue.write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
+    )
+    away = _halo("status", submitted_run)
+    assert away.returncode == 0 and "pending" in away.stdout
+    assert "Unable to contact slurm controller; what the run's folder says follows" in away.stderr
+
+
+def test_status_of_a_stage_on_a_node_that_is_gone(submitted_run):
+    attempt = submitted_run / "align" / "0123456789ab" / "attempt.12.0"
+    attempt.mkdir()
+    begun = {"host": "node7", "pid": 5, "birth": "x", "started": "2026-01-01T00:00:00+00:00"}
+    (attempt / "started.json").write_text(json.dumps(begun))
+    (attempt / "heartbeat").write_text("         90.000\n")
+    assert "shown no life" not in _halo("status", submitted_run).stdout
+    long_ago = time.time() - 600
+    os.utime(attempt / "heartbeat", (long_ago, long_ago))
+    shown = _halo("status", submitted_run).stdout
+    assert re.search(r"align +running", shown)
+    assert "align has shown no life for 10 min 00 s; node7 may be gone, or the disk slow" in shown
