@@ -6,7 +6,7 @@ help:
 	@echo "make demo   convert a small real model on this machine's CPU, with a report (12 minutes on 2 cores)"
 	@echo "make test   everything CI checks: lint, then the tests"
 	@echo "make test-grid   every kind of training under every parallel layout (10 minutes on 2 cores)"
-	@echo "make test-faults   kills processes that train together or convert, twenty times each (4 minutes on 2 cores)"
+	@echo "make test-faults   kills processes that train together or convert, twenty times each (7 minutes on 2 cores)"
 	@echo "make test-cluster   every fault of workers and drivers on a real Ray and a real Slurm"
 	@echo "make slurm-sandbox   a real Slurm of four nodes on this machine, to try recipes on (root on Debian; 15 seconds)"
 	@echo "make slurm-sandbox-down   stops it"
@@ -38,7 +38,6 @@ test-grid: bootstrap
 test-faults: export OMP_NUM_THREADS ?= 1
 test-faults: bootstrap
 	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py
-	HALO_CONVERT_KILLS=20 $(BIN)/pytest -rP tests/tools/test_conversion_faults.py -k kill_9
 	HALO_CONVERT_KILLS=20 $(BIN)/pytest -rP tests/tools/test_conversion_faults.py -k kill_9
 
 # A few of them are in `make test`.

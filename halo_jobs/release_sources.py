@@ -10,15 +10,14 @@ from hypenet_tools.opened import OpenedModel, open_model
 CHECKPOINT_INDEX = "INDEX.json"  # of halo_jobs/checkpointing, which takes seconds to import
 
 
-def weights_source(folder: Path, *, weights_only: bool) -> OpenedModel:
+def is_training_checkpoint(folder: Path) -> bool:
+    return (folder / CHECKPOINT_INDEX).is_file()
+
+
+def weights_source(folder: Path) -> OpenedModel:
     """A model folder, or a training checkpoint without its optimizer. ValueError in one sentence otherwise."""
-    if not (folder / CHECKPOINT_INDEX).is_file():
+    if not is_training_checkpoint(folder):
         return open_model(folder)
-    if not weights_only:
-        raise ValueError(
-            f"{folder} is a training checkpoint, which resumes at any layout as it is; add --weights-only for a "
-            "weights folder without the optimizer"
-        )
     from halo_jobs.checkpoint_weights import open_checkpoint
 
     return open_checkpoint(folder)
@@ -27,7 +26,7 @@ def weights_source(folder: Path, *, weights_only: bool) -> OpenedModel:
 def release_source(folder: Path) -> OpenedModel:
     """As `weights_source`, or a run's folder, which stands for what its export stage has published."""
     if not (folder / RECIPE_FILE).is_file():
-        return weights_source(folder, weights_only=True)
+        return weights_source(folder)
     published = sorted(folder.glob("export/*/DONE.json"), key=lambda path: path.stat().st_mtime)
     if not published:
         raise ValueError(

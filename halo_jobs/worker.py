@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -146,7 +148,22 @@ def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console
         return node.run(context)
 
 
+def _stop_before_training(attempt: Path, rank: int) -> None:
+    """A request to stop that comes while modules and weights are still being loaded; a trainer heeds later ones."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        said = f"stopped by {signal.Signals(number).name} before its first step"
+        publish_once(
+            attempt / FAILURE, {"rank": rank, "host": "", "sentence": said, "final": False, "traceback": ""}
+        )
+        os._exit(STOPPED_EXIT_CODE)
+
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, stop)
+
+
 def main(attempt: Path, rank: int) -> int:
+    _stop_before_training(attempt, rank)
     logging.basicConfig(filename=rank_log(attempt, rank))
     quieten_libraries()
     work = read_json(attempt / WORK)

@@ -33,7 +33,7 @@ from hypenet_tools.model_weights import save_weights
 from tests.training_grid import SECTION, Cell, RandomWindows, objective_of
 
 SAVED_STEP = 3
-RESUMED_SECTION = SECTION.model_copy(update={"checkpoint_every": SAVED_STEP})
+RESUMED_SECTION = SECTION.model_copy(update={"checkpoint_every": 2 * SAVED_STEP})
 
 
 @dataclass(frozen=True)

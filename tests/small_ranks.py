@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 12, 3
+SAVED = 2  # saves begin at its multiples
 
 
 @dataclass(frozen=True)

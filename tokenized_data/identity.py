@@ -24,7 +24,8 @@ class TokenizerIdentity:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer.json in `folder`, set to encode texts of any length whole."""
+    """The tokenizer.json in `folder`, set to encode texts of any length whole, and as nothing but text: where one
+    spells "<|endoftext|>", it does not become that token."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file} does not exist; give the folder of a Hugging Face tokenizer")
@@ -35,6 +36,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     # Files saved after fine-tuning may carry both; they would cut documents short or fill them up without a word.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # as ordinary text, that is
     return tokenizer
 
 

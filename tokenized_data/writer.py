@@ -6,11 +6,14 @@ magnitude slower); the shard index carries a crc32c and the group's attributes a
 
 from __future__ import annotations
 
+import fcntl
+import glob
+import os
 import shutil
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +22,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-from durable_files import publish_folder, sha256_file, temporary_sibling
+from durable_files import TEMPORARY_MARK, publish_folder, sha256_file, temporary_sibling
 from tokenized_data.identity import TokenizerIdentity
 
 FORMAT = "hypenet-token-store/1"
@@ -35,6 +38,27 @@ def _errors_name(folder: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(folder)
         raise
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor that holds `folder` until it is closed, at the latest by the end of the process. OSError while
+    another one holds it, and on file systems that have no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _discard_dead_siblings(folder: Path) -> None:
+    """Remove what killed writers of `folder` left beside it; what a living one is at work in stays."""
+    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}{TEMPORARY_MARK}*"):
+        with suppress(OSError):
+            descriptor = _locked(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.close(descriptor)
 
 
 class _ShardedArray:
@@ -83,9 +107,9 @@ class _ShardedArray:
 class TokenStoreWriter:
     """Context manager; the store appears at `folder` when the block ends without an error, or not at all.
 
-    Memory holds one shard per array. A killed writer leaves a temporary sibling of `folder`; whoever owns the parent
-    removes it with `durable_files.discard_leftovers`, not this class, as another writer may be at work beside it.
-    OSErrors (disk full, read-only) name the folder.
+    Memory holds one shard per array. A killed writer leaves a temporary sibling of `folder`, which the next writer of
+    the same store removes; a living one it knows by the lock on its folder. OSErrors (disk full, read-only) name
+    `folder`.
     """
 
     def __init__(
@@ -108,9 +132,14 @@ class TokenStoreWriter:
 
     def __enter__(self) -> TokenStoreWriter:
         self._temporary = temporary_sibling(self.folder)
+        self._lock: int | None = None
         try:
             with _errors_name(self.folder):
-                self._group = zarr.open_group(self._temporary, mode="w", zarr_format=3)
+                _discard_dead_siblings(self.folder)
+                self._temporary.mkdir(parents=True)
+                with suppress(OSError):  # without locks nobody takes it for dead either
+                    self._lock = _locked(self._temporary)
+                self._group = zarr.open_group(self._temporary, mode="a", zarr_format=3)
                 self._tokens = self._new_array("tokens", np.uint32)
                 self._weights = self._new_array("loss_weights", np.uint8) if self._has_weights else None
         except BaseException:
@@ -128,6 +157,9 @@ class TokenStoreWriter:
             shutil.rmtree(self._temporary, ignore_errors=True)
             if not self._temporary.exists():
                 break
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def add_document(self, token_ids: np.ndarray, loss_weights: np.ndarray | None = None) -> None:
         """Append one document, EOS included by the caller: ids [n] and, in a weighted store, uint8 weights [n]."""

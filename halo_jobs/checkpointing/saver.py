@@ -109,11 +109,15 @@ class _Save:
 
 class BackgroundSaver:
     """Saves checkpoints, at most one at a time. All ranks call its methods in the same order, `busy` and
-    `before_update` apart."""
+    `before_update` apart.
+
+    `published` is the step of the newest checkpoint: what a kill at this moment would leave.
+    """
 
     def __init__(self, checkpoints: TrainingCheckpoints, keep: KeyFilter | None):
         self.checkpoints = checkpoints
         self.keep = keep
+        self.published = 0
         self._copies = _HostCopies()
         self._save: _Save | None = None
 
@@ -193,6 +197,7 @@ class BackgroundSaver:
             self.checkpoints.publish(save.temporary, save.step, save.plan, written, save.training)
 
         on_first_rank(publish)
+        self.published = save.step
 
     def finish(self, progress: Callable[[], None] = lambda: None) -> None:
         """Wait for the save in flight, if any, and publish it. `progress` is called while any rank writes."""

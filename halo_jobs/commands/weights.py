@@ -113,14 +113,15 @@ def convert(
 
 def reshard(
     source: Annotated[Path, typer.Argument(help="A weights folder, or a training checkpoint (step-...).")],
-    out: Annotated[Path, typer.Argument(help="The weights folder to write; must not exist yet.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist yet.")],
     tensor: TensorOption = 1,
     pipeline: PipelineOption = 1,
     expert: ExpertOption = 1,
     weights_only: Annotated[
         bool,
         typer.Option(
-            "--weights-only", help="Of a training checkpoint: leave the optimizer behind (required)."
+            "--weights-only",
+            help="Of a training checkpoint: leave the optimizer behind and write a weights folder.",
         ),
     ] = False,
     dtype: DtypeOption = None,
@@ -129,25 +130,28 @@ def reshard(
     part: PartOption = "0/1",
     dry_run: DryRunOption = False,
 ) -> None:
-    """Write weights for another layout or in another dtype, without building the model and without GPUs.
+    """Write weights, or a training checkpoint, for another layout without building the model and without GPUs.
 
     Any folder loads at any layout; written for the layout that will load it, every rank reads its own files from
-    beginning to end. Resumes like `halo convert`.
+    beginning to end. Weights may change their dtype; a training checkpoint, which has one file per rank, stays as exact
+    as it is. Resumes like `halo convert`.
 
     Example: halo reshard hybrid-8b hybrid-8b-tp8 --tp 8
     """
-    from halo_jobs.release_sources import weights_source
+    from halo_jobs.release_sources import is_training_checkpoint, weights_source
     from hypenet_tools.convert import reshard_job
     from hypenet_tools.layout import Layout
 
-    opened = weights_source(source, weights_only=weights_only)
-    job = reshard_job(
-        opened,
-        out,
-        Layout(tensor, pipeline, expert),
-        dtype=_dtype(dtype),
-        max_shard_bytes=round(shard_gb * GIGABYTE),
-    )
+    layout, target = Layout(tensor, pipeline, expert), _dtype(dtype)
+    if is_training_checkpoint(source) and not weights_only:
+        from halo_jobs.checkpoint_resharding import reshard_checkpoint_job
+
+        if target is not None:
+            raise ValueError(f"--dtype is for weights, and {source} has an optimizer too; add --weights-only")
+        job = reshard_checkpoint_job(source, out, layout)
+    else:
+        size = round(shard_gb * GIGABYTE)
+        job = reshard_job(weights_source(source), out, layout, dtype=target, max_shard_bytes=size)
     _do(job, workers, part, dry_run)
 
 
@@ -211,7 +215,7 @@ def verify(
     from halo_jobs.release_sources import weights_source
     from hypenet_tools.verify import verify as compare
 
-    one, other = weights_source(a, weights_only=True), weights_source(b, weights_only=True)
+    one, other = weights_source(a), weights_source(b)
     with _bar("comparing", one.stored.nbytes) as advance:
         result = compare(one, other, advance=advance)
     _tell(result, report)
@@ -232,7 +236,7 @@ def inspect(
     from halo_jobs.release_sources import weights_source
     from hypenet_tools.inspection import inspect_model
 
-    opened = weights_source(folder, weights_only=True)
+    opened = weights_source(folder)
     with _bar("reading", opened.stored.nbytes) as advance:
         result = inspect_model(opened, advance=advance)
     _tell(result, report)

@@ -86,6 +86,9 @@ class Materials:
         self.eos_id = eos_id
         self._source = source
         self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        self._tokenizer.encode_special_tokens = (
+            True  # as ordinary text: passages are decoded and encoded again
+        )
         vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
         texts = self._tokenizer.decode_batch([[token] for token in range(vocabulary)])
         self._stops = _table(text.endswith(".") for text in texts)

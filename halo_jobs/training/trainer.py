@@ -43,6 +43,7 @@ _SCHEDULE = (
     "clip_gradient",
     "recall_share",
 )
+_WAIT_TO_SPEAK_OF_SECONDS = 10.0
 
 
 class AttemptInProgress(Protocol):
@@ -141,6 +142,7 @@ class Trainer:
         if step is None:
             return 0
         restored = self.checkpoints.load(step, self.model, optimizer, self.keep_keys)
+        self.saver.published = step
         self._check_same_training(step, restored)
         self.guard.recent = deque(restored["recent_losses"])
         self.console.print(
@@ -234,10 +236,12 @@ class Trainer:
         stop, busy = highest([self.stop.code(), self.saver.busy])
         if self.saver.in_flight and not busy:
             self.saver.publish_written()
-        due = done % self.section.checkpoint_every == 0 and done < self.section.steps
-        if due or stop:
+        if self._save_is_due(done) or stop:
+            self._wait_for_save(watchdog)
             gather_weights(self.objective.chunks)
             self.saver.begin(done, self.model, optimizer, self._training_state(done))
+        if done - self.saver.published >= self.section.checkpoint_every:
+            self._wait_for_save(watchdog)  # killed in the next step, training would lose one more than it may
         if stop:
             self.saver.finish(watchdog.progress)
             if self._is_first:
@@ -246,6 +250,23 @@ class Trainer:
                 f"{self.title}: stopped by {self.stop.reason(stop)} after step {done} of {self.section.steps}, "
                 f"which is saved in {self.checkpoints.path(done)}",
                 by_user=self.stop.is_by_file(stop),
+            )
+
+    def _save_is_due(self, done: int) -> bool:
+        """Twice in `checkpoint_every` steps, so that one save is written by the time when it has to be; and where a
+        checkpoint is to be kept for good."""
+        often, kept = -(-self.section.checkpoint_every // 2), self.section.keep_checkpoint_every
+        return done < self.section.steps and (done % often == 0 or bool(kept and done % kept == 0))
+
+    def _wait_for_save(self, watchdog: Watchdog) -> None:
+        started = time.monotonic()
+        self.saver.finish(watchdog.progress)
+        waited = time.monotonic() - started
+        if waited > _WAIT_TO_SPEAK_OF_SECONDS:
+            self.console.print(
+                f"{self.title}: waited {waited:.0f} s for checkpoint {self.saver.published} to be written; with a "
+                "larger checkpoint_every training goes on meanwhile",
+                highlight=False,
             )
 
     def _training_state(self, done: int) -> dict[str, Any]:

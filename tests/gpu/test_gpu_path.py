@@ -156,7 +156,7 @@ SECTION = TrainingSection(
     micro_batch=2,
     learning_rate=1e-3,
     warmup_steps=1,
-    checkpoint_every=2,
+    checkpoint_every=4,
 )
 
 

@@ -83,7 +83,7 @@ TRAINING = {
     "learning_rate": 1e-3,
     "warmup_steps": 2,
     "recall_share": 0.5,
-    "checkpoint_every": 2,
+    "checkpoint_every": 4,
 }
 
 

@@ -285,8 +285,10 @@ def test_status_of_what_is_no_run(tmp_path):
 
 def test_tokenize_makes_a_store_once(tiny_corpus, tiny_tokenizer, tmp_path):
     arguments = ("tokenize", tiny_corpus, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "store")
+    (tmp_path / "store.unfinished-deadbeef").mkdir()  # of one that was killed
     made = _halo(*arguments)
     assert made.returncode == 0, made.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
     store = TokenStore.open(tmp_path / "store")
     assert f"{store.num_tokens:,} tokens in 60 documents" in made.stdout
     assert "exists already" in _error(_halo(*arguments), 2)

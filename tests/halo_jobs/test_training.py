@@ -1,7 +1,10 @@
 """The trainer: exact resume, damaged checkpoints, the divergence guard, independence of how a batch is cut."""
 
+import io
 import json
 import math
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from halo_jobs.checkpointing import TrainingCheckpoints
+from halo_jobs.checkpointing import TrainingCheckpoints, saver
 from halo_jobs.models import is_student_key
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.training.batches import BatchCursor
@@ -154,13 +157,46 @@ def test_damaged_checkpoint_is_skipped(world, tmp_path):
     victim = max(newest.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-100])
     step, damage = TrainingCheckpoints(tmp_path / "damaged" / "checkpoints").newest_valid()
-    assert step == 3
+    assert step == 4
     assert len(damage) == 1 and str(victim) in damage[0]
     resumed = _trainer(tmp_path / "damaged", "finetune")
     resumed.run()
     assert all(
         torch.equal(a, b) for a, b in zip(_weights(whole).values(), _weights(resumed).values(), strict=True)
     )
+
+
+def test_saves_begin_twice_in_an_interval_and_at_what_is_kept(world, tmp_path):
+    begun = []
+    section = SECTION.model_copy(update={"checkpoint_every": 6, "keep_checkpoint_every": 7})
+    trainer = _trainer(tmp_path, "finetune", section=section)
+    begin = trainer.saver.begin
+    trainer.saver.begin = lambda step, *state: begun.append(step) or begin(step, *state)
+    trainer.run()
+    assert begun == [3, 6, 7]
+    assert trainer.checkpoints.steps() == [3, 6, 7]
+    trainer.checkpoints.set_damaged_aside(3)
+    resumed = _trainer(tmp_path, "finetune", section=section)
+    resumed.saver.begin = lambda step, *state: begun.append(step)
+    resumed.run()
+    assert begun[3:] == [6, 7]
+
+
+def test_long_waits_for_a_save_are_spoken_of(world, tmp_path, monkeypatch):
+    write = saver.write_safetensors
+
+    def slowly(path, tensors):
+        time.sleep(0.3)
+        return write(path, tensors)
+
+    monkeypatch.setattr(saver, "write_safetensors", slowly)
+    monkeypatch.setattr("halo_jobs.training.trainer._WAIT_TO_SPEAK_OF_SECONDS", 0.1)
+    section = SECTION.model_copy(update={"checkpoint_every": 1})  # every step but the last waits for its save
+    trainer = _trainer(tmp_path, "finetune", section=section)
+    trainer.console = Console(file=io.StringIO(), width=200)
+    trainer.run()
+    said = re.findall(r"test: waited \d+ s for checkpoint (\d)", trainer.console.file.getvalue())
+    assert said == [str(step) for step in range(1, 8)]
 
 
 def test_nan_stops_and_names_the_batch(world, tmp_path):
@@ -170,7 +206,7 @@ def test_nan_stops_and_names_the_batch(world, tmp_path):
     bad = json.loads((tmp_path / "bad_batch.json").read_text())
     assert bad["step"] == 4
     assert [window["sample"] for window in bad["windows"]] == list(range(24, 32))
-    assert TrainingCheckpoints(tmp_path / "checkpoints").newest_valid() == (3, [])
+    assert TrainingCheckpoints(tmp_path / "checkpoints").newest_valid() == (2, [])
 
 
 def test_spike_stops():

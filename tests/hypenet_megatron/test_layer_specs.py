@@ -160,8 +160,9 @@ def test_student_route_of_one_layer_changes_the_logits(aligned, ids, layer):
     assert (_logits(aligned, ids) - teacher).abs().max() > 1e-3
 
 
-def test_align_route_keeps_the_residual_stream(teacher, aligned, ids):
-    aligned.train().set_route(Route.ALIGN)  # in eval mode Megatron adds the residual to the target in place
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_align_route_keeps_the_residual_stream(teacher, aligned, ids, training):
+    aligned.train(training).set_route(Route.ALIGN)
     heard = []
     for layer in aligned.decoder.layers:
         layer.input_layernorm.register_forward_hook(lambda *call: heard.append(call[-1]))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
-from durable_files import TEMPORARY_MARK, discard_leftovers
+from durable_files import TEMPORARY_MARK
 from tests.tokenized_data.conftest import IDENTITY, SHARD_TOKENS
 from tokenized_data import TokenizerIdentity, TokenStore, TokenStoreWriter
 from tokenized_data.store import _MappedShards, _ThroughZarr
@@ -299,9 +299,20 @@ def test_killed_writer_leaves_the_old_store(write_store, tmp_path):
     assert TokenStore.open(folder, verify_content=True).num_tokens == 100
     with pytest.raises(ValueError, match="is not a token store"):
         TokenStore.open(leftover)
-    assert TokenStore.open(write_store([np.arange(50)])).num_tokens == 50, "written again beside the leftover"
-    assert discard_leftovers(tmp_path) == [leftover]
-    assert list(tmp_path.iterdir()) == [folder]
+    write_store([np.arange(7)], "other")
+    assert leftover.exists(), "of another store"
+    assert TokenStore.open(write_store([np.arange(50)])).num_tokens == 50
+    assert not leftover.exists()
+
+
+def test_what_a_living_writer_has_begun_stays(tmp_path):
+    with TokenStoreWriter(tmp_path / "store", IDENTITY, provenance={}, shard_tokens=INNER_CHUNK) as one:
+        one.add_document(np.ones(INNER_CHUNK, np.int64))
+        with TokenStoreWriter(tmp_path / "store", IDENTITY, provenance={}) as other:
+            other.add_document(np.arange(4))
+        assert TokenStore.open(tmp_path / "store").num_tokens == 4
+    assert TokenStore.open(tmp_path / "store", verify_content=True).num_tokens == INNER_CHUNK
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 @pytest.mark.parametrize("room", [200, INNER_CHUNK])

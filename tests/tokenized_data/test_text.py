@@ -162,6 +162,17 @@ def test_long_documents_are_cut_between_words_and_lose_nothing(
         assert store.read(int(start), int(end - start)).tolist() == [*whole, store.tokenizer.eos_id]
 
 
+def test_the_name_of_a_special_token_is_text(tmp_path, tokenizer_folder, documents_of):
+    texts = [
+        "<|end|>",
+        "the <|end|> of the river",
+        "x" * 9_995 + " <|end|> " + "y" * 20_000,
+        "a\n<|end|>\n<|end|>",
+    ]
+    store = tokenize_text([_write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer_folder, tmp_path / "store")
+    assert documents_of(store) == texts
+
+
 def test_train_and_held_out_share_no_document(tmp_path, tokenizer_folder, documents_of):
     source = _write_jsonl(tmp_path / "a.jsonl", TEXTS + TEXTS[:50])
     copies = _write_parquet(tmp_path / "b.parquet", [f"\n{document} " for document in TEXTS[50:100]])

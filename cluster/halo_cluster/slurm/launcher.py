@@ -18,6 +18,7 @@ from halo_cluster.ranks import THIS_MACHINE, Nodes
 from halo_cluster.slurm.queue import call
 
 STOPPED_CODES = (75, 130)
+USER_ERROR_CODE = 2
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR2)
 _END_SECONDS = 60.0
 
@@ -45,11 +46,12 @@ class Launcher:
         if code == 0:
             return
         first = environment["HALO_NODE"] == "0"
-        stopped = code in (*STOPPED_CODES, *(-number for number in asked))
-        if stopped and not first:
+        if code in STOPPED_CODES and not first:
             return  # an error code here would have the first node killed while it still publishes
-        if stopped and asked:
-            _requeue()
+        if asked and code != USER_ERROR_CODE:
+            # Asked before it could save, it may have ended in any way; it goes on from its last checkpoint.
+            if first:
+                _requeue()
             return
         if first and code == 1 and _failures_so_far() <= self.failures:
             _requeue()

@@ -1,0 +1,128 @@
+"""Training checkpoints rewritten for another layout, optimizer and all: the same bits, and training goes on."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from halo_jobs.checkpoint_resharding import reshard_checkpoint_job
+from halo_jobs.checkpointing import TrainingCheckpoints
+from halo_jobs.cli import app
+from halo_jobs.models import write_shape
+from hypenet_megatron.presets import ModelShape
+from hypenet_tools.jobs import run_job
+from hypenet_tools.layout import Layout
+from tests.resume_grid import checkpoint_tensors
+from tests.small_ranks import Ranks, server
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="gloo ranks on the CPU backend; with CUDA it is off"
+    ),
+]
+SHAPE = ModelShape("tiny", 2, 32, 48, 4, 2, 8, 64, tied_embeddings=True)  # that of tests/small_rank_main.py
+LAYOUTS = {"tp2": {"tensor": 2}, "distopt": {"distributed_optimizer": True}, "pp2": {"pipeline": 2}}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with server() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def trained(ranks, tmp_path_factory) -> dict[str, Path]:
+    """Training folders of runs by layout, finished."""
+    root = tmp_path_factory.mktemp("runs")
+    folders = {}
+    for name, layout in LAYOUTS.items():
+        run = root / name
+        (run / "init" / "0").mkdir(parents=True)
+        (run / "recipe.yaml").write_text(f"name: {name}\n")
+        write_shape(run / "init" / "0", SHAPE)
+        folders[name] = run / "finetune.hybrid" / "0"
+        world = ranks.start(folders[name], layout=layout)
+        assert world.wait() == [0, 0], world.errors()
+    return folders
+
+
+def newest(folder: Path) -> Path:
+    checkpoints = TrainingCheckpoints(folder / "checkpoints")
+    return checkpoints.path(checkpoints.steps()[-1])
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, 2), Layout(1, 2)], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_same_tensors_in_other_files(trained, tmp_path, name, layout):
+    source = newest(trained[name])
+    assert run_job(reshard_checkpoint_job(source, tmp_path / "out", layout))
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"rank-{n:05d}.safetensors" for n in range(layout.tensor * layout.pipeline)]
+    before, after = checkpoint_tensors(source), checkpoint_tensors(tmp_path / "out")
+    assert any(key.startswith("optimizer.state.exp_avg_sq.") for key in before)
+    assert before.keys() == after.keys()
+    assert [key for key in before if not before[key].equal(after[key])] == []
+
+
+@pytest.mark.parametrize(("name", "layout"), [("pp2", "tp2"), ("distopt", "pp2"), ("tp2", "distopt")])
+def test_training_goes_on_from_it_as_from_the_original(ranks, trained, tmp_path, name, layout):
+    source = newest(trained[name])
+    ends = []
+    for kind in ("original", "resharded"):
+        stage = tmp_path / kind
+        target = stage / "checkpoints" / source.name
+        if kind == "original":
+            shutil.copytree(source, target)
+        else:
+            target.parent.mkdir(parents=True)
+            options = LAYOUTS[layout]
+            out = Layout(options.get("tensor", 1), options.get("pipeline", 1))
+            assert run_job(reshard_checkpoint_job(source, target, out))
+        world = ranks.start(stage, layout=LAYOUTS[layout])
+        assert world.wait() == [0, 0], world.errors()
+        lines = (stage / "metrics.jsonl").read_text().splitlines()
+        ends.append(
+            [(entry["step"], entry["loss"], entry["gradient_norm"]) for entry in map(json.loads, lines)]
+        )
+    assert ends[0] == ends[1]
+    assert [step for step, _, _ in ends[0]] == [11, 12]
+    finals = [sorted((tmp_path / kind / "final").glob("*.safetensors")) for kind in ("original", "resharded")]
+    assert [path.read_bytes() for path in finals[0]] == [path.read_bytes() for path in finals[1]]
+
+
+def test_a_damaged_checkpoint_is_not_given_new_checksums(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained["tp2"].parent.parent, run)
+    source = newest(run / "finetune.hybrid" / "0")
+    victim = source / "rank-00001.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-100] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"rank-00001\.safetensors does not match its checksum; reshard another"
+    ):
+        run_job(reshard_checkpoint_job(source, tmp_path / "out", Layout()))
+    assert not (tmp_path / "out").exists()
+    victim.write_bytes(content[:-8])
+    with pytest.raises(ValueError, match=r"rank-00001\.safetensors"):
+        reshard_checkpoint_job(source, tmp_path / "other", Layout())
+
+
+def test_the_command(trained, tmp_path):
+    source = newest(trained["tp2"])
+    halo = [sys.executable, "-m", "halo_jobs.cli", "reshard", source, tmp_path / "out", "--pp", "2"]
+    done = subprocess.run([*halo], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert len(list((tmp_path / "out").glob("rank-*"))) == 2
+    with pytest.raises(
+        ValueError, match=r"--dtype is for weights, and .* has an optimizer too; add --weights-only"
+    ):
+        app(["reshard", str(source), str(tmp_path / "other"), "--dtype", "bf16"], standalone_mode=False)
+    with pytest.raises(ValueError, match="--tp 4 does not divide the 2 key/value heads"):
+        app(["reshard", str(source), str(tmp_path / "other"), "--tp", "4"], standalone_mode=False)
