@@ -28,7 +28,7 @@ from durable_files import write_json, write_text
 from halo_jobs.monitoring.readings import METRICS_FILE, PROGRESS_FILE
 
 PLAIN_LINE_SECONDS = 10.0
-PROGRESS_FILE_SECONDS = 1.0
+EARLIER_SECONDS = 1.0
 
 _log = logging.getLogger("halo_jobs.progress")
 _log.setLevel(logging.INFO)  # for the attempt's log; a terminal has the bar
@@ -120,8 +120,8 @@ class ProgressReporter:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(title, total=total, numbers="")
-        self._started = self._last_line = self._last_file = time.monotonic()
-        self._first: int | None = None
+        self._started = self._last_line = time.monotonic()
+        self._measured_from: tuple[float, int] | None = None
         self._file = folder / PROGRESS_FILE if folder else None
         self._write_file(0, None)
 
@@ -132,19 +132,27 @@ class ProgressReporter:
 
     def update(self, done: int, numbers: str) -> None:
         self._bar.update(self._task, completed=done, numbers=numbers)
-        if self._first is None:
-            self._first = done - 1
-        now, is_last = time.monotonic(), done >= self._total
-        left = (now - self._started) / (done - self._first) * (self._total - done)
-        if is_last or now - self._last_file >= PROGRESS_FILE_SECONDS:
-            self._last_file = now
-            self._write_file(done, left)
-        if is_last or now - self._last_line >= PLAIN_LINE_SECONDS:
+        now = time.monotonic()
+        left = self._seconds_left(now, done)
+        self._write_file(done, left)
+        if now - self._last_line >= PLAIN_LINE_SECONDS or done >= self._total:
             self._last_line = now
-            line = f"{self._title}: {done}/{self._total}  {numbers}  about {left:.0f} s left"
+            line = f"{self._title}: {done}/{self._total}  {numbers}  about {left or 0.0:.0f} s left"
             _log.info(line)
             if not self._console.is_terminal:
                 self._console.print(line, highlight=False)
+
+    def _seconds_left(self, now: float, done: int) -> float | None:
+        """By the speed since the start; what comes in the first moments was there before, and says nothing of speed."""
+        if self._measured_from is None:
+            self._measured_from = (self._started, done - 1)
+        if done >= self._total:
+            return 0.0
+        if now - self._started < EARLIER_SECONDS:
+            self._measured_from = (now, done)
+            return None
+        since, before = self._measured_from
+        return (now - since) / (done - before) * (self._total - done)
 
     def _write_file(self, done: int, seconds_left: float | None) -> None:
         if self._file is not None:

@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from durable_files import read_json
 from halo_cluster import StageRecord
 from halo_cluster.jobs import StageJob
 from halo_jobs.monitoring.exporter import exposition
 from halo_jobs.monitoring.readings import read_run
+from halo_jobs.training.progress import ProgressReporter
 
 
 def _command(*arguments: object) -> list[str]:
@@ -119,3 +122,21 @@ def test_status_of_a_stage_on_a_node_that_is_gone(submitted_run):
     shown = _halo("status", submitted_run).stdout
     assert re.search(r"align +running", shown)
     assert "align has shown no life for 10 min 00 s; node7 may be gone, or the disk slow" in shown
+
+
+def test_tasks_of_an_earlier_attempt_count_as_done_and_not_as_speed(tmp_path, monkeypatch):
+    """Nine were there, the tenth takes forty seconds: ten more such are left."""
+    now = 100.0
+    monkeypatch.setattr("halo_jobs.training.progress.time.monotonic", lambda: now)
+    reporter = ProgressReporter("select", 20, Console(quiet=True), tmp_path)
+    assert read_json(tmp_path / "progress.json")["done"] == 0
+    for done in range(1, 10):
+        reporter.update(done, "kept")
+    assert read_json(tmp_path / "progress.json")["done"] == 9
+    now = 140.0
+    reporter.update(10, "new")
+    expected = {"title": "select", "done": 10, "total": 20, "seconds_left": 400.0}
+    assert read_json(tmp_path / "progress.json") == expected
+    now = 1000.0
+    reporter.update(20, "last")
+    assert read_json(tmp_path / "progress.json")["seconds_left"] == 0.0
