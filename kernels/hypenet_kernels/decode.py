@@ -18,9 +18,9 @@ from hypenet_kernels.segments import log2_gammas
 
 WINDOW = 16
 # Columns of the state per block, and warps (measured). Few states are cut into many small blocks, to fill the chip;
-# the deferred kernel reads its whole window of keys in every block, so it prefers fewer and larger ones.
+# the deferred kernel reads its whole window of keys in every block, so it prefers larger ones, of few warps.
 _FEW = 64
-_IN_PLACE, _DEFERRED = ((8, 1), (32, 8)), ((16, 2), (32, 4))
+_IN_PLACE, _DEFERRED = ((8, 1), (32, 8)), ((16, 4), (64, 2))
 
 
 def _blocks(sizes: tuple[tuple[int, int], tuple[int, int]], states: int, head_dim: int) -> tuple[int, int]:

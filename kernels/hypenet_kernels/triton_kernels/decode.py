@@ -57,7 +57,8 @@ def decode_deferred(
     at = state + place * D * D + d[:, None] * D + e[None, :]
     keys += place * WINDOW * D
     values += place * WINDOW * D
-    s = tl.load(at, mask=seated, other=0.0)
+    # The pool is larger than the cache, so the state would only push out the window that every block reads.
+    s = tl.load(at, mask=seated, other=0.0, eviction_policy="evict_first")
     # This step's token comes from k and v, never from the window: another block may not have written it yet.
     past = seated & (j < n)[:, None]
     k_past = tl.load(keys + j[:, None] * D + d[None, :], mask=past, other=0.0).to(tl.float32)
