@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -244,7 +245,8 @@ def test_watchdog_names_a_rank_that_does_not_answer(ranks, tmp_path):
     message = world.errors()[0]
     assert "no progress for 5 s" in message and "on rank 0" in message
     assert f"rank 1 (process {world.pids[1]} on" in message and "does not answer" in message
-    assert "all_reduce" in (tmp_path / "stacks.rank-0.txt").read_text()
+    # Which collective the step had reached when rank 1 stopped, chance decides.
+    assert re.search(r"distributed_c10d\.py\W+ line \d+ in \w+", (tmp_path / "stacks.rank-0.txt").read_text())
     world.send(1, signal.SIGKILL)
     assert world.wait() == [1, -signal.SIGKILL]
 

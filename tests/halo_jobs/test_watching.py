@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "watching.md"
 DASHBOARD = ROOT / "halo_jobs" / "assets" / "grafana" / "halo.json"
 STEPS = 100_000
+SAVED = 25  # training saves twice in `checkpoint_every` steps
 
 
 def _command(*arguments: object) -> list[str]:
@@ -46,7 +47,7 @@ def training_run(tmp_path_factory, pipeline_recipe_content) -> Iterator[Path]:
     """A run whose finetune has no end for as long as the tests look at it; it has saved, and select is done."""
     folder = tmp_path_factory.mktemp("watched")
     recipe = folder / "tiny.yaml"
-    finetune = {**pipeline_recipe_content["finetune"], "steps": STEPS, "checkpoint_every": 50}
+    finetune = {**pipeline_recipe_content["finetune"], "steps": STEPS, "checkpoint_every": 2 * SAVED}
     select = {"context_length": 128, "items": 4}
     recipe.write_text(yaml.safe_dump({**pipeline_recipe_content, "finetune": finetune, "select": select}))
     with open(folder / "out.txt", "w") as out:
@@ -66,11 +67,11 @@ def test_status_while_it_trains(training_run):
     stages = {stage["stage"]: stage for stage in json.loads(seen.stdout)["stages"]}
     finetune, select, init = (stages[name] for name in ("finetune.hybrid", "select", "init"))
     assert finetune["state"] == "running" and finetune["node"] == socket.gethostname()
-    assert finetune["steps"] == STEPS and 50 <= finetune["step"] < STEPS
+    assert finetune["steps"] == STEPS and SAVED <= finetune["step"] < STEPS
     assert finetune["progress"] == finetune["step"] / STEPS
     speed = finetune["tokens_per_second"] / (4 * 128)
     assert finetune["seconds_left"] == pytest.approx((STEPS - finetune["step"]) / speed)
-    assert finetune["checkpoint_step"] % 50 == 0 and finetune["checkpoint_age_seconds"] >= 0
+    assert finetune["checkpoint_step"] % SAVED == 0 and finetune["checkpoint_age_seconds"] >= 0
     assert finetune["host_memory_bytes"] > 10**7
     assert select["state"] == "done" and select["tasks_done"] == select["tasks"] > 1
     assert init["progress"] == 1.0 and init["step"] is None and init["seconds_left"] is None
