@@ -1,4 +1,4 @@
-"""The layer sweep by one worker, by several, and after kills: always the same bits."""
+"""Sweep and evaluation by one worker, by several, and after kills: always the same bits."""
 
 from __future__ import annotations
 
@@ -84,6 +84,24 @@ def test_another_number_of_workers_goes_on_with_the_same_tasks(
     assert (folder / "selection.json").read_bytes() == by_one_worker
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert sorted((folder / "sweep" / "results").iterdir()) == kept
+
+
+@pytest.fixture(scope="module")
+def evaluated_by_one(aligned: Path, recipe: ConversionRecipe) -> bytes:
+    folder = run_stage(recipe, "evaluate.teacher", aligned, aligned / "evaluate.teacher" / "one")
+    assert len(list((folder / "tasks" / "results").iterdir())) == 7 + 2, "the suite, and two context lengths"
+    return (folder / "evaluation.json").read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.cluster)])
+def test_evaluation_by_several(
+    backend: str, aligned: Path, recipe: ConversionRecipe, evaluated_by_one: bytes, tmp_path: Path
+) -> None:
+    several = recipe.model_copy(update={"fan_out": FanOutSection(backend=backend, workers=2)})
+    folder = run_stage(several, "evaluate.teacher", aligned, tmp_path / "evaluate.teacher")
+    assert (folder / "evaluation.json").read_bytes() == evaluated_by_one
+    others = {path.stem.partition("-")[0] for path in (folder / "tasks" / "workers").glob("*.heartbeat")}
+    assert others == {backend}, "not by the stage's own process"
 
 
 def test_workers_are_no_part_of_what_is_computed(recipe: ConversionRecipe) -> None:
