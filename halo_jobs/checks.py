@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def check_recipe(recipe: Recipe) -> ModelShape:
     if isinstance(recipe, ConversionRecipe):
         _check_selection(recipe, shape)
     _check_layout(recipe, shape)
+    _check_fan_out(recipe)
     _check_teacher_contexts(recipe, shape)
     _check_recall(recipe)
     _check_tasks(recipe, tokenizer)
@@ -112,6 +114,15 @@ def _check_layout(recipe: Recipe, shape: ModelShape) -> None:
     for name, section in training_sections(recipe).items():
         with about(f"{name} in this layout"):
             layout.check_batch(section.context_length, section.global_batch, section.micro_batch, processes)
+
+
+def _check_fan_out(recipe: Recipe) -> None:
+    """What its backend needs is looked for now, not when the first sweep begins."""
+    needs = {"ray": ("ray", "ray"), "slurm-array": ("submitit", "slurm")}.get(recipe.fan_out.backend)
+    if needs and importlib.util.find_spec(needs[0]) is None:
+        raise ValueError(
+            f"fan_out.backend: {needs[0]} is not installed here; pip install 'hypenet-megatron[{needs[1]}]'"
+        )
 
 
 def _check_teacher_contexts(recipe: Recipe, shape: ModelShape) -> None:

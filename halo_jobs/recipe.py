@@ -159,7 +159,8 @@ class ClusterSection(Section):
 
 
 class FanOutSection(Section):
-    """Who computes the tasks of the layer sweep. No result depends on it but by the threads of a CPU worker.
+    """Who computes the tasks of tokenisation, of the layer sweep and of evaluations. No result depends on it but by the
+    threads of a CPU worker.
 
     One local worker is the stage's own process. Workers of a Slurm array are jobs of their own, asked for with the
     `cluster` section's time, partition, account and so on. `ray_address` is a cluster to join; without it one is

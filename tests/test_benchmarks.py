@@ -29,3 +29,20 @@ def test_checkpoint_benchmark(tmp_path):
     assert results["bytes"] >= 14 * results["parameters"]
     assert len(results["beside the training"]) == len(results["training waits"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints.json"], "its checkpoints are gone"
+
+
+def test_sweep_benchmark(tmp_path):
+    """It checks every result by itself."""
+    command = [sys.executable, str(BENCHMARKS / "sweep.py"), str(tmp_path / "sweep"), "--backends", "local"]
+    done = subprocess.run(
+        [*command, "--seconds", "1", "--json", str(tmp_path / "sweep.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "sweep.json").read_text())
+    (undisturbed,), (half_lost,) = results["undisturbed"], results["half_lost"]
+    assert (undisturbed["executions"], half_lost["executions"]) == (37, 39)
+    assert half_lost["published_when_lost"] >= 14
+    assert half_lost["published_executed_again"] == 0

@@ -159,6 +159,55 @@ def _encoded(tokenizer: Tokenizer, texts: Iterable[str], eos_id: int) -> Iterato
                 ids.append(np.asarray(next(encoded).ids, np.uint32))
 
 
+def encoded_documents(
+    files: Iterable[Path],
+    tokenizer_folder: Path,
+    split: Split,
+    held_out_share: float,
+    advance: Callable[[int], None] = lambda read: None,
+) -> Iterator[np.ndarray]:
+    """Ids uint32, EOS last, of every document of `files` that belongs to `split`; `advance` is told of bytes read.
+
+    A document's ids depend on no other document, so files may be encoded apart from each other.
+    """
+    chosen = (
+        text
+        for path in files
+        for text in documents(path, advance)
+        if split == "all" or is_held_out(text, held_out_share) == (split == "held_out")
+    )
+    eos_id = load_tokenizer_identity(tokenizer_folder).eos_id
+    return _encoded(load_tokenizer(tokenizer_folder), chosen, eos_id)
+
+
+def write_text_store(
+    folder: Path,
+    encoded: Iterable[np.ndarray],
+    sources: Sequence[Path],
+    tokenizer_folder: Path,
+    split: Split,
+    held_out_share: float,
+) -> TokenStore:
+    """A new store at `folder` of `encoded`, the documents of `sources` in the order of their files."""
+    provenance: dict[str, Any] = {
+        "files": [path.name for path in text_files(sources)],
+        "split": split,
+        "held_out_share": held_out_share,
+    }
+    identity = load_tokenizer_identity(tokenizer_folder)
+    with TokenStoreWriter(folder, identity, provenance=provenance) as writer:
+        nothing = True
+        for token_ids in encoded:
+            writer.add_document(token_ids)
+            nothing = False
+        if nothing:
+            raise ValueError(
+                f"{', '.join(map(str, sources))} has no document for {folder} (split {split}, held-out share "
+                f"{held_out_share}); give more text or another share"
+            )
+    return TokenStore.open(folder)
+
+
 def tokenize_text(
     sources: Sequence[Path],
     tokenizer_folder: Path,
@@ -175,12 +224,6 @@ def tokenize_text(
     `console` (default: stderr) is a terminal.
     """
     files = text_files(sources)
-    identity = load_tokenizer_identity(tokenizer_folder)
-    provenance: dict[str, Any] = {
-        "files": [path.name for path in files],
-        "split": split,
-        "held_out_share": held_out_share,
-    }
     console = console or Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -190,21 +233,9 @@ def tokenize_text(
         console=console,
         disable=not console.is_terminal,
     )
-    with bar, TokenStoreWriter(folder, identity, provenance=provenance) as writer:
-        row = bar.add_task(f"tokenizing {folder.name}", total=sum(path.stat().st_size for path in files))
-        chosen = (
-            text
-            for path in files
-            for text in documents(path, lambda read: bar.advance(row, read))
-            if split == "all" or is_held_out(text, held_out_share) == (split == "held_out")
+    row = bar.add_task(f"tokenizing {folder.name}", total=sum(path.stat().st_size for path in files))
+    with bar:
+        encoded = encoded_documents(
+            files, tokenizer_folder, split, held_out_share, lambda read: bar.advance(row, read)
         )
-        nothing = True
-        for token_ids in _encoded(load_tokenizer(tokenizer_folder), chosen, identity.eos_id):
-            writer.add_document(token_ids)
-            nothing = False
-        if nothing:
-            raise ValueError(
-                f"{', '.join(map(str, sources))} has no document for {folder} (split {split}, held-out share "
-                f"{held_out_share}); give more text or another share"
-            )
-    return TokenStore.open(folder)
+        return write_text_store(folder, encoded, sources, tokenizer_folder, split, held_out_share)

@@ -35,13 +35,15 @@ class Executor(StrEnum):
 
     LOCAL = "local"
     SLURM = "slurm"
+    RAY = "ray"
 
 
 ExecutorOption = Annotated[
     Executor,
     typer.Option(
         "--executor",
-        help="local: this machine, stage after stage. slurm: every stage a job, as the recipe's cluster section asks.",
+        help="local: this machine, stage after stage. slurm: every stage a job, as the recipe's cluster section asks. "
+        "ray: as local, but sweep and evaluations are for Ray, as the recipe's fan_out section asks.",
     ),
 ]
 DetachOption = Annotated[
@@ -64,6 +66,8 @@ def _run(
     from halo_jobs.recipe import load_recipe
 
     overrides = [*(settings or []), *([f"name={name}"] if name else [])]
+    if executor is Executor.RAY:
+        overrides.append("fan_out.backend=ray")
     loaded = load_recipe(recipe, overrides)
     # Imported after the recipe is known to be good: torch and megatron take seconds to load.
     from halo_jobs.pipeline import print_batch_script, print_plan, run_recipe, run_recipe_on_slurm

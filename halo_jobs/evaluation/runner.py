@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from halo_jobs.evaluation.interface import ScoreBatch, Scorer, Task, TokenScores
 from halo_jobs.evaluation.niah import VARIANTS, needle_task
@@ -12,39 +12,28 @@ from halo_jobs.recall.materials import Materials
 TaskMetrics = dict[str, dict[str, float]]
 
 
-class Progress(Protocol):
-    """Told after each task (or grid cell) how many are done, and the last one's score."""
-
-    def update(self, done: int, numbers: str) -> None: ...
-
-
 def evaluate_models(
     tasks: Sequence[Task],
     score: Callable[[ScoreBatch], Sequence[TokenScores]],
     tokens_per_batch: int,
-    progress: Progress | None = None,
 ) -> list[TaskMetrics]:
     """Metrics by task name for each of several models that are scored together, as in the layer sweep.
 
     `score` returns one TokenScores per model for a batch, always as many and in the same order.
     """
     results: list[TaskMetrics] = []
-    for done, task in enumerate(tasks, start=1):
+    for task in tasks:
         by_batch = [score(batch) for batch in task.batches(tokens_per_batch)]
         metrics = [task.metrics(scores) for scores in zip(*by_batch, strict=True)]
         results = results or [{} for _ in metrics]
         for result, numbers in zip(results, metrics, strict=True):
             result[task.name] = numbers
-        if progress is not None:
-            progress.update(done, f"{task.name} {metrics[0]['score']:.2f}")
     return results
 
 
-def evaluate(
-    tasks: Sequence[Task], scorer: Scorer, tokens_per_batch: int, progress: Progress | None = None
-) -> TaskMetrics:
+def evaluate(tasks: Sequence[Task], scorer: Scorer, tokens_per_batch: int) -> TaskMetrics:
     """Metrics of one model by task name."""
-    return evaluate_models(tasks, lambda batch: [scorer(batch)], tokens_per_batch, progress)[0]
+    return evaluate_models(tasks, lambda batch: [scorer(batch)], tokens_per_batch)[0]
 
 
 def niah_grid(
@@ -56,7 +45,6 @@ def niah_grid(
     items: int,
     seed: int,
     tokens_per_batch: int,
-    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """One row {"task", "context_length", "depth", "score", "items"} per cell of variants x contexts x depths.
 
@@ -64,12 +52,10 @@ def niah_grid(
     """
     cells = [(variant, context, depth) for variant in VARIANTS for context in contexts for depth in depths]
     rows = []
-    for done, (variant, context, depth) in enumerate(cells, start=1):
+    for variant, context, depth in cells:
         task = needle_task(materials, variant, context, [depth], items, seed)
         score = task.metrics([scorer(batch) for batch in task.batches(tokens_per_batch)])["score"]
         rows.append(
             {"task": task.name, "context_length": context, "depth": depth, "score": score, "items": items}
         )
-        if progress is not None:
-            progress.update(done, f"{task.name} {context} tokens {score:.2f}")
     return rows

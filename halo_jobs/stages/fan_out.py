@@ -23,13 +23,18 @@ from halo_cluster.fan_out import (
     fan_out,
 )
 from halo_cluster.slurm import SlurmSettings
-from halo_jobs.recipe import Recipe, recipe_class
-from halo_jobs.stages.context import StageContext
+from halo_jobs.recipe import ConversionRecipe, Recipe, recipe_class
+from halo_jobs.stages.context import StageContext, tokenizer_folder
 from halo_jobs.training.progress import ProgressReporter
 from halo_jobs.worker import JoinedAttempt
 from hypenet_megatron.runtime import model_parallel
 
 _for_the_process = ExitStack()
+
+
+def has_workers(recipe: Recipe) -> bool:
+    """Whether tasks are for others than the stage's own process."""
+    return recipe.fan_out.backend != "local" or recipe.fan_out.workers > 1
 
 
 def backend_of(recipe: Recipe, run: Path) -> Backend:
@@ -48,14 +53,20 @@ def backend_of(recipe: Recipe, run: Path) -> Backend:
         settings = SlurmSettings(**recipe.cluster.model_dump(exclude={"retries", "backoff_seconds"}))
         resources = (section.cpus_per_worker, section.gpus_per_worker, section.memory_gb_per_worker)
         return SlurmArray(section.workers, settings, *resources)
-    return ThisProcess() if section.workers == 1 else LocalProcesses(section.workers, section.gpus_per_worker)
+    if has_workers(recipe):
+        return LocalProcesses(section.workers, section.gpus_per_worker)
+    return ThisProcess()
 
 
 def run_tasks(context: StageContext, folder: Path, worker: str, tasks: Sequence[Task]) -> dict[str, Any]:
     """Results by task name, kept in `folder`; `worker` is an import path, and its setup is for `worker_context`."""
+    recipe = context.recipe.model_dump(mode="json")
+    # Workers of a cluster that was joined began in another folder.
+    key = "teacher" if isinstance(context.recipe, ConversionRecipe) else "tokenizer"
+    recipe[key] = str(tokenizer_folder(context.recipe).resolve())
     setup = {
         "stage": context.name,
-        "recipe": context.recipe.model_dump(mode="json"),
+        "recipe": recipe,
         "folder": str(context.folder.resolve()),
         "inputs": {name: str(path.resolve()) for name, path in context.inputs.items()},
         "attempt": str(context.attempt.folder.resolve()),
@@ -80,9 +91,13 @@ def _device(seed: int) -> torch.device:
     return torch.device("cpu") if index is None else torch.device("cuda", index)
 
 
+def recipe_of(setup: Any) -> Recipe:
+    return recipe_class(setup["recipe"]).model_validate(setup["recipe"])
+
+
 def worker_context(setup: Any) -> StageContext:
     """The stage as a worker of `run_tasks` sees it."""
-    recipe = recipe_class(setup["recipe"]).model_validate(setup["recipe"])
+    recipe = recipe_of(setup)
     inputs = {name: Path(folder) for name, folder in setup["inputs"].items()}
     folder, device = Path(setup["folder"]), _device(recipe.seed)
     joined = JoinedAttempt(StageRecord(folder), Path(setup["attempt"]), 0)

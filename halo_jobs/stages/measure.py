@@ -11,17 +11,21 @@ import torch
 from rich.progress import track
 
 from durable_files import read_json, write_json
+from halo_cluster.fan_out import Task
+from halo_cluster.fan_out.plan import Worker
 from halo_jobs.corpora.ngram import NGramBaseline
+from halo_jobs.evaluation.interface import Task as EvaluationTask
 from halo_jobs.evaluation.megatron_scorer import MegatronScorer
+from halo_jobs.evaluation.niah import VARIANTS
 from halo_jobs.evaluation.runner import TaskMetrics, evaluate, niah_grid
 from halo_jobs.evaluation.suites import evaluation_suite
 from halo_jobs.models import whole
-from halo_jobs.recipe import ConversionRecipe, PretrainRecipe
+from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe
 from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
+from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.select import TOKENS_PER_BATCH, held_out_material
 from halo_jobs.stages.selected import attention_layers_of, variant_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
-from halo_jobs.training.progress import ProgressReporter
 from hypenet_kernels import chunked_cross_entropy
 from hypenet_megatron.model import HypeNetModel
 from tokenized_data import WindowSampler
@@ -76,73 +80,83 @@ def _model_under_test(context: StageContext) -> HypeNetModel:
     return whole(hybrid)
 
 
-def _suite_metrics(context: StageContext, scorer: MegatronScorer, training_context: int) -> TaskMetrics:
-    """The proxy suite at the training context; each task's metrics are kept in a file for a killed run."""
-    section = context.recipe.evaluate
-    tasks = evaluation_suite(
+def _training_context(recipe: Recipe) -> int:
+    return (recipe.distil if isinstance(recipe, ConversionRecipe) else recipe.pretrain).context_length
+
+
+def _suite(context: StageContext) -> list[EvaluationTask]:
+    """The proxy suite at the training context."""
+    return evaluation_suite(
         held_out_material(context),
-        context_length=training_context,
-        items=section.suite_items,
+        context_length=_training_context(context.recipe),
+        items=context.recipe.evaluate.suite_items,
         seed=context.recipe.seed,
     )
-    reporter = ProgressReporter(f"{context.name} suite", len(tasks), context.console, context.folder)
-    metrics: TaskMetrics = {}
-    with reporter.live():
-        for done, task in enumerate(tasks, start=1):
-            kept = context.folder / "tasks" / f"{task.name}.json"
-            if not kept.exists():
-                numbers = evaluate([task], scorer, TOKENS_PER_BATCH[context.device.type])[task.name]
-                write_json(kept, {"group": task.group, **numbers})
-            metrics[task.name] = read_json(kept)
-            reporter.update(done, f"{task.name} {metrics[task.name]['score']:.2f}")
-    return metrics
 
 
-def _needle_grid(context: StageContext, scorer: MegatronScorer) -> list[dict[str, Any]]:
-    """Rows of the needle grid, kept per context length."""
+def make_evaluation_worker(setup: Any) -> Worker:
+    """Loads the model under test once; a task is one of the suite, or the needles of one context length and depth."""
+    context = worker_context(setup)
+    scorer = MegatronScorer(_model_under_test(context), context.device)
+    tokens_per_batch = TOKENS_PER_BATCH[context.device.type]
+    section, materials = context.recipe.evaluate, held_out_material(context).materials
+    suite = {task.name: task for task in _suite(context)}
+
+    def run(arguments: dict[str, Any]) -> Any:
+        if "task" in arguments:
+            task = suite[arguments["task"]]
+            return {"group": task.group, **evaluate([task], scorer, tokens_per_batch)[task.name]}
+        return niah_grid(
+            materials,
+            scorer,
+            contexts=[arguments["context_length"]],
+            depths=[arguments["depth"]],
+            items=section.needle_items,
+            seed=context.recipe.seed,
+            tokens_per_batch=tokens_per_batch,
+        )
+
+    return run
+
+
+def _measure(context: StageContext) -> tuple[TaskMetrics, list[dict[str, Any]]]:
+    """Metrics of the suite, and rows of the needle grid; each result is kept in a file for a killed run."""
     section = context.recipe.evaluate
-    rows: list[dict[str, Any]] = []
-    reporter = ProgressReporter(
-        f"{context.name} needles", len(section.contexts), context.console, context.folder
+    suite = {name: Task(name, {"task": name}) for name in (task.name for task in _suite(context))}
+    needles = {
+        (length, depth): Task(f"needles.{length}.{depth}", {"context_length": length, "depth": depth})
+        for length in section.contexts
+        for depth in section.depths
+    }
+    longest_first = sorted(needles.values(), key=lambda task: -task.arguments["context_length"])
+    found = run_tasks(
+        context,
+        context.folder / "tasks",
+        "halo_jobs.stages.measure:make_evaluation_worker",
+        [*longest_first, *suite.values()],
     )
-    with reporter.live():
-        for done, context_length in enumerate(section.contexts, start=1):
-            kept = context.folder / "needles" / f"{context_length}.json"
-            if not kept.exists():
-                grid = niah_grid(
-                    held_out_material(context).materials,
-                    scorer,
-                    contexts=[context_length],
-                    depths=section.depths,
-                    items=section.needle_items,
-                    seed=context.recipe.seed,
-                    tokens_per_batch=TOKENS_PER_BATCH[context.device.type],
-                )
-                write_json(kept, grid)
-            part = read_json(kept)
-            rows += part
-            reporter.update(done, f"{context_length} tokens {np.mean([row['score'] for row in part]):.2f}")
-    return rows
+    # A cell has a row for every variant.
+    rows = [
+        found[needles[length, depth].name][variant]
+        for length in section.contexts
+        for variant in range(len(VARIANTS))
+        for depth in section.depths
+    ]
+    return {name: found[task.name] for name, task in suite.items()}, rows
 
 
 def run_evaluate(context: StageContext) -> StageResult:
     """Local proxy tasks for one model: needle grid, key-value recall, last word, next sentence, perplexity."""
-    recipe = context.recipe
-    training_context = (
-        recipe.distil if isinstance(recipe, ConversionRecipe) else recipe.pretrain
-    ).context_length
-    scorer = MegatronScorer(_model_under_test(context), context.device)
-    tasks = _suite_metrics(context, scorer, training_context)
-    grid = _needle_grid(context, scorer)
+    tasks, grid = _measure(context)
     perplexity = next((m["perplexity"] for m in tasks.values() if "perplexity" in m), None)
     result = {
         "model": variant_of(context),
-        "training_context": training_context,
+        "training_context": _training_context(context.recipe),
         "tasks": tasks,
         "niah": grid,
         "perplexity": perplexity,
     }
-    if isinstance(recipe, PretrainRecipe):
+    if isinstance(context.recipe, PretrainRecipe):
         result["ngram_perplexity"] = _ngram_perplexity(context)
     write_json(context.folder / "evaluation.json", result)
     summary = {"needles": float(np.mean([row["score"] for row in grid])), "perplexity": perplexity}

@@ -1,5 +1,6 @@
 """What `check_recipe` refuses before the first stage, and that the shipped recipes pass."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -109,6 +110,18 @@ def test_refused(tiny_recipe_file, settings, start, mend):
     message = _refusal(tiny_recipe_file, *settings)
     assert message.startswith(start)
     assert mend in message
+
+
+def test_backend_that_is_not_installed(tiny_recipe_file, monkeypatch):
+    recipe = load_recipe(tiny_recipe_file, ["fan_out.backend=ray"])
+    check_recipe(recipe)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "ray" else found(name, *more)
+    )
+    mend = r"pip install 'hypenet-megatron\[ray\]'"
+    with pytest.raises(ValueError, match=f"fan_out.backend: ray is not installed here; {mend}"):
+        check_recipe(recipe)
 
 
 def test_hybrid_may_outgrow_its_teacher(tiny_recipe_file):

@@ -64,6 +64,23 @@ def test_nothing_but_progress_on_the_terminal(finished):
     assert "UserWarning" in log.read_text(), "the attempt's log has what the terminal was spared"
 
 
+@pytest.mark.cluster
+def test_sweep_and_evaluations_on_ray(finished, tmp_path):
+    recipe, whole, _ = finished
+    options = ("--runs", tmp_path, "--executor", "ray", "--set", "fan_out.workers=2")
+    done = _halo("run", recipe, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "tiny"
+    assert _weights(run) == _weights(whole)
+    for stage, result in (("select", "selection.json"), ("evaluate.*", "evaluation.json")):
+        found = {path.relative_to(run): path.read_bytes() for path in run.glob(f"{stage}/*/{result}")}
+        assert found == {
+            path.relative_to(whole): path.read_bytes() for path in whole.glob(f"{stage}/*/{result}")
+        }
+    workers = {path.name.partition("-")[0] for path in run.glob("*/*/*/workers/*.heartbeat")}
+    assert workers == {"ray"}, "nothing was swept or evaluated by the stages' own processes"
+
+
 def test_printed_command_uses_the_model_without_asking(finished):
     _, run, done = finished
     (folder,) = run.glob("export/*/hypenet")

@@ -1,4 +1,4 @@
-"""The layer sweep by one worker, by several, and after kills: always the same bits."""
+"""Tokenisation, sweep and evaluation by one worker, by several, and after kills: always the same bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from halo_cluster import StageRecord
+from halo_cluster.fan_out.ray_cluster import RayCluster
 from halo_jobs.graph import stage_nodes
 from halo_jobs.recipe import ConversionRecipe, FanOutSection, Recipe, recipe_yaml
 from halo_jobs.stages.context import StageContext
@@ -84,6 +85,80 @@ def test_another_number_of_workers_goes_on_with_the_same_tasks(
     assert (folder / "selection.json").read_bytes() == by_one_worker
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert sorted((folder / "sweep" / "results").iterdir()) == kept
+
+
+@pytest.fixture(scope="module")
+def evaluated_by_one(aligned: Path, recipe: ConversionRecipe) -> bytes:
+    folder = run_stage(recipe, "evaluate.teacher", aligned, aligned / "evaluate.teacher" / "one")
+    assert len(list((folder / "tasks" / "results").iterdir())) == 7 + 2, "the suite, and two context lengths"
+    return (folder / "evaluation.json").read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.cluster)])
+def test_evaluation_by_several(
+    backend: str, aligned: Path, recipe: ConversionRecipe, evaluated_by_one: bytes, tmp_path: Path
+) -> None:
+    several = recipe.model_copy(update={"fan_out": FanOutSection(backend=backend, workers=2)})
+    folder = run_stage(several, "evaluate.teacher", aligned, tmp_path / "evaluate.teacher")
+    assert (folder / "evaluation.json").read_bytes() == evaluated_by_one
+    others = {path.stem.partition("-")[0] for path in (folder / "tasks" / "workers").glob("*.heartbeat")}
+    assert others == {backend}, "not by the stage's own process"
+
+
+def files_of(stores: Path) -> dict[str, bytes]:
+    """Content by name of every file of the stores in a folder."""
+    paths = [path for path in stores.glob("*/**/*") if path.is_file() and "attempt" not in str(path)]
+    return {str(path.relative_to(stores)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.cluster)])
+def test_tokens_by_several(
+    backend: str, aligned: Path, recipe: ConversionRecipe, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    text = (tiny_corpus / "text.jsonl").read_text().splitlines(keepends=True)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(5):
+        (corpus / f"{number}.jsonl").write_text("".join(text[12 * number : 12 * (number + 1)]))
+    section = recipe.corpus.model_copy(update={"train": [str(corpus)]})
+    alone = recipe.model_copy(update={"corpus": section})
+    several = alone.model_copy(update={"fan_out": FanOutSection(backend=backend, workers=2)})
+    found = files_of(run_stage(several, "tokenize", aligned, tmp_path / "tokenize" / "several"))
+    assert found == files_of(run_stage(alone, "tokenize", aligned, tmp_path / "tokenize" / "alone"))
+    assert {name.partition("/")[0] for name in found} == {"train", "held_out", "recall-128"}
+
+
+def test_malformed_line_in_a_worker(aligned: Path, recipe: ConversionRecipe, tmp_path: Path) -> None:
+    corpus = tmp_path / "bad.jsonl"
+    corpus.write_text('{"text": "The river feeds the garden."}\n{"text": 5}\n')
+    update = {"corpus": recipe.corpus.model_copy(update={"train": [str(corpus)]})}
+    several = recipe.model_copy(update=update | {"fan_out": FanOutSection(workers=2)})
+    with pytest.raises(ValueError, match=r'bad.jsonl:2 is not a JSON object with a "text" string; mend'):
+        run_stage(several, "tokenize", aligned, tmp_path / "tokenize")
+
+
+@pytest.mark.cluster
+def test_cluster_that_is_joined_by_address(
+    aligned: Path,
+    recipe: ConversionRecipe,
+    evaluated_by_one: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was started in another folder, and goes on afterwards."""
+    monkeypatch.chdir(tmp_path)
+    cluster = RayCluster(tmp_path, "shared", cpus=2)
+    monkeypatch.chdir(Path(recipe.teacher).parent)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    section = FanOutSection(backend="ray", workers=2, ray_address=cluster.address)
+    joined = recipe.model_copy(update={"fan_out": section, "teacher": Path(recipe.teacher).name})
+    try:
+        folder = run_stage(joined, "evaluate.teacher", aligned, tmp_path / "evaluate.teacher")
+        assert (folder / "evaluation.json").read_bytes() == evaluated_by_one
+        assert cluster.has_head
+    finally:
+        cluster.end()
 
 
 def test_workers_are_no_part_of_what_is_computed(recipe: ConversionRecipe) -> None:

@@ -155,7 +155,7 @@ class _Processes:
         name = new_name("local")
         with open(self.launch.pool.workers / f"{name}.log", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "halo_cluster.fan_out.worker", str(self.launch.plan_file), name],
+                [sys.executable, "-m", "halo_cluster.fan_out", "worker", str(self.launch.plan_file), name],
                 env=self.environments[slot],
                 stdin=subprocess.PIPE,
                 stdout=log,

@@ -90,7 +90,7 @@ class _RayCrew:
             metrics=backend.metrics,
             metrics_of=backend.metrics_of,
         )
-        module = [sys.executable, "-m", "halo_cluster.fan_out.ray_crew", str(self._launch.plan_file)]
+        module = [sys.executable, "-m", "halo_cluster.fan_out", "ray-crew", str(self._launch.plan_file)]
         with open(pool.workers / f"{self._name}.log", "ab") as log:
             self._child = subprocess.Popen(
                 [*module, json.dumps(asdict(work))],

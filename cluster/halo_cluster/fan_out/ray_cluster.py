@@ -41,6 +41,16 @@ def without_usage_statistics(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
+def _node_folder() -> Path:
+    """On the node's own disk, and short, for Ray keeps sockets there: Ray's own choice unless somebody else has it."""
+    ray_default, fallback = Path("/tmp/ray"), Path("/tmp")
+    try:
+        ray_default.mkdir(exist_ok=True)
+    except OSError:
+        return fallback
+    return ray_default if os.access(ray_default, os.W_OK) else fallback
+
+
 class RayCluster:
     """Its processes are children of this one, and end with it."""
 
@@ -60,7 +70,7 @@ class RayCluster:
         }
         if not in_slurm:
             self.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's word for "loopback only"
-        temporary = Path("/tmp") / f"halo-{secrets.token_hex(6)}"  # paths of sockets must be short
+        temporary = _node_folder() / f"halo-{secrets.token_hex(6)}"
         make_private_folder(temporary)
         head = RayNode(self.address, True, str(temporary), None if in_slurm else cpus)
         port = int(self.dashboard.rpartition(":")[2])
@@ -76,7 +86,7 @@ class RayCluster:
         environment = {
             key: value for key, value in self.environment.items() if not key.startswith(_OF_ANOTHER_STEP)
         }
-        module = [sys.executable, "-m", "halo_cluster.fan_out.ray_node", json.dumps(asdict(node))]
+        module = [sys.executable, "-m", "halo_cluster.fan_out", "ray-node", json.dumps(asdict(node))]
         with open(log, "ab") as handle:
             return subprocess.Popen(
                 [*before, *module],

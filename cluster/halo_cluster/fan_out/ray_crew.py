@@ -1,7 +1,5 @@
 """The process that is connected to Ray: keeps as many actors at work as it was told to.
 
-    python -m halo_cluster.fan_out.ray_crew <plan file> '<JSON of RayWork>'
-
 It may be ended at any time: actors end with it, and what they published stays.
 """
 
@@ -10,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -109,7 +106,13 @@ class _Actors:
         return len(ended)
 
 
-def main(plan_file: Path, plan: RayWork) -> None:
+def main(plan_file: str, work: str) -> None:
+    """`work` is the JSON of a RayWork."""
+    end_with_parent()
+    _keep_at_work(Path(plan_file), RayWork(**json.loads(work)))
+
+
+def _keep_at_work(plan_file: Path, plan: RayWork) -> None:
     import ray
 
     pool = open_pool(plan_file)
@@ -140,8 +143,3 @@ def _shown_metrics(plan: RayWork) -> AbstractContextManager[None]:
         return nullcontext()
     samples = import_function(plan.metrics)
     return published_in_ray(lambda: samples(Path(plan.metrics_of)))
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    main(Path(sys.argv[1]), RayWork(**json.loads(sys.argv[2])))

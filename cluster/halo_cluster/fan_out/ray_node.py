@@ -1,8 +1,6 @@
-"""One node of a Ray cluster of ours, for as long as whoever started it lives.
+"""The process that runs Ray on a node of a cluster of ours, for as long as whoever started it lives.
 
-    python -m halo_cluster.fan_out.ray_node '<JSON of RayNode>'
-
-Ends with its parent, and ends only the Ray that it started: `ray stop` would end every Ray of this user on the machine.
+It ends only the Ray that it started: `ray stop` would end every Ray of this user on the machine.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 PATIENCE_SECONDS = 4.0  # asked to end, Ray looks for another place for its actors for half a minute
+_RETRY_SECONDS = 5.0
 OBJECT_STORE_BYTES = 10**8  # tasks and results are files; Ray's own minimum is 75 MB
 
 
@@ -70,31 +69,45 @@ def own_address() -> str:
 
 def make_private_folder(path: Path) -> None:
     """Only this user may look in. Raises ValueError if somebody else made it first."""
-    path.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or path.is_symlink():
         raise ValueError(f"{path} belongs to somebody else, or others may write in it; remove it")
 
 
-def main(node: RayNode) -> int:
-    """Run Ray until it ends, this process is asked to end, or its parent is gone."""
+def main(node_json: str) -> int:
+    """Run Ray until this process is asked to end or its parent is gone; 1 if the head ended before."""
+    node = RayNode(**json.loads(node_json))
     temporary = Path(node.temporary)
-    is_ours = node.is_head or not temporary.exists()  # nodes of one machine share the head's
+    is_ours = node.is_head or not temporary.exists()  # on one machine, nodes may share the head's
     make_private_folder(temporary)
-    ray = subprocess.Popen(node.command(), stdin=subprocess.DEVNULL, start_new_session=True)
     asked = threading.Event()
+    _set_when_asked_to_end(asked)
+    while not asked.is_set():
+        _run_once(node, asked)
+        if node.is_head or asked.wait(_RETRY_SECONDS):
+            break
+    if is_ours:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return 0 if asked.is_set() else 1
 
-    def ask(number: int = 0, frame: FrameType | None = None) -> None:
+
+def _set_when_asked_to_end(asked: threading.Event) -> None:
+    def by_signal(number: int, frame: FrameType | None) -> None:
         asked.set()
 
-    def ask_with_parent() -> None:
+    def with_parent() -> None:
         while os.read(0, 4096):
             pass
         asked.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-    threading.Thread(target=ask_with_parent, name="end-with-parent", daemon=True).start()
+        signal.signal(number, by_signal)
+    threading.Thread(target=with_parent, name="end-with-parent", daemon=True).start()
+
+
+def _run_once(node: RayNode, asked: threading.Event) -> None:
+    ray = subprocess.Popen(node.command(), stdin=subprocess.DEVNULL, start_new_session=True)
     while ray.poll() is None and not asked.wait(0.2):
         pass
     ray.terminate()
@@ -102,10 +115,4 @@ def main(node: RayNode) -> int:
         ray.wait(PATIENCE_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(ray.pid, signal.SIGKILL)  # all but workers, who watch the raylet and end with it
-    if is_ours:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return 0 if asked.is_set() else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(RayNode(**json.loads(sys.argv[1]))))
+    ray.wait()

@@ -1,6 +1,4 @@
-"""Workers as the elements of Slurm job arrays, submitted through Submitit; what each job runs:
-
-    python -m halo_cluster.fan_out.slurm_array <plan file>
+"""Workers as the elements of Slurm job arrays, submitted through Submitit.
 
 Elements are not requeued by Slurm, which would hold them back for two minutes: their driver submits others. They need
 no driver to go on with the tasks that are left, and a driver that is started again takes them for its own, by their
@@ -66,7 +64,7 @@ class _BecomeWorker:
     plan_file: str
 
     def __call__(self) -> None:
-        module = ["-m", "halo_cluster.fan_out.slurm_array", self.plan_file]
+        module = ["-m", "halo_cluster.fan_out", "array-element", self.plan_file]
         os.execv(sys.executable, [sys.executable, *module])
 
 
@@ -157,11 +155,8 @@ def _outside_of_own_job() -> Iterator[None]:
         os.environ.update(own)
 
 
-def main() -> None:
+def main(plan_file: str) -> None:
+    """The process of an element."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     element = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-    work(open_pool(Path(sys.argv[1])), _worker_name(element))
-
-
-if __name__ == "__main__":
-    main()
+    work(open_pool(Path(plan_file)), _worker_name(element))

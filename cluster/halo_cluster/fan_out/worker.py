@@ -1,12 +1,8 @@
-"""A worker: takes one task after another until none is left. As a process that ends with the one that started it:
-
-python -m halo_cluster.fan_out.worker <plan file> <worker's name>
-"""
+"""A worker: takes one task after another until none is left."""
 
 from __future__ import annotations
 
 import random
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -81,6 +77,7 @@ def _failure(problem: Exception) -> Failure:
     return Failure(said, isinstance(problem, ValueError), traceback.format_exc())
 
 
-if __name__ == "__main__":
+def main(plan_file: str, name: str) -> None:
+    """A worker's process; it ends with the one that started it."""
     end_with_parent()
-    work(open_pool(Path(sys.argv[1])), sys.argv[2])
+    work(open_pool(Path(plan_file)), name)

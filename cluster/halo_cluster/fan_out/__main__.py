@@ -1,0 +1,18 @@
+"""The processes that backends start: python -m halo_cluster.fan_out ROLE ARGUMENT..."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from halo_cluster.fan_out import ray_crew, ray_node, slurm_array, worker
+
+_ROLES: dict[str, Callable[..., int | None]] = {
+    "worker": worker.main,
+    "array-element": slurm_array.main,
+    "ray-crew": ray_crew.main,
+    "ray-node": ray_node.main,
+}
+
+if __name__ == "__main__":
+    sys.exit(_ROLES[sys.argv[1]](*sys.argv[2:]))
