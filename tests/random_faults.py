@@ -34,8 +34,8 @@ class RandomFaults:
     slurm: SlurmSandbox
     rng: random.Random
     driver: subprocess.Popen[bytes]
+    log: Path
     counts: Counter[str] = field(default_factory=Counter)
-    said: list[str] = field(default_factory=list)
     _mending: list[threading.Timer] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
 
@@ -55,7 +55,7 @@ class RandomFaults:
             if victim := kind():
                 name = kind.__name__.replace("_", " ")
                 self.counts[name] += 1
-                self.said.append(f"{time.monotonic() - self._began:6.1f} s  {name}: {victim}")
+                self._say(f"{name}: {victim}")
                 return
         raise AssertionError("power cuts always find a victim")
 
@@ -116,6 +116,10 @@ class RandomFaults:
         how = self.rng.choice([[], ["--kill"]])
         self.slurm.control("restart-slurmctld", *how, "--after", str(self.rng.randrange(6)))
         return "kill -9" if how else "orderly"
+
+    def _say(self, what: str) -> None:
+        with self.log.open("a") as handle:
+            handle.write(f"{time.monotonic() - self._began:6.1f} s  {what}\n")
 
     def _signal(self, number: signal.Signals, program: str) -> str:
         layout = self.slurm.layout

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,10 @@ class Queue:
 
     def start_now(self, jobs):
         self.hurried += jobs
+
+    def release(self, jobs):
+        for job in jobs:
+            self.jobs[job] = replace(self.jobs[job], reason="Priority")
 
     def leave(self, number: str, state: str = "FAILED") -> None:
         del self.jobs[number]
@@ -187,13 +191,30 @@ def test_a_node_that_fails_twice_is_avoided(run):
     assert queue.submissions == [("align", (), ("n3",))]
 
 
-def test_requeued_jobs_do_not_wait_two_minutes(run):
+def test_requeued_jobs_do_not_wait_two_minutes_but_until_they_have_ended(run, monkeypatch):
     queue, job = Queue(), stage(run, "align")
     loop = reconciler(queue, job)
     loop.look()
     queue.jobs["1"] = LiveJob("1", job.job_name, "pending", "BeginTime", "")
     loop.look()
+    assert not queue.hurried, "begun at once on a node where it is still ending, Slurm would drain that node"
+    monkeypatch.setattr("halo_cluster.reconcile._END_SECONDS", 0.0)
+    loop.look()
     assert queue.hurried == ["1"]
+
+
+def test_a_job_that_no_node_would_begin_is_released_up_to_the_budget(run):
+    queue, job = Queue(), stage(run, "align")
+    loop = reconciler(queue, job)
+    loop.look()
+    held = LiveJob("1", job.job_name, "pending", "launch failed requeued held", "")
+    for _ in range(2):
+        queue.jobs["1"] = held
+        loop.look()
+        assert queue.jobs["1"].reason == "Priority"
+    queue.jobs["1"] = held
+    with pytest.raises(StageFailed, match="align failed 3 times, last: job 1 could not be begun on its node"):
+        loop.look()
 
 
 def test_a_controller_that_is_away_is_waited_for(run):

@@ -172,7 +172,7 @@ def test_the_demo_survives_a_random_fault_every_20_seconds(slurm, recipe, calm, 
     command = _command(recipe, runs, "--executor", "slurm")
     with log.open("wb") as out:
         driver = subprocess.Popen(["bash", "-c", LOOK_AFTER, "again", *command], stdout=out, stderr=out)
-    faults = RandomFaults(slurm, rng, driver)
+    faults = RandomFaults(slurm, rng, driver, tmp_path / "faults.txt")
     outcome = Outcome(number, faults)
     table.outcomes.append(outcome)
     began = time.monotonic()
@@ -193,11 +193,10 @@ def test_the_demo_survives_a_random_fault_every_20_seconds(slurm, recipe, calm, 
         assert not list(runs.rglob(f"*{TEMPORARY_MARK}*"))
         outcome.passed = True
     finally:
-        (tmp_path / "faults.txt").write_text("\n".join(faults.said) + "\n")
         if driver.poll() is None:
             subprocess.run(["pkill", "-KILL", "-P", str(driver.pid)], check=False)
             driver.kill()
             driver.wait()
         if not outcome.passed:
-            print(f"\n{log.read_text()[-6000:]}\n" + "\n".join(faults.said), flush=True)
+            print(f"\n{log.read_text()}\n{faults.log.read_text()}", flush=True)
         print(f"\n{outcome}", flush=True)
