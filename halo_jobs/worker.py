@@ -135,13 +135,16 @@ def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console
     from halo_jobs.models import layout_of
     from halo_jobs.recipe import recipe_class
     from halo_jobs.stages.context import StageContext
-    from hypenet_megatron.runtime import ONE_PROCESS, model_parallel
+    from halo_jobs.stages.data import training_sections
+    from hypenet_megatron.runtime import MEETING_SECONDS, ONE_PROCESS, model_parallel
 
     recipe = recipe_class(work["recipe"]).model_validate(work["recipe"])
     node = next(node for node in stage_nodes(recipe) if node.name == work["stage"])
     inputs = {name: Path(folder) for name, folder in work["inputs"].items()}
     layout = layout_of(recipe) if node.trains else ONE_PROCESS
-    with model_parallel(layout, seed=recipe.seed) as device:
+    section = training_sections(recipe).get(node.name.partition(".")[0])
+    meeting_seconds = section.watchdog_seconds if section else MEETING_SECONDS
+    with model_parallel(layout, seed=recipe.seed, meeting_seconds=meeting_seconds) as device:
         context = StageContext(
             node.name, recipe, Path(work["folder"]), inputs, console, device, attempt, layout
         )
@@ -169,6 +172,7 @@ def main(attempt: Path, rank: int) -> int:
     work = read_json(attempt / WORK)
     joined = JoinedAttempt(StageRecord(Path(work["folder"])), attempt, rank)
     from halo_jobs.supervision import PeerLost, is_lost_peer
+    from hypenet_megatron.runtime import NobodyCame
 
     try:
         result = run_stage(work, joined, Console(quiet=rank > 0))
@@ -178,7 +182,7 @@ def main(attempt: Path, rank: int) -> int:
             {
                 "rank": rank,
                 "host": ""
-                if isinstance(problem, PeerLost) or is_lost_peer(problem)
+                if isinstance(problem, (PeerLost, NobodyCame)) or is_lost_peer(problem)
                 else socket.gethostname(),
                 "sentence": sentence(problem),
                 "final": isinstance(problem, ValueError) or getattr(problem, "by_user", False),

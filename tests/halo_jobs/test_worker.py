@@ -75,6 +75,18 @@ def test_a_killed_process_ends_the_stage_in_a_sentence(recipe, tmp_path):
     assert end["outcome"] == "failed" and "killed by SIGKILL" in end["reason"]
 
 
+def test_a_process_that_hangs_before_they_have_met_ends_the_stage_in_a_sentence(recipe, tmp_path):
+    process = _start(recipe, tmp_path / "runs", *TWO, "align.watchdog_seconds=20")
+    while len(ranks := _ranks(process)) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    os.kill(ranks[1], signal.SIGSTOP)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "process 0 waited 20 s in vain for the other 1 to begin" in stderr
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
 def test_a_killed_driver_takes_its_processes_along(recipe, tmp_path):
     process = _start(recipe, tmp_path / "runs", *TWO, "align.steps=100000")
     _in_training(process, tmp_path / "runs")
