@@ -22,6 +22,7 @@ from halo_cluster.jobs import LiveJob, Scheduler, SchedulerUnreachable, StageJob
 from halo_cluster.trying import StageFailed, StopRequested
 
 LOOK_SECONDS = 2.0
+LONGEST_WAIT_SECONDS = 600.0
 # A network file system may show a new file some seconds late, so a job that has just left the queue gets this long.
 _SIGHT_SECONDS = 5.0
 # A job that was put back into the queue may be ending on its node for this long (KillWait of slurm.conf); begun there
@@ -33,7 +34,8 @@ _STYLES = {"done": "green", "running": "cyan", "pending": "cyan", "ending": "cya
 
 @dataclass(frozen=True)
 class Patience:
-    """With stages that fail: how often each is tried again, how long after (doubling), and on which nodes no more."""
+    """With stages that fail: how often each is tried again, how long after (doubling, up to LONGEST_WAIT_SECONDS), and
+    on which nodes no more."""
 
     retries: int = 3
     backoff_seconds: float = 15.0
@@ -153,7 +155,7 @@ class Reconciler:
         if last and last.final:
             raise ValueError(reason)
         self._count_failure(job, reason)
-        wait = self.patience.backoff_seconds * 2 ** (self._failures[job.name] - 1)
+        wait = min(self.patience.backoff_seconds * 2 ** (self._failures[job.name] - 1), LONGEST_WAIT_SECONDS)
         self._not_before[job.name] = time.monotonic() + wait
         self._say_once(job.name, "again", f"in {wait:.0f} s: {reason}")
 

@@ -1,6 +1,8 @@
 """The reconciler against a scheduler of our own, in which every fault can be had at will. The real one: test_slurm."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -139,6 +141,19 @@ def test_failures_are_tried_again_up_to_a_budget(run):
     queue.leave("3")
     with pytest.raises(StageFailed, match="align failed 3 times, last: the link went down"):
         loop.look()
+
+
+def test_the_wait_between_tries_doubles_up_to_a_limit(run):
+    queue, job = Queue(), stage(run, "align")
+    said = Console(file=io.StringIO(), width=200)
+    loop = Reconciler([job], queue, said, Patience(retries=8, backoff_seconds=15.0))
+    for number in range(1, 9):
+        loop._submit(job)
+        fail(job, f"{number}.0", RuntimeError("the link went down"))
+        queue.leave(str(number))
+        loop.look()
+    waits = [int(seconds) for seconds in re.findall(r"in (\d+) s:", said.file.getvalue())]
+    assert waits == [15, 30, 60, 120, 240, 480, 600, 600]
 
 
 def test_user_errors_are_not_tried_again(run):
