@@ -39,6 +39,7 @@ from halo_cluster import (
     rank_log,
     run_ranks,
 )
+from halo_cluster.record import DONE_FILE
 from halo_jobs.terminal import STOPPED_EXIT_CODE, quieten_libraries, sentence
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def run_in_processes(
 def join_processes(attempt: Path, processes: int, nodes: Nodes) -> int:
     """Run this node's part of what `run_in_processes` runs on the first one; an exit code as of `halo` itself."""
     while not (attempt / WORK).exists():
-        if (attempt / EXIT).exists():
+        # A job that was put back into the queue after its stage was done makes no attempt.
+        if (attempt / EXIT).exists() or (attempt.parent / DONE_FILE).exists():
             return 0
         time.sleep(_LOOK_SECONDS)
     try:

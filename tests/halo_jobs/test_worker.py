@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from durable_files import read_json
+from halo_cluster import Nodes
+from halo_jobs.worker import join_processes
 
 TWO = ("layout.processes=2", "layout.pipeline=2")
 
@@ -117,3 +119,9 @@ def test_an_error_of_a_process_is_the_commands_error(recipe, tmp_path):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "stage align failed: loss is nan at step 2" in stderr
+
+
+@pytest.mark.timeout(30)
+def test_other_nodes_do_not_wait_for_an_attempt_at_a_stage_that_is_done(tmp_path):
+    (tmp_path / "DONE.json").write_text("{}")
+    assert join_processes(tmp_path / "attempt.10.1", 2, Nodes(2, 1, "n1", 20070)) == 0
