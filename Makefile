@@ -1,6 +1,6 @@
 # What there is to run; `make` alone says so. Everything happens in .venv, which the first target that needs it makes.
 BIN := .venv/bin
-.PHONY: help demo test test-cluster test-grid test-faults slurm-sandbox slurm-sandbox-down lint clean bootstrap
+.PHONY: help demo test test-chaos test-cluster test-grid test-faults slurm-sandbox slurm-sandbox-down lint clean bootstrap
 
 help:
 	@echo "make demo   convert a small real model on this machine's CPU, with a report (12 minutes on 2 cores)"
@@ -8,6 +8,7 @@ help:
 	@echo "make test-grid   every kind of training under every parallel layout (10 minutes on 2 cores)"
 	@echo "make test-faults   kills processes that train together or convert, twenty times each (7 minutes on 2 cores)"
 	@echo "make test-cluster   every fault of workers and drivers on a real Ray and a real Slurm"
+	@echo "make test-chaos   the demo's pipeline on a real Slurm, a random fault every 20 s, ten times (two hours on 2 cores)"
 	@echo "make slurm-sandbox   a real Slurm of four nodes on this machine, to try recipes on (root on Debian; 15 seconds)"
 	@echo "make slurm-sandbox-down   stops it"
 	@echo "make lint   ruff, mypy and the import rules of the rooms"
@@ -44,6 +45,11 @@ test-faults: bootstrap
 test-cluster: export OMP_NUM_THREADS ?= 1
 test-cluster: bootstrap
 	$(BIN)/pytest -m cluster tests/cluster
+
+# HALO_CHAOS_RUNS: how often; HALO_TEST_SEED: which faults, and when.
+test-chaos: export OMP_NUM_THREADS ?= 1
+test-chaos: bootstrap
+	$(BIN)/pytest -m chaos -s tests/halo_jobs/test_chaos.py
 
 slurm-sandbox: bootstrap
 	@$(BIN)/python -m scripts.slurm_sandbox up

@@ -39,6 +39,7 @@ from halo_cluster import (
     rank_log,
     run_ranks,
 )
+from halo_cluster.record import DONE_FILE
 from halo_jobs.terminal import STOPPED_EXIT_CODE, quieten_libraries, sentence
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def run_in_processes(
 def join_processes(attempt: Path, processes: int, nodes: Nodes) -> int:
     """Run this node's part of what `run_in_processes` runs on the first one; an exit code as of `halo` itself."""
     while not (attempt / WORK).exists():
-        if (attempt / EXIT).exists():
+        # A job that was put back into the queue after its stage was done makes no attempt.
+        if (attempt / EXIT).exists() or (attempt.parent / DONE_FILE).exists():
             return 0
         time.sleep(_LOOK_SECONDS)
     try:
@@ -135,13 +137,16 @@ def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console
     from halo_jobs.models import layout_of
     from halo_jobs.recipe import recipe_class
     from halo_jobs.stages.context import StageContext
-    from hypenet_megatron.runtime import ONE_PROCESS, model_parallel
+    from halo_jobs.stages.data import training_sections
+    from hypenet_megatron.runtime import MEETING_SECONDS, ONE_PROCESS, model_parallel
 
     recipe = recipe_class(work["recipe"]).model_validate(work["recipe"])
     node = next(node for node in stage_nodes(recipe) if node.name == work["stage"])
     inputs = {name: Path(folder) for name, folder in work["inputs"].items()}
     layout = layout_of(recipe) if node.trains else ONE_PROCESS
-    with model_parallel(layout, seed=recipe.seed) as device:
+    section = training_sections(recipe).get(node.name.partition(".")[0])
+    meeting_seconds = section.watchdog_seconds if section else MEETING_SECONDS
+    with model_parallel(layout, seed=recipe.seed, meeting_seconds=meeting_seconds) as device:
         context = StageContext(
             node.name, recipe, Path(work["folder"]), inputs, console, device, attempt, layout
         )
@@ -169,6 +174,7 @@ def main(attempt: Path, rank: int) -> int:
     work = read_json(attempt / WORK)
     joined = JoinedAttempt(StageRecord(Path(work["folder"])), attempt, rank)
     from halo_jobs.supervision import PeerLost, is_lost_peer
+    from hypenet_megatron.runtime import NobodyCame
 
     try:
         result = run_stage(work, joined, Console(quiet=rank > 0))
@@ -178,7 +184,7 @@ def main(attempt: Path, rank: int) -> int:
             {
                 "rank": rank,
                 "host": ""
-                if isinstance(problem, PeerLost) or is_lost_peer(problem)
+                if isinstance(problem, (PeerLost, NobodyCame)) or is_lost_peer(problem)
                 else socket.gethostname(),
                 "sentence": sentence(problem),
                 "final": isinstance(problem, ValueError) or getattr(problem, "by_user", False),

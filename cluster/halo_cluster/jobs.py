@@ -77,6 +77,9 @@ class Scheduler(Protocol):
     def start_now(self, jobs: Sequence[str]) -> None:
         """Lift the waiting time of jobs that were put back into the queue."""
 
+    def release(self, jobs: Sequence[str]) -> None:
+        """Let jobs begin that the scheduler holds since it could not begin them."""
+
 
 class SchedulerUnreachable(RuntimeError):
     """The scheduler did not answer; jobs may be running all the same."""

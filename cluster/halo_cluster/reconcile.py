@@ -22,14 +22,20 @@ from halo_cluster.jobs import LiveJob, Scheduler, SchedulerUnreachable, StageJob
 from halo_cluster.trying import StageFailed, StopRequested
 
 LOOK_SECONDS = 2.0
+LONGEST_WAIT_SECONDS = 600.0
 # A network file system may show a new file some seconds late, so a job that has just left the queue gets this long.
 _SIGHT_SECONDS = 5.0
+# A job that was put back into the queue may be ending on its node for this long (KillWait of slurm.conf); begun there
+# before that, Slurm finds it twice, holds it, and takes the node out of service.
+_END_SECONDS = 30.0
+_WAITS, _HELD = "BeginTime", "launch failed requeued held"
 _STYLES = {"done": "green", "running": "cyan", "pending": "cyan", "ending": "cyan", "again": "yellow"}
 
 
 @dataclass(frozen=True)
 class Patience:
-    """With stages that fail: how often each is tried again, how long after (doubling), and on which nodes no more."""
+    """With stages that fail: how often each is tried again, how long after (doubling, up to LONGEST_WAIT_SECONDS), and
+    on which nodes no more."""
 
     retries: int = 3
     backoff_seconds: float = 15.0
@@ -57,6 +63,7 @@ class Reconciler:
         self._failures: Counter[str] = Counter()
         self._not_before: dict[str, float] = {}
         self._gone_since: dict[str, float] = {}
+        self._waits_since: dict[str, float] = {}
         self._seen_attempts = {job.name: {a.label for a in job.record.attempts()} for job in jobs}
 
     def run(self) -> dict[str, dict[str, Any]]:
@@ -90,8 +97,10 @@ class Reconciler:
 
     def _hurry(self, live: dict[str, list[LiveJob]]) -> None:
         ours = (entry for job in self.jobs for entry in live.get(job.job_name, []))
-        held = [entry.job for entry in ours if entry.state == "pending" and entry.reason == "BeginTime"]
-        self.scheduler.start_now(held)
+        waiting = [entry.job for entry in ours if entry.state == "pending" and entry.reason == _WAITS]
+        now = time.monotonic()
+        self._waits_since = {job: self._waits_since.get(job, now) for job in waiting}
+        self.scheduler.start_now([job for job in waiting if now - self._waits_since[job] >= _END_SECONDS])
 
     def _attend(self, job: StageJob, live: list[LiveJob], ended: dict[str, Any]) -> None:
         done = job.record.done()
@@ -119,6 +128,10 @@ class Reconciler:
         entry = next((entry for entry in live if entry.state != "pending"), live[0])
         self._current[job.name] = entry.job
         self._gone_since.pop(job.name, None)
+        if entry.reason == _HELD:
+            self._count_failure(job, f"job {entry.job} could not be begun on its node, and Slurm holds it")
+            self.scheduler.release([entry.job])
+            return
         where = f"on {entry.nodes}" if entry.nodes else f"({entry.reason})"
         self._say_once(job.name, entry.state, f"job {entry.job} {where}")
 
@@ -141,15 +154,18 @@ class Reconciler:
         reason = last.reason if last else f"{word} before the stage began; see {job.jobs_folder}"
         if last and last.final:
             raise ValueError(reason)
+        self._count_failure(job, reason)
+        wait = min(self.patience.backoff_seconds * 2 ** (self._failures[job.name] - 1), LONGEST_WAIT_SECONDS)
+        self._not_before[job.name] = time.monotonic() + wait
+        self._say_once(job.name, "again", f"in {wait:.0f} s: {reason}")
+
+    def _count_failure(self, job: StageJob, reason: str) -> None:
         self._failures[job.name] += 1
         if self._failures[job.name] > self.patience.retries:
             raise StageFailed(
                 f"stage {job.name} failed {self._failures[job.name]} times, last: {reason}; its attempts are in "
                 f"{job.record.folder}; once that is mended, the same command tries again"
             )
-        wait = self.patience.backoff_seconds * 2 ** (self._failures[job.name] - 1)
-        self._not_before[job.name] = time.monotonic() + wait
-        self._say_once(job.name, "again", f"in {wait:.0f} s: {reason}")
 
     def _submit(self, job: StageJob) -> None:
         bad = nodes_to_avoid(job.record.attempts(), self.patience.failures_per_node)

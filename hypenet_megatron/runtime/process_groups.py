@@ -16,12 +16,20 @@ import torch.distributed as dist
 from hypenet_megatron.runtime import cpu_backend
 from hypenet_megatron.runtime.layout import ONE_PROCESS, ParallelLayout
 
+MEETING_SECONDS = 600.0
+_COLLECTIVE_PATIENCE = timedelta(minutes=10)
+
+
+class NobodyCame(RuntimeError):
+    """Other processes of the world did not begin in time."""
+
 
 @contextmanager
-def joined_world() -> Iterator[None]:
+def joined_world(meeting_seconds: float = MEETING_SECONDS) -> Iterator[None]:
     """Join the world that torchrun or Slurm described in the environment, or be a world of one without any socket.
 
-    Nested in itself it does nothing, so that one world can be laid out several times, one after the other.
+    The processes wait `meeting_seconds` for each other to begin; NobodyCame after that. Nested in itself this does
+    nothing, so that one world can be laid out several times, one after the other.
     """
     if dist.is_initialized():
         yield
@@ -31,13 +39,30 @@ def joined_world() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        store, rank, size = _meet(meeting_seconds)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=_COLLECTIVE_PATIENCE
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _meet(seconds: float) -> tuple[dist.Store, int, int]:
+    """The store that all processes speak through, once all of them do, and rank and size of the world."""
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    except dist.DistError as problem:
+        others = int(os.environ["WORLD_SIZE"]) - 1
+        raise NobodyCame(
+            f"process {os.environ['RANK']} waited {seconds:g} s in vain for the other {others} to begin "
+            f"({str(problem).splitlines()[0]})"
+        ) from problem
+    store.set_timeout(_COLLECTIVE_PATIENCE)
+    return store, rank, size
 
 
 def reset_seeds(seed: int) -> None:
@@ -58,13 +83,15 @@ def _leave_groups(groups: Sequence[dist.ProcessGroup | None]) -> None:
 
 
 @contextmanager
-def model_parallel(layout: ParallelLayout = ONE_PROCESS, *, seed: int = 0) -> Iterator[torch.device]:
-    """Process groups for `layout` for the duration of the block; yields the device that models live on."""
+def model_parallel(
+    layout: ParallelLayout = ONE_PROCESS, *, seed: int = 0, meeting_seconds: float = MEETING_SECONDS
+) -> Iterator[torch.device]:
+    """Process groups for `layout` for the duration of the block, as `joined_world`; yields the models' device."""
     cpu_backend.install()
     from megatron.core import parallel_state
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    with joined_world():
+    with joined_world(meeting_seconds):
         layout.data_ranks(dist.get_world_size())
         try:
             parallel_state.initialize_model_parallel(

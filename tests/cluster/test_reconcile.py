@@ -1,10 +1,12 @@
 """The reconciler against a scheduler of our own, in which every fault can be had at will. The real one: test_slurm."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,10 @@ class Queue:
 
     def start_now(self, jobs):
         self.hurried += jobs
+
+    def release(self, jobs):
+        for job in jobs:
+            self.jobs[job] = replace(self.jobs[job], reason="Priority")
 
     def leave(self, number: str, state: str = "FAILED") -> None:
         del self.jobs[number]
@@ -137,6 +143,19 @@ def test_failures_are_tried_again_up_to_a_budget(run):
         loop.look()
 
 
+def test_the_wait_between_tries_doubles_up_to_a_limit(run):
+    queue, job = Queue(), stage(run, "align")
+    said = Console(file=io.StringIO(), width=200)
+    loop = Reconciler([job], queue, said, Patience(retries=8, backoff_seconds=15.0))
+    for number in range(1, 9):
+        loop._submit(job)
+        fail(job, f"{number}.0", RuntimeError("the link went down"))
+        queue.leave(str(number))
+        loop.look()
+    waits = [int(seconds) for seconds in re.findall(r"in (\d+) s:", said.file.getvalue())]
+    assert waits == [15, 30, 60, 120, 240, 480, 600, 600]
+
+
 def test_user_errors_are_not_tried_again(run):
     queue, job = Queue(), stage(run, "align")
     loop = reconciler(queue, job)
@@ -187,13 +206,30 @@ def test_a_node_that_fails_twice_is_avoided(run):
     assert queue.submissions == [("align", (), ("n3",))]
 
 
-def test_requeued_jobs_do_not_wait_two_minutes(run):
+def test_requeued_jobs_do_not_wait_two_minutes_but_until_they_have_ended(run, monkeypatch):
     queue, job = Queue(), stage(run, "align")
     loop = reconciler(queue, job)
     loop.look()
     queue.jobs["1"] = LiveJob("1", job.job_name, "pending", "BeginTime", "")
     loop.look()
+    assert not queue.hurried, "begun at once on a node where it is still ending, Slurm would drain that node"
+    monkeypatch.setattr("halo_cluster.reconcile._END_SECONDS", 0.0)
+    loop.look()
     assert queue.hurried == ["1"]
+
+
+def test_a_job_that_no_node_would_begin_is_released_up_to_the_budget(run):
+    queue, job = Queue(), stage(run, "align")
+    loop = reconciler(queue, job)
+    loop.look()
+    held = LiveJob("1", job.job_name, "pending", "launch failed requeued held", "")
+    for _ in range(2):
+        queue.jobs["1"] = held
+        loop.look()
+        assert queue.jobs["1"].reason == "Priority"
+    queue.jobs["1"] = held
+    with pytest.raises(StageFailed, match="align failed 3 times, last: job 1 could not be begun on its node"):
+        loop.look()
 
 
 def test_a_controller_that_is_away_is_waited_for(run):

@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from durable_files import read_json
+from halo_cluster import Nodes
+from halo_jobs.worker import join_processes
 
 TWO = ("layout.processes=2", "layout.pipeline=2")
 
@@ -75,6 +77,18 @@ def test_a_killed_process_ends_the_stage_in_a_sentence(recipe, tmp_path):
     assert end["outcome"] == "failed" and "killed by SIGKILL" in end["reason"]
 
 
+def test_a_process_that_hangs_before_they_have_met_ends_the_stage_in_a_sentence(recipe, tmp_path):
+    process = _start(recipe, tmp_path / "runs", *TWO, "align.watchdog_seconds=20")
+    while len(ranks := _ranks(process)) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    os.kill(ranks[1], signal.SIGSTOP)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "process 0 waited 20 s in vain for the other 1 to begin" in stderr
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
 def test_a_killed_driver_takes_its_processes_along(recipe, tmp_path):
     process = _start(recipe, tmp_path / "runs", *TWO, "align.steps=100000")
     _in_training(process, tmp_path / "runs")
@@ -105,3 +119,9 @@ def test_an_error_of_a_process_is_the_commands_error(recipe, tmp_path):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "stage align failed: loss is nan at step 2" in stderr
+
+
+@pytest.mark.timeout(30)
+def test_other_nodes_do_not_wait_for_an_attempt_at_a_stage_that_is_done(tmp_path):
+    (tmp_path / "DONE.json").write_text("{}")
+    assert join_processes(tmp_path / "attempt.10.1", 2, Nodes(2, 1, "n1", 20070)) == 0

@@ -84,3 +84,9 @@ def start_now(jobs: Sequence[str]) -> None:
     """Slurm holds a requeued job back for two minutes; its owner may lift that."""
     if jobs:
         call(["scontrol", "update", f"JobId={','.join(jobs)}", "StartTime=now"])
+
+
+def release(jobs: Sequence[str]) -> None:
+    """Slurm holds a job that a node would not begin; its owner may let it go."""
+    if jobs:
+        call(["scontrol", "release", ",".join(jobs)])

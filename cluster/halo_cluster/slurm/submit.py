@@ -37,6 +37,9 @@ class Slurm:
     def start_now(self, jobs: Sequence[str]) -> None:
         queue.start_now(jobs)
 
+    def release(self, jobs: Sequence[str]) -> None:
+        queue.release(jobs)
+
     def submit(self, job: StageJob, *, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
         executor = self._executor(job, after, exclude)
         launcher = Launcher((*self.program, str(_write_work(job))), self.failures)
