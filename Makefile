@@ -43,7 +43,7 @@ test-faults: bootstrap
 # A few of them are in `make test`.
 test-cluster: export OMP_NUM_THREADS ?= 1
 test-cluster: bootstrap
-	$(BIN)/pytest -m cluster tests/cluster
+	$(BIN)/pytest -m cluster tests/cluster tests/halo_jobs
 
 slurm-sandbox: bootstrap
 	@$(BIN)/python -m scripts.slurm_sandbox up
