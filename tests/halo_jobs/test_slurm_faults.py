@@ -12,15 +12,19 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from durable_files import read_json, write_json
 from halo_cluster.slurm.queue import live_jobs
 from tests.fault_table import FaultRow
-from tests.slurm_runs import ON_SLURM, TOGETHER, SlurmRun, run_command, trained_weights
+from tests.slurm_runs import ON_SLURM, TOGETHER, SlurmRun, halo, run_command, slowed, trained_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 SETTINGS = (*TOGETHER, "align.steps=120", "align.checkpoint_every=10", "align.watchdog_seconds=20")
@@ -86,6 +90,22 @@ def disturbed(slurm, recipe, undisturbed, fault_table, tmp_path) -> Iterator[Dis
 
 
 @pytest.fixture
+def training_on_small_disk(slurm, recipe, undisturbed, fault_table) -> Iterator[Disturbed]:
+    folder = slurm.layout.shared / "disk"
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], check=True)
+    run = SlurmRun(slurm, recipe, folder / "runs", (*SETTINGS, *ON_SLURM))
+    try:
+        run.begin_without_align(undisturbed)
+        run.start()
+        run.until_training()
+        yield Disturbed(run, undisturbed, fault_table)
+    finally:
+        run.end()
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
 def training(disturbed) -> Disturbed:
     disturbed.run.start()
     disturbed.run.until_training()
@@ -104,15 +124,144 @@ def test_kill_9_of_a_rank(training):
     )
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["first_node", "second_node"])
+def test_kill_9_of_the_launcher(training, which):
+    run, node = training.run, training.run.nodes()[which]
+    since = time.monotonic()
+    for pid in run.processes(node, "halo_jobs.stage_job")[-1:]:
+        os.kill(pid, signal.SIGKILL)
+    training.interrupted(f"kill -9 of the launcher on the {('first', 'second')[which]} node", since, "")
+
+
 def test_kill_9_of_the_driver(training):
-    run = training.run
-    run.kill_driver()
-    run.start()
+    training.run.kill_driver()
+    training.run.start()
     training.finish("kill -9 of the driver, started again", "", 0.0, attempts=1)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["first_node", "second_node"])
+def test_power_cut(training, which):
+    run, node = training.run, training.run.nodes()[which]
+    since = time.monotonic()
+    run.slurm.control("power-cut", node)
+    training.interrupted(f"power cut of the {('first', 'second')[which]} node", since, "")
+
+
+def test_node_declared_down(training):
+    run, node = training.run, training.run.nodes()[1]
+    since = time.monotonic()
+    run.slurm.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    training.interrupted("scontrol update state=down", since, "")
 
 
 def test_requeue_by_an_operator(training):
     run = training.run
     since = time.monotonic()
     run.slurm.slurm("scontrol", "requeue", run.job().job)
-    training.interrupted("scontrol requeue", since, "")
+    training.interrupted("scontrol requeue", since, "stopped by SIGTERM after step", "which is saved in")
+
+
+@pytest.mark.parametrize("partition", ["batch", "grace"])
+def test_preemption(disturbed, partition):
+    run = disturbed.run
+    run.start(f"cluster.partition={partition}")
+    run.until_training()
+    urgent = "--partition=urgent", "--nodes=4", "--exclusive"
+    since = time.monotonic()
+    run.slurm.sbatch(run.recipe.parent, "sleep 3\n", *urgent)
+    disturbed.interrupted(
+        f"preemption {'with' if partition == 'grace' else 'without'} grace",
+        since,
+        "stopped by SIG",
+    )
+
+
+def test_time_limit(disturbed):
+    """Slurm checks limits twice a minute, so it may speak of one half a minute early: here after 20 to 50 s."""
+    run = disturbed.run
+    run.start("cluster.time_minutes=1", "cluster.grace_seconds=10")
+    run.until_training()
+    with slowed(run.rank(run.nodes()[1])):
+        run.slurm.until(run.exits, "the warning before the time limit")
+    disturbed.interrupted(
+        "time limit", time.monotonic(), "stopped by SIGUSR2 after step", "which is saved in"
+    )
+
+
+def test_controller_killed_and_started_again(training):
+    run = training.run
+    reached = run.steps()
+    with slowed(run.rank(run.nodes()[1])):
+        run.slurm.control("restart-slurmctld", "--kill", "--after", "8")
+        assert run.steps() > reached, "training goes on meanwhile"
+    training.finish("kill -9 of slurmctld, started again after 8 s", "", 0.0, attempts=1)
+    print(run.said())
+
+
+def test_disk_full(training_on_small_disk):
+    training = training_on_small_disk
+    run = training.run
+    filler = run.runs / "filler"
+    with suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+    run.drivers[-1].wait(timeout=200)
+    print(run.said())
+    print(run.exits())
+    filler.unlink()
+    since = time.monotonic()
+    attempts = len(run.attempts())
+    print(halo("status", run.runs / "tiny"))
+    run.start()
+    training.interrupted("disk full", since, "", attempts=attempts + 1)
+
+
+def test_hung_rank(training):
+    run, node = training.run, training.run.nodes()[1]
+    pid = run.rank(node)
+    since = time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    training.interrupted("SIGSTOP of a rank", since, "no progress for 20 s after step", "rank 1")
+
+
+def test_node_that_always_fails(disturbed):
+    """Its torch cannot be loaded, as after a failed update."""
+    run = disturbed.run
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    run.slurm.on_node("n2", "mount", "--bind", "/dev/null", str(library))
+    try:
+        since = time.monotonic()
+        run.start()
+        disturbed.interrupted("a node that always fails", since, "", attempts=3)
+    finally:
+        run.slurm.on_node("n2", "umount", str(library))
+        print(run.said())
+    assert "not on n2" in run.said()
+
+
+def test_two_drivers_at_once(disturbed):
+    run = disturbed.run
+    first, _ = run.start(), run.start()
+    disturbed.finish("two drivers at once", "", 0.0, attempts=1)
+    assert first.wait(timeout=60) == 0, run.said(0)
+    print(run.said(0), run.said(1))
+
+
+def test_clock_that_goes_backwards(training):
+    """The first attempt's clock was an hour ahead."""
+    run = training.run
+    since = time.monotonic()
+    os.kill(run.rank(run.nodes()[0]), signal.SIGKILL)
+    run.slurm.until(run.exits, "the end of the first attempt")
+    (attempt,) = run.attempts()
+    for name, key in (("started.json", "started"), ("exit.json", "ended")):
+        content = read_json(attempt / name)
+        content[key] = (datetime.fromisoformat(content[key]) + timedelta(hours=1)).isoformat()
+        write_json(attempt / name, content)
+    later = time.time() + 3600
+    for path in attempt.iterdir():
+        os.utime(path, (later, later))
+    training.interrupted("a clock that goes backwards", since, "process 0 of 2 was killed by SIGKILL")
+    done = read_json(run.folder / "DONE.json")
+    assert 0 < done["seconds"] < 600
+    assert done["started"] <= done["finished"]
