@@ -148,11 +148,14 @@ def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console
         return node.run(context)
 
 
-def _stop_before_training(attempt: Path, rank: int) -> None:
-    """A request to stop that comes while modules and weights are still being loaded; a trainer heeds later ones."""
+def _stop_outside_training(attempt: Path, rank: int) -> None:
+    """A request to stop that comes while modules and weights are still being loaded; a trainer heeds later ones.
+
+    So does the time after its last step, when the weights are written: both begin again from the last checkpoint.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        said = f"stopped by {signal.Signals(number).name} before its first step"
+        said = f"stopped by {signal.Signals(number).name} while it was not training"
         publish_once(
             attempt / FAILURE, {"rank": rank, "host": "", "sentence": said, "final": False, "traceback": ""}
         )
@@ -162,8 +165,14 @@ def _stop_before_training(attempt: Path, rank: int) -> None:
         signal.signal(number, stop)
 
 
+def _end_by_ourselves() -> None:
+    """Who fails takes the others along, and the signals that end them come here too; first our own story is told."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def main(attempt: Path, rank: int) -> int:
-    _stop_before_training(attempt, rank)
+    _stop_outside_training(attempt, rank)
     logging.basicConfig(filename=rank_log(attempt, rank))
     quieten_libraries()
     work = read_json(attempt / WORK)
@@ -173,6 +182,7 @@ def main(attempt: Path, rank: int) -> int:
     try:
         result = run_stage(work, joined, Console(quiet=rank > 0))
     except Exception as problem:
+        _end_by_ourselves()
         publish_once(
             attempt / FAILURE,
             {

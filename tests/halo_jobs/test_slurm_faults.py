@@ -229,13 +229,13 @@ def test_node_that_always_fails(disturbed):
     run = disturbed.run
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     run.slurm.on_node("n2", "mount", "--bind", "/dev/null", str(library))
+    since = time.monotonic()
+    run.start()
     try:
-        since = time.monotonic()
-        run.start()
         disturbed.interrupted("a node that always fails", since, "", attempts=3)
     finally:
-        run.slurm.on_node("n2", "umount", str(library))
-        print(run.said())
+        print(run.said(), run.exits())
+        run.slurm.control("power-cut", "n2")  # and with it the mount
     assert "not on n2" in run.said()
 
 
