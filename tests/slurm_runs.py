@@ -80,6 +80,11 @@ class SlurmRun:
     def said(self, driver: int = -1) -> str:
         return self._said(driver % len(self.drivers)).read_text()
 
+    def shown(self, driver: int = -1) -> list[str]:
+        """What a driver said about align, without the spaces that make columns."""
+        lines = (" ".join(line.split()) for line in self.said(driver).splitlines())
+        return [line.replace(f"{self.runs}/", "runs/") for line in lines if line.startswith("align ")]
+
     def finish(self) -> None:
         """The newest driver has brought the run to its end."""
         assert self.drivers[-1].wait(timeout=300) == 0, self.said()
@@ -163,14 +168,14 @@ class SlurmRun:
 
 @contextmanager
 def slowed(pid: int) -> Iterator[None]:
-    """A process that runs a fifth of the time."""
+    """A process that runs a tenth of the time."""
     over = threading.Event()
 
     def slow() -> None:
         try:
             while not over.wait(0.05):
                 os.kill(pid, signal.SIGSTOP)
-                over.wait(0.2)
+                over.wait(0.45)
                 os.kill(pid, signal.SIGCONT)
         except ProcessLookupError:
             pass

@@ -25,6 +25,7 @@ from halo_cluster.attempts import (
     attempt_folders,
     attempt_label,
     close_abandoned,
+    keep_room,
     next_label,
     utc_now,
     write_exit,
@@ -144,6 +145,7 @@ class Attempt:
         self._process = ProcessIdentity.current()
         begun = {**asdict(self._process), "command": shlex.join(sys.argv), "started": self.started}
         write_json(folder / "started.json", begun)
+        keep_room(folder)
         self._heartbeat = Heartbeat(folder / "heartbeat")
 
     @property
