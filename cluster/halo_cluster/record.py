@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -122,7 +123,11 @@ class StageRecord:
             discard_leftovers(self.folder)
             folder = self.attempt_folder(label or next_label(self.folder))
             folder.mkdir(parents=True)
-            return Attempt(self, folder)
+            try:
+                return Attempt(self, folder)
+            except OSError:  # it has not begun, and says nothing of how one before it ended
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
 
 class _LogFile(logging.FileHandler):
