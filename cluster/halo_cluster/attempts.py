@@ -56,7 +56,7 @@ def next_label(stage_folder: Path) -> str:
     return str(_order(taken[-1])[0] + 1) if taken else "1"
 
 
-_ROOM, _ROOM_BYTES = "room", 1 << 15
+_ROOM, _ROOM_BYTES = "room", 1 << 14
 
 
 def keep_room(folder: Path) -> None:
