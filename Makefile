@@ -44,7 +44,7 @@ test-faults: bootstrap
 # A few of them are in `make test`.
 test-cluster: export OMP_NUM_THREADS ?= 1
 test-cluster: bootstrap
-	$(BIN)/pytest -m cluster tests/cluster
+	$(BIN)/pytest -m cluster tests/cluster tests/halo_jobs
 
 # HALO_CHAOS_RUNS: how often; HALO_TEST_SEED: which faults, and when.
 test-chaos: export OMP_NUM_THREADS ?= 1

@@ -55,7 +55,11 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _json_text(content))
+
+
+def _json_text(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -86,14 +90,19 @@ def publish_folder(temporary: Path, final: Path) -> None:
 
 
 def publish_once(path: Path, content: Any) -> bool:
-    """Write JSON to `path` exactly once, even when several writers race; True for the one that won.
+    """`publish_text_once` of JSON."""
+    return publish_text_once(path, _json_text(content))
+
+
+def publish_text_once(path: Path, text: str) -> bool:
+    """Write `path` exactly once, even when several writers race; True for the one that won.
 
     A hard link to a fsynced temporary file fails if the name exists, also over NFS, where O_EXCL and flock have a
     worse record.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
-    write_json(temporary, content)
+    write_text(temporary, text)
     try:
         os.link(temporary, path)
         return True

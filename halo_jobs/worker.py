@@ -5,7 +5,7 @@
 attempt.<n>/work.json      the stage, its recipe and its folders
             result.json    what process 0 made
             failure.json   what the first process that failed had to say
-            killed.json    which process of another node was killed, and could say nothing
+            ended.json     which process of another node ended, and how
             rank-<k>.txt   what process k logged
 
 Exit codes as of `halo` itself: 0, 1, and STOPPED_EXIT_CODE after a stop on request.
@@ -39,18 +39,20 @@ from halo_cluster import (
     rank_log,
     run_ranks,
 )
+from halo_cluster.attempts import use_room
 from halo_cluster.record import DONE_FILE
+from halo_cluster.storage import storage_sentence
 from halo_jobs.terminal import STOPPED_EXIT_CODE, quieten_libraries, sentence
 
 if TYPE_CHECKING:
     from halo_jobs.training.trainer import AttemptInProgress
 
-WORK, RESULT, FAILURE, KILLED = "work.json", "result.json", "failure.json", "killed.json"
+WORK, RESULT, FAILURE, ENDED = "work.json", "result.json", "failure.json", "ended.json"
 EXIT = "exit.json"
 _RESUMES = "the same command goes on from the last checkpoint"
 _LOOK_SECONDS = 0.2
 _HEARSAY_SECONDS = 2.0
-_STORY_SECONDS = 20.0
+_STORY_SECONDS = 30.0
 
 
 def run_in_processes(
@@ -63,7 +65,7 @@ def run_in_processes(
     """
     write_json(attempt / WORK, work)
     try:
-        run_ranks(_command(attempt), processes, attempt, nodes)
+        run_ranks(_command(attempt), processes, attempt, nodes, (attempt / ENDED).exists)
     except RankFailed as failed:
         if nodes.count > 1:
             time.sleep(_HEARSAY_SECONDS)
@@ -84,8 +86,8 @@ def join_processes(attempt: Path, processes: int, nodes: Nodes) -> int:
     except RankFailed as failed:
         if failed.code == STOPPED_EXIT_CODE:
             return STOPPED_EXIT_CODE
-        if failed.code < 0:
-            publish_once(attempt / KILLED, {"sentence": f"{failed} on {failed.host}", "host": failed.host})
+        ended = {"sentence": f"{failed} on {failed.host}", "host": failed.host, "killed": failed.code < 0}
+        publish_once(attempt / ENDED, ended)
         # The end of one task ends the others at once; the first node is to have told its story by then.
         deadline = time.monotonic() + _STORY_SECONDS
         while not (attempt / EXIT).exists() and time.monotonic() < deadline:
@@ -100,10 +102,11 @@ def _command(attempt: Path) -> list[str]:
 
 def _what_it_said(attempt: Path, failed: RankFailed) -> Exception:
     """The failed process's own error, its traceback as a note; of one that was killed, that."""
-    if (attempt / KILLED).exists():
-        killed = read_json(attempt / KILLED)
-        return RankFailed(f"{killed['sentence']}; {_RESUMES}", failed.code, killed["host"])
-    if failed.code < 0 or not (attempt / FAILURE).exists():
+    elsewhere = read_json(attempt / ENDED) if (attempt / ENDED).exists() else None
+    spoken = (attempt / FAILURE).exists()
+    if elsewhere and (elsewhere["killed"] or not (spoken or failed.code < 0)):
+        return RankFailed(f"{elsewhere['sentence']}; {_RESUMES}", failed.code, elsewhere["host"])
+    if failed.code < 0 or not spoken:
         return RankFailed(f"{failed}; {_RESUMES}", failed.code)
     failure = read_json(attempt / FAILURE)
     if failed.code == STOPPED_EXIT_CODE:
@@ -153,11 +156,14 @@ def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console
         return node.run(context)
 
 
-def _stop_before_training(attempt: Path, rank: int) -> None:
-    """A request to stop that comes while modules and weights are still being loaded; a trainer heeds later ones."""
+def _stop_outside_training(attempt: Path, rank: int) -> None:
+    """A request to stop that comes while modules and weights are still being loaded; a trainer heeds later ones.
+
+    So does the time after its last step, when the weights are written: both begin again from the last checkpoint.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        said = f"stopped by {signal.Signals(number).name} before its first step"
+        said = f"stopped by {signal.Signals(number).name} while it was not training"
         publish_once(
             attempt / FAILURE, {"rank": rank, "host": "", "sentence": said, "final": False, "traceback": ""}
         )
@@ -167,26 +173,45 @@ def _stop_before_training(attempt: Path, rank: int) -> None:
         signal.signal(number, stop)
 
 
+def _end_by_ourselves() -> None:
+    """Who fails takes the others along, and the signals that end them come here too; first our own story is told."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _is_about_another(problem: Exception) -> bool:
+    """Whether it went wrong in another process, and here as a consequence."""
+    if isinstance(problem, ImportError):  # of torch, perhaps
+        return False
+    from halo_jobs.supervision import PeerLost, is_lost_peer
+    from hypenet_megatron.runtime import NobodyCame
+
+    return isinstance(problem, PeerLost | NobodyCame) or is_lost_peer(problem)
+
+
+def _sentence(stage_folder: Path, problem: Exception) -> str:
+    if isinstance(problem, OSError) and problem.errno is not None:
+        return storage_sentence(stage_folder, problem)
+    return sentence(problem)
+
+
 def main(attempt: Path, rank: int) -> int:
-    _stop_before_training(attempt, rank)
+    _stop_outside_training(attempt, rank)
     logging.basicConfig(filename=rank_log(attempt, rank))
     quieten_libraries()
     work = read_json(attempt / WORK)
     joined = JoinedAttempt(StageRecord(Path(work["folder"])), attempt, rank)
-    from halo_jobs.supervision import PeerLost, is_lost_peer
-    from hypenet_megatron.runtime import NobodyCame
-
     try:
         result = run_stage(work, joined, Console(quiet=rank > 0))
     except Exception as problem:
+        _end_by_ourselves()
+        use_room(attempt)
         publish_once(
             attempt / FAILURE,
             {
                 "rank": rank,
-                "host": ""
-                if isinstance(problem, (PeerLost, NobodyCame)) or is_lost_peer(problem)
-                else socket.gethostname(),
-                "sentence": sentence(problem),
+                "host": "" if _is_about_another(problem) else socket.gethostname(),
+                "sentence": _sentence(Path(work["folder"]), problem),
                 "final": isinstance(problem, ValueError) or getattr(problem, "by_user", False),
                 "traceback": traceback.format_exc(),
             },

@@ -88,6 +88,12 @@ class SlurmSandbox:
     def until_state(self, job: str, *states: str, seconds: float = 90) -> None:
         self.until(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}", seconds)
 
+    def on_node(self, node: str, *command: str) -> None:
+        """Run a short command that sees the node's mounts, and changes them for nobody else."""
+        (pid, _) = (self.layout.folder / "pid" / f"node.{node}").read_text().split()
+        done = subprocess.run(["nsenter", f"--mount=/proc/{pid}/ns/mnt", *command], check=False, timeout=60)
+        assert done.returncode == 0
+
     @staticmethod
     def until(answer: Callable[[], Answer], what: str, seconds: float = 90) -> Answer:
         """The first answer that is true."""

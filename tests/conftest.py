@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.cluster_sandbox import SlurmSandbox, hold_slurm_sandbox
+from tests.fault_table import TABLE, FaultRow, markdown
 
 # No test may reach a hub; every model and tokenizer is made or shipped here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -63,3 +64,17 @@ def slurm(held_slurm: SlurmSandbox) -> Iterator[SlurmSandbox]:
     """A real Slurm with nodes n1 to n4, all idle; one for the whole session."""
     held_slurm.heal()
     yield held_slurm
+
+
+@pytest.fixture
+def fault_table(request: pytest.FixtureRequest) -> list[FaultRow]:
+    """Rows put here are printed at the end of the session."""
+    return request.config.stash.setdefault(TABLE, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = terminalreporter.config.stash.get(TABLE, [])
+    if rows:
+        terminalreporter.section("faults survived")
+        for line in markdown(rows):
+            terminalreporter.line(line)

@@ -4,6 +4,7 @@ attempt.<label>/started.json   host, pid, command line, time
                 heartbeat      seconds of work so far, rewritten every second
                 log.txt        log lines, and the traceback of a failure
                 exit.json      outcome, reason, seconds, host; absent while it runs and after kill -9
+                room           empty space, given back before the last words, so that a full disk has some for them
 
 The label is a number where a run's own process works (1, 2, ...), job and restart under a scheduler (1234.0, 1234.1).
 Both count upwards, so attempts are in order whatever the clocks of the machines say.
@@ -11,13 +12,14 @@ Both count upwards, so attempts are in order whatever the clocks of the machines
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from durable_files import publish_once, read_json
+from durable_files import publish_once, read_json, write_bytes
 from halo_cluster.heartbeat import last_heartbeat
 from halo_cluster.processes import ProcessIdentity
 
@@ -54,6 +56,18 @@ def next_label(stage_folder: Path) -> str:
     return str(_order(taken[-1])[0] + 1) if taken else "1"
 
 
+_ROOM, _ROOM_BYTES = "room", 1 << 14
+
+
+def keep_room(folder: Path) -> None:
+    """Hold some space for what is to be said at the end."""
+    write_bytes(folder / _ROOM, os.urandom(_ROOM_BYTES))  # nothing that a file system could make smaller
+
+
+def use_room(folder: Path) -> None:
+    (folder / _ROOM).unlink(missing_ok=True)
+
+
 def write_exit(
     folder: Path,
     outcome: AttemptState,
@@ -75,6 +89,7 @@ def write_exit(
         "host": host,
         "final": final,
     }
+    use_room(folder)
     publish_once(folder / "exit.json", content)
 
 

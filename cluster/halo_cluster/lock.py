@@ -64,6 +64,14 @@ def _acquire(folder: Path, owner: ProcessIdentity) -> Path:
         return mine
 
 
+def refuse_while_held(folder: Path) -> None:
+    """ValueError names the live process that holds `folder`, if one does."""
+    locks = _locks(folder)
+    if locks:
+        with suppress(FileNotFoundError):  # its successor removed it while we read
+            _refuse_while_held(folder, locks[max(locks)])
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder`; ValueError names the process that does already."""

@@ -7,13 +7,14 @@ and SIGUSR2 to the parent are requests to save and stop, and go to its first pro
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any
 PATIENCE_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
 _REPEAT_SECONDS = 3.0
+_LOOK_ELSEWHERE_SECONDS = 1.0
+_NEWS_SECONDS = 5.0
 
 
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR2)
@@ -61,11 +64,18 @@ def rank_log(logs: Path, rank: int) -> Path:
     return logs / f"rank-{rank}.txt"
 
 
-def run_ranks(command: Sequence[str], ranks: int, logs: Path, nodes: Nodes = THIS_MACHINE) -> None:
+def run_ranks(
+    command: Sequence[str],
+    ranks: int,
+    logs: Path,
+    nodes: Nodes = THIS_MACHINE,
+    ended_elsewhere: Callable[[], bool] = lambda: False,
+) -> None:
     """Run this node's part of `ranks` processes of `command` to their end; RankFailed if one does not end with 0.
 
     Process 0 has this one's stdout and stderr; what the others print goes to their `rank_log`. The command has to call
-    `end_with_parent` first of all. ValueError if the nodes cannot share the processes evenly.
+    `end_with_parent` first of all. Once `ended_elsewhere` says that a process of another node is gone, those here have
+    a moment to notice, which they cannot before all have met. ValueError if nodes cannot share the processes evenly.
     """
     if ranks % nodes.count:
         raise ValueError(
@@ -92,7 +102,7 @@ def run_ranks(command: Sequence[str], ranks: int, logs: Path, nodes: Nodes = THI
                     )
                 )
             with _requests_passed_on(processes[0]):
-                _wait(processes, nodes.this * local_ranks, ranks)
+                _wait(processes, nodes.this * local_ranks, ranks, ended_elsewhere)
         finally:
             _end(processes)
 
@@ -123,13 +133,26 @@ def _requests_passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], first_rank: int, ranks: int) -> None:
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]],
+    first_rank: int,
+    ranks: int,
+    ended_elsewhere: Callable[[], bool],
+) -> None:
+    looked, deadline = time.monotonic(), math.inf
     while True:
         codes = [process.poll() for process in processes]
         if any(codes):
             break
         if None not in codes:
             return
+        now = time.monotonic()
+        if now >= deadline:
+            raise RankFailed("a process on another node has ended", 1)
+        if now - looked >= _LOOK_ELSEWHERE_SECONDS:
+            looked = now
+            if deadline == math.inf and ended_elsewhere():
+                deadline = now + _NEWS_SECONDS
         time.sleep(_LOOK_SECONDS)
     # Whoever was killed took others along, which may have been seen first.
     time.sleep(_LOOK_SECONDS)

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from halo_cluster.attempts import KILLED, AttemptStatus, attempt_folders, close_abandoned
 from halo_cluster.jobs import LiveJob, Scheduler, SchedulerUnreachable, StageJob, SubmissionRefused
+from halo_cluster.storage import storage_errors
 from halo_cluster.trying import StageFailed, StopRequested
 
 LOOK_SECONDS = 2.0
@@ -75,7 +76,7 @@ class Reconciler:
     def look(self) -> bool:
         """One pass; true when every stage is done.
 
-        Raises ValueError (the user's error, as the stage said it), StageFailed, StopRequested.
+        Raises ValueError (the user's error, as the stage said it), StageFailed, StopRequested, StorageError.
         """
         try:
             live = self.scheduler.live()  # before the files: a job that ends in between has published
@@ -83,7 +84,8 @@ class Reconciler:
             self._hurry(live)
             for job in self.jobs:
                 if job.name not in self.published:
-                    self._attend(job, live.get(job.job_name, []), ended)
+                    with storage_errors(job.record.folder):
+                        self._attend(job, live.get(job.job_name, []), ended)
         except SchedulerUnreachable as problem:
             self._say_once("scheduler", "pending", f"{problem}; jobs go on, trying again")
         return len(self.published) == len(self.jobs)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from halo_cluster.attempts import (
     attempt_folders,
     attempt_label,
     close_abandoned,
+    keep_room,
     next_label,
     utc_now,
     write_exit,
@@ -121,7 +123,11 @@ class StageRecord:
             discard_leftovers(self.folder)
             folder = self.attempt_folder(label or next_label(self.folder))
             folder.mkdir(parents=True)
-            return Attempt(self, folder)
+            try:
+                return Attempt(self, folder)
+            except OSError:  # it has not begun, and says nothing of how one before it ended
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
 
 class _LogFile(logging.FileHandler):
@@ -144,6 +150,7 @@ class Attempt:
         self._process = ProcessIdentity.current()
         begun = {**asdict(self._process), "command": shlex.join(sys.argv), "started": self.started}
         write_json(folder / "started.json", begun)
+        keep_room(folder)
         self._heartbeat = Heartbeat(folder / "heartbeat")
 
     @property

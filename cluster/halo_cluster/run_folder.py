@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from durable_files import write_text
+from durable_files import publish_text_once
 from halo_cluster.attempts import AttemptState, AttemptStatus
-from halo_cluster.lock import exclusive
+from halo_cluster.lock import exclusive, refuse_while_held
 from halo_cluster.record import DONE_FILE, StageRecord
 from halo_cluster.storage import storage_errors
 
@@ -65,13 +65,12 @@ class RunFolder:
         """
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with exclusive(self.folder):
-                self._freeze(recipe_yaml)
+            refuse_while_held(self.folder)
+            self._freeze(recipe_yaml)
 
     def _freeze(self, recipe_yaml: str) -> None:
         path = self.folder / RECIPE_FILE
-        if not path.exists():
-            write_text(path, recipe_yaml)
+        if not path.exists() and publish_text_once(path, recipe_yaml):
             return
         try:
             frozen = yaml.safe_load(path.read_text())

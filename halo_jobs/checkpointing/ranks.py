@@ -10,8 +10,11 @@ import torch.distributed as dist
 
 
 def on_first_rank[T](work: Callable[[], T]) -> T:
-    """Run `work` in the first process alone; all get its result, or fail if it failed (RuntimeError in the others)."""
-    outcome: list[Any] = [None, None]
+    """Run `work` in the first process alone; all get its result, or fail if it failed.
+
+    RuntimeError in the others; of the operating system's errors the same one, for it is about a disk that all share.
+    """
+    outcome: list[Any] = [None, None, None]
     error: Exception | None = None
     if dist.get_rank() == 0:
         try:
@@ -19,9 +22,13 @@ def on_first_rank[T](work: Callable[[], T]) -> T:
         except Exception as problem:
             error = problem
             outcome[1] = str(problem)
+            if isinstance(problem, OSError) and problem.errno is not None:
+                outcome[2] = (problem.errno, problem.strerror, problem.filename)
     dist.broadcast_object_list(outcome)
     if error is not None:
         raise error
+    if outcome[2] is not None:
+        raise OSError(*outcome[2])
     if outcome[1] is not None:
         raise RuntimeError(f"the first process failed: {outcome[1]}")
     return outcome[0]

@@ -92,7 +92,8 @@ class Trainer:
 
         Raises TrainingDiverged, StopRequested after saving, PeerLost when another rank is gone.
         """
-        with self._watched() as watchdog, self.stop.heeded():
+        # A scheduler that ends the rest when one rank is gone must not keep us from saying that it is.
+        with self.stop.heeded(), self._watched() as watchdog:
             optimizer = build_optimizer(self.objective.chunks, self.section)
             first_step = self._resume(optimizer)
             log = MetricsLog(self.folder, resume_step=first_step, writes=self._is_first)

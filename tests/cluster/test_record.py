@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from durable_files import read_json
-from halo_cluster import Attempt, StageRecord, input_hash
+from halo_cluster import Attempt, StageRecord, StorageError, input_hash
 
 
 def begin(record: StageRecord, content: str = "weights") -> tuple[Attempt, Path]:
@@ -164,6 +165,26 @@ def test_begin_attempt_removes_what_killed_writers_left(record: StageRecord) -> 
     (leftover / "half").write_text("half")
     record.begin_attempt()
     assert not leftover.exists()
+
+
+def test_last_words_have_room_on_a_full_disk(mounted_disk) -> None:
+    disk = mounted_disk("200k")
+    record = StageRecord(disk / "small" / "align" / input_hash({}))
+
+    def fill() -> None:
+        with suppress(OSError), open(disk / "filler", "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+
+    attempt = record.begin_attempt()
+    fill()
+    attempt.fail("no space was left")
+    fill()
+    with pytest.raises(StorageError, match="No space left on device"):
+        record.begin_attempt()
+    assert [(a.state, a.reason) for a in record.attempts()] == [("failed", "no space was left")], (
+        "an attempt that could not begin is none"
+    )
 
 
 def test_truncated_or_missing_output_is_named_with_the_mend(record: StageRecord) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,27 @@ def test_recipe_is_frozen_at_first_use_and_the_same_one_opens_again(run: RunFold
         assert (run.folder / "recipe.yaml").read_text() == recipe
     with run.opened("# a comment changes nothing\n" + recipe):
         assert (run.folder / "recipe.yaml").read_text() == recipe
+
+
+def test_drivers_that_start_at_once_do_not_refuse_each_other(run: RunFolder, recipe: str) -> None:
+    with ThreadPoolExecutor(8) as together:
+        for prepared in [together.submit(run.prepare, recipe) for _ in range(64)]:
+            prepared.result()
+    assert (run.folder / "recipe.yaml").read_text() == recipe
+
+
+def test_of_two_recipes_at_once_the_first_is_frozen(run: RunFolder, recipe: str) -> None:
+    recipes = [recipe, recipe.replace("steps: 100", "steps: 200")] * 4
+    with ThreadPoolExecutor(8) as together:
+        refused = [together.submit(run.prepare, each).exception() is not None for each in recipes]
+    frozen = (run.folder / "recipe.yaml").read_text()
+    assert refused == [each != frozen for each in recipes]
+
+
+def test_a_run_that_is_held_is_not_prepared(run: RunFolder, recipe: str) -> None:
+    with run.opened(recipe), pytest.raises(ValueError, match="is in use by process"):
+        run.prepare(recipe)
+    run.prepare(recipe)
 
 
 def test_changed_recipe_is_refused_with_the_keys_and_the_mend(run: RunFolder, recipe: str) -> None:

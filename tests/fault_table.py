@@ -1,0 +1,38 @@
+"""The table of faults that a session of tests made, printed at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class FaultRow:
+    """One fault and how it was survived. `seconds` is from the fault to the first step that was new after it."""
+
+    fault: str
+    seen: str
+    attempts: int
+    seconds: float
+    equal: bool
+
+    def cells(self) -> tuple[str, ...]:
+        return (
+            self.fault,
+            self.seen,
+            str(self.attempts),
+            f"{self.seconds:.0f}",
+            "yes" if self.equal else "NO",
+        )
+
+
+TABLE = pytest.StashKey[list[FaultRow]]()
+_HEADINGS = ("fault", "what the user saw", "attempts", "seconds to recover", "weights equal")
+
+
+def markdown(rows: Sequence[FaultRow]) -> list[str]:
+    """Lines of a table that documents can take as they are."""
+    lines = [_HEADINGS, ("---", "---", "---:", "---:", "---"), *(row.cells() for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
