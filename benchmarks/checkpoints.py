@@ -110,16 +110,28 @@ def save_waiting(training: Training, saver: BackgroundSaver, number: int) -> dic
     return {"stall": time.perf_counter() - started}
 
 
-def measure(preset: HypeNetPreset, context_length: int, folder: Path, device: torch.device) -> dict[str, Any]:
+def measure(
+    preset: HypeNetPreset, context_length: int, folder: Path, device: torch.device, console: Console
+) -> dict[str, Any]:
     training = Training(preset, context_length, device)
     checkpoints = TrainingCheckpoints(folder / "checkpoints", keep_last=1)
     saver = BackgroundSaver(checkpoints, None)
+    console.log("the first steps")
     for _ in range(3):
         training.step()
+    console.log("check: a save beside the training, and what it loads")
     size = check(training, saver, checkpoints)
+    console.log(f"{size / 1e9:.1f} GB are what was saved; steps without a save")
     usual = statistics.median(training.step() for _ in range(STEPS_WITHOUT))
-    beside = [save_beside(training, saver, number, usual) for number in (2, 3)]
-    waiting = [save_waiting(training, saver, number) for number in (4, 5)]
+    beside, waiting = [], []
+    for number in (2, 3):
+        console.log("save beside the training")
+        beside.append(save_beside(training, saver, number, usual))
+        console.log(beside[-1])
+    for number in (4, 5):
+        console.log("save while the training waits")
+        waiting.append(save_waiting(training, saver, number))
+        console.log(waiting[-1])
     return {
         "parameters": sum(x.numel() for x in training.model.parameters()),
         "bytes": size,
@@ -142,8 +154,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
     with model_parallel(seed=1) as device, TemporaryDirectory(dir=options.disk) as folder:
-        results = measure(presets[options.model], options.context_length, Path(folder), device)
+        results = measure(presets[options.model], options.context_length, Path(folder), device, console)
     results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     results["torch"] = torch.__version__
     (options.out / "checkpoints.json").write_text(json.dumps(results, indent=1))
@@ -154,7 +167,7 @@ def main() -> None:
             whole = save.get("whole", save["stall"])
             meanwhile = str(save.get("steps meanwhile", 0))
             table.add_row(f"{name}, {number + 1}", f"{save['stall']:.3f}", f"{whole:.2f}", meanwhile)
-    Console().print(table, f"a step without a save: {results['seconds per step']:.3f} s")
+    console.print(table, f"a step without a save: {results['seconds per step']:.3f} s")
 
 
 if __name__ == "__main__":
