@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -125,6 +125,11 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _like(q: Tensor) -> Tensor:
+    """Contiguous, whatever q's strides are."""
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -139,7 +144,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     inputs = _readable(q), _readable(k), _readable(v)
     initial_state = None if initial_state is None else initial_state.float().contiguous()
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    o = _like(q)
     final_state = torch.empty(
         _states(q, cu_seqlens) if output_final_state else 0, dtype=torch.float32, device=q.device
     )
@@ -167,7 +172,7 @@ def _backward(
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = _readable(q), _readable(k), _readable(v), _readable(do)
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dq, dk, dv = _like(q), _like(q), _like(q)
     has_states = initial_state is not None or d_final_state is not None
     states = _states(q, cu_seqlens) if has_states else 0
     if has_states:  # the kernel reads both or none
@@ -210,15 +215,11 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(q, k, v, initial_state, cu_seqlens)
 
 
-def _gradients(
-    ctx: Any, do: Tensor | None, d_final_state: Tensor | None, backward: Callable[..., Any] | None = None
-) -> tuple[Tensor | None, ...]:
-    """`backward` is the operator's unless given."""
+def _gradients(ctx: Any, do: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, initial_state, cu_seqlens = ctx.saved_tensors
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
-    backward = backward or torch.ops.hypenet.lightning_attention_backward
-    dq, dk, dv, d_initial_state = backward(
+    dq, dk, dv, d_initial_state = torch.ops.hypenet.lightning_attention_backward(
         torch.zeros_like(q) if do is None else do, d_final_state, q, k, v, ctx.slopes, ctx.scale,
         initial_state, cu_seqlens, ctx.exact, ctx.tf32,
     )  # fmt: skip
@@ -226,18 +227,36 @@ def _gradients(
 
 
 class _EagerLightningAttention(torch.autograd.Function):
-    """The operator without its dispatcher, which costs as much as a short sequence: same functions, same results."""
+    """The operator without its dispatcher, which costs as much as a short sequence: same functions, same results.
+
+    Autograd asks for something per input and per output, so there are as few of them as can be: what is no tensor to
+    differentiate comes in one tuple, and the final state is an output only if it was asked for.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        _keep_inputs(ctx, inputs, output)
-        return output
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, others: tuple[Any, ...]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        slopes, scale, cu_seqlens, exact, output_final_state, tf32 = ctx.others = others
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, initial_state)
+        o, state = _forward(
+            q, k, v, slopes, scale, initial_state, cu_seqlens, exact, output_final_state, tf32
+        )
+        return (o, state) if output_final_state else o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, do, d_final_state, _backward)
+    def backward(
+        ctx: Any, do: Tensor | None, d_final_state: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, initial_state = ctx.saved_tensors
+        slopes, scale, cu_seqlens, exact, _, tf32 = ctx.others
+        dq, dk, dv, d_initial_state = _backward(
+            torch.zeros_like(q) if do is None else do, d_final_state, q, k, v, slopes, scale, initial_state,
+            cu_seqlens, exact, tf32,
+        )  # fmt: skip
+        return dq, dk, dv, None if initial_state is None else d_initial_state, None
 
 
 def _needs_operator(q: Tensor) -> bool:
@@ -289,9 +308,12 @@ def lightning_attention(
     """
     _check(q, k, v, slopes, initial_state, cu_seqlens)
     if q.is_cuda:
-        attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.hypenet.lightning_attention
-        if not _needs_operator(q):
-            attention = _EagerLightningAttention.apply if torch.is_grad_enabled() else _forward
+        watched = _needs_operator(q)
+        if torch.is_grad_enabled() and not watched:
+            others = (slopes, scale, cu_seqlens, exact, output_final_state, tf32)
+            found = _EagerLightningAttention.apply(q, k, v, initial_state, others)
+            return found if output_final_state else (found, None)
+        attention = torch.ops.hypenet.lightning_attention if watched else _forward
         o, state = attention(
             q, k, v, slopes, scale, initial_state, cu_seqlens, exact, output_final_state, tf32
         )
