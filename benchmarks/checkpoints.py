@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoints.py --model hypenet-2b --out results/
 
-Trains a hybrid with random weights on random tokens, with fp32 master weights and Adam's moments, and saves twice each
-way. The stall is the time of the steps during a save beyond the time of as many steps without. Checks first that what
-was saved beside the training loads and equals what was there. Needs free disk for two checkpoints (27 GB each for
+Trains a hybrid with random weights on random tokens, with fp32 master weights and Adam's moments, and saves three times
+beside the training and once while it waits. The stall is the time of the steps during a save beyond the time of as many
+steps without; "first steps" are those until the stall is over, the longest of them. Checks that what was saved beside
+the training loads and equals what was there. Needs free disk for two checkpoints (27 GB each for
 hypenet-2b) and as much main memory as one. Writes checkpoints.json.
 """
 
@@ -76,19 +77,6 @@ def state(step: int) -> dict[str, Any]:
     return {"step": step, "optimizer_step": step, "layout": current_layout()}
 
 
-def check(training: Training, saver: BackgroundSaver, checkpoints: TrainingCheckpoints) -> int:
-    """Bytes of a checkpoint that was written while training went on, and holds what was there when it began."""
-    before = {name: x.detach().clone() for name, x in training.model.named_parameters()}
-    saver.begin(1, training.model, training.optimizer, state(1))
-    training.step(saver)
-    saver.finish()
-    assert any(not torch.equal(before[name], x) for name, x in training.model.named_parameters())
-    checkpoints.load(1, training.model, training.optimizer, None)
-    for name, x in training.model.named_parameters():
-        assert torch.equal(before[name], x), f"{name} is not what was saved"
-    return sum(path.stat().st_size for path in checkpoints.path(1).iterdir())
-
-
 def save_beside(training: Training, saver: BackgroundSaver, number: int, usual: float) -> dict[str, float]:
     """Steps go on until the checkpoint is published."""
     started = time.perf_counter()
@@ -101,6 +89,19 @@ def save_beside(training: Training, saver: BackgroundSaver, number: int, usual: 
     saver.publish_written()
     whole = time.perf_counter() - started
     return {"begin": begun, "stall": whole - steps * usual, "whole": whole, "steps meanwhile": steps}
+
+
+def check(
+    training: Training, saver: BackgroundSaver, checkpoints: TrainingCheckpoints, usual: float
+) -> tuple[dict[str, float], int]:
+    """The first save, written while training went on: it holds what was there when it began. And its bytes."""
+    before = {name: x.detach().cpu() for name, x in training.model.named_parameters()}
+    times = save_beside(training, saver, 1, usual)
+    assert any(not torch.equal(before[name], x.cpu()) for name, x in training.model.named_parameters())
+    checkpoints.load(1, training.model, training.optimizer, None)
+    for name, x in training.model.named_parameters():
+        assert torch.equal(before[name], x.cpu()), f"{name} is not what was saved"
+    return times, sum(path.stat().st_size for path in checkpoints.path(1).iterdir())
 
 
 def save_waiting(training: Training, saver: BackgroundSaver, number: int) -> dict[str, float]:
@@ -119,19 +120,16 @@ def measure(
     console.log("the first steps")
     for _ in range(3):
         training.step()
-    console.log("check: a save beside the training, and what it loads")
-    size = check(training, saver, checkpoints)
-    console.log(f"{size / 1e9:.1f} GB are what was saved; steps without a save")
     usual = statistics.median(training.step() for _ in range(STEPS_WITHOUT))
-    beside, waiting = [], []
+    console.log("save beside the training, the first one: what it loads is checked")
+    times, size = check(training, saver, checkpoints, usual)
+    beside = [times]
     for number in (2, 3):
         console.log("save beside the training")
         beside.append(save_beside(training, saver, number, usual))
         console.log(beside[-1])
-    for number in (4, 5):
-        console.log("save while the training waits")
-        waiting.append(save_waiting(training, saver, number))
-        console.log(waiting[-1])
+    console.log("save while the training waits")
+    waiting = [save_waiting(training, saver, 4)]
     return {
         "parameters": sum(x.numel() for x in training.model.parameters()),
         "bytes": size,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,8 +148,11 @@ class TrainingCheckpoints:
         plan: Metadata,
         written: Sequence[WrittenFile],
         training: Mapping[str, Any],
-    ) -> None:
-        """Make a save that all ranks have finished a checkpoint, and drop old ones. First rank only."""
+    ) -> list[Path]:
+        """Make a save that all ranks have finished a checkpoint, and drop old ones. First rank only.
+
+        Returns the folders that old ones are in now, for the caller to remove; a later save or run would do it too.
+        """
         write_json(temporary / INDEX_FILE, index_content(plan, written))
         write_json(temporary / TRAINING_FILE, dict(training))
         files = {file.name: (file.size, file.digest) for file in written}
@@ -158,14 +160,14 @@ class TrainingCheckpoints:
             files[name] = ((temporary / name).stat().st_size, sha256_file(temporary / name))
         write_json(temporary / FolderManifest.FILE_NAME, {name: list(entry) for name, entry in files.items()})
         publish_folder(temporary, self.path(step))
-        self._drop_old(step)
+        return self._drop_old(step)
 
-    def _drop_old(self, newest: int) -> None:
+    def _drop_old(self, newest: int) -> list[Path]:
+        dropped = []
         kept = [step for step in self.steps() if not (self.keep_every and step % self.keep_every == 0)]
         for step in kept[: -self.keep_last]:
             if step < newest:
-                # Under a temporary name first: killed in between, it is not taken for a damaged checkpoint.
-                doomed = temporary_sibling(self.path(step))
-                self.path(step).rename(doomed)
-                with suppress(OSError):
-                    shutil.rmtree(doomed)
+                # Under a temporary name: killed before it is removed, it is not taken for a damaged checkpoint.
+                dropped.append(temporary_sibling(self.path(step)))
+                self.path(step).rename(dropped[-1])
+        return dropped

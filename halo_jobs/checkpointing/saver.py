@@ -1,4 +1,4 @@
-"""Saving while training goes on: copy to CPU memory, write in a thread, publish when every rank has written.
+"""Saving while training goes on: copy in memory, write in a thread, publish when every rank has written.
 
 A thread, not Megatron's spawned writer process: hashing, writing and flushing release Python's lock, so training
 hardly waits; nothing has to be pickled to another process or mapped into its memory; no process outlives a rank that
@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from megatron.core.optimizer import MegatronOptimizer
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
+from halo_jobs.checkpointing.copies import HeldCopies
 from halo_jobs.checkpointing.folder import RANDOM_PREFIX, TrainingCheckpoints
 from halo_jobs.checkpointing.random_states import random_states
 from halo_jobs.checkpointing.ranks import from_all_ranks, highest, on_first_rank
@@ -53,46 +52,9 @@ class _Failure:
         return cls(rank, None, f"{type(problem).__name__}: {problem}")
 
 
-class _HostCopies:
-    """CPU copies of this rank's tensors, their memory reused by every save, pinned where they come from a GPU."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        self._stream: torch.cuda.Stream | None = None
-        self._copied: torch.cuda.Event | None = None
-
-    def take(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Start copying; from a GPU beside what it computes next, which must not overwrite the sources yet."""
-        self._buffers = {name: self._buffer(name, source) for name, source in sources.items()}
-        if any(source.is_cuda for source in sources.values()):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._copy(sources)
-            self._copied = self._stream.record_event()
-        else:
-            self._copy(sources)
-        return self._buffers
-
-    def _buffer(self, name: str, source: Tensor) -> Tensor:
-        held = self._buffers.get(name)
-        if held is not None and (held.shape, held.dtype) == (source.shape, source.dtype):
-            return held
-        return torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=source.is_cuda)
-
-    def _copy(self, sources: Mapping[str, Tensor]) -> None:
-        for name, source in sources.items():
-            self._buffers[name].copy_(source, non_blocking=True)
-
-    def before_overwriting(self) -> None:
-        """Called before the sources change: what the GPU computes from here on waits for the copies."""
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
-
-    def wait(self) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
@@ -118,8 +80,9 @@ class BackgroundSaver:
         self.checkpoints = checkpoints
         self.keep = keep
         self.published = 0
-        self._copies = _HostCopies()
+        self._copies = HeldCopies()
         self._save: _Save | None = None
+        self._removal = threading.Thread()
 
     @property
     def in_flight(self) -> bool:
@@ -152,22 +115,20 @@ class BackgroundSaver:
         names = {(item.index.fqn, tuple(item.index.offset)): item for item in local_plan.items}
         sources = {chunk_name(*chunk): planner.resolve_data(item) for chunk, item in names.items()}
         sources |= {RANDOM_PREFIX + name: state for name, state in random_states().items()}
-        tensors = self._copies.take(sources)
+        self._copies.take(sources)
         path = temporary / rank_file(dist.get_rank())
         thread = threading.Thread(
-            target=self._write, args=(path, tuple(names), tensors), name="checkpoint", daemon=True
+            target=self._write, args=(path, tuple(names)), name="checkpoint", daemon=True
         )
         self._save = _Save(step, temporary, plan, training, thread)
         thread.start()
 
-    def _write(
-        self, path: Path, chunks: tuple[tuple[str, tuple[int, ...]], ...], tensors: Mapping[str, Tensor]
-    ) -> None:
+    def _write(self, path: Path, chunks: tuple[tuple[str, tuple[int, ...]], ...]) -> None:
         save, rank = self._save, int(path.stem.removeprefix("rank-"))
         assert save is not None
         try:
-            self._copies.wait()
-            size, digest = write_safetensors(path, tensors)
+            with self._copies.complete() as tensors:
+                size, digest = write_safetensors(path, tensors)
             save.outcome = WrittenFile(path.name, chunks, size, digest)
         except BaseException as problem:
             save.outcome = _Failure.of(rank, problem, path)
@@ -194,16 +155,23 @@ class BackgroundSaver:
 
         def publish() -> None:
             assert save.plan is not None
-            self.checkpoints.publish(save.temporary, save.step, save.plan, written, save.training)
+            old = self.checkpoints.publish(save.temporary, save.step, save.plan, written, save.training)
+            # Large files take seconds to go, and training would wait.
+            self._removal = threading.Thread(target=_remove, args=(old,), name="old checkpoints")
+            self._removal.start()
 
         on_first_rank(publish)
         self.published = save.step
 
     def finish(self, progress: Callable[[], None] = lambda: None) -> None:
-        """Wait for the save in flight, if any, and publish it. `progress` is called while any rank writes."""
-        if self._save is None:
-            return
-        while highest([self.busy])[0]:
-            self._save.thread.join(timeout=_PATIENCE_SECONDS)
-            progress()
-        self.publish_written()
+        """Wait for the save in flight, if any, publish it, and wait until what it replaced is gone from the disk.
+
+        `progress` is called while any rank writes.
+        """
+        if self._save is not None:
+            while highest([self.busy])[0]:
+                self._save.thread.join(timeout=_PATIENCE_SECONDS)
+                progress()
+            self.publish_written()
+        if self._removal.ident is not None:
+            self._removal.join()

@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,24 @@ class WrittenFile:
     digest: str
 
 
+def _in_pieces(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    """Bytes of contiguous tensors in order; a piece holds until the next one is asked for.
+
+    Those on a GPU come through a piece of pinned memory, on the current CUDA stream.
+    """
+    window: Tensor | None = None
+    for tensor in tensors:
+        for piece in tensor.reshape(-1).view(torch.uint8).split(_HASHED_AT_ONCE):
+            if piece.is_cuda:
+                if window is None:
+                    window = torch.empty(_HASHED_AT_ONCE, dtype=torch.uint8, pin_memory=True)
+                piece = window[: len(piece)].copy_(piece, non_blocking=True)
+                torch.cuda.current_stream().synchronize()
+            yield memoryview(piece.numpy())
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write CPU tensors and flush them to the disk; returns size and SHA-256, taken from memory, not read back.
+    """Write contiguous tensors and flush them to the disk; returns size and SHA-256, taken from memory, not read back.
 
     The library's own writer holds Python's lock all the while, and training would wait for it.
     """
@@ -107,10 +123,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
 
         put(len(text).to_bytes(8, "little"))
         put(text)
-        for tensor in tensors.values():
-            content = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-            for begin in range(0, len(content), _HASHED_AT_ONCE):
-                put(content[begin : begin + _HASHED_AT_ONCE])
+        for piece in _in_pieces(tensors.values()):
+            put(piece)
         os.fsync(file.fileno())
     return 8 + len(text) + end, digest.hexdigest()
 

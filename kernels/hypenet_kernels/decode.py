@@ -10,6 +10,7 @@ different slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,16 +18,26 @@ from torch import Tensor
 from hypenet_kernels.segments import log2_gammas
 
 WINDOW = 16
-# Columns of the state per block, and warps (measured). Few states are cut into many small blocks, to fill the chip;
-# the deferred kernel reads its whole window of keys in every block, so it prefers larger ones, of few warps.
-_FEW = 64
-_IN_PLACE, _DEFERRED = ((8, 1), (32, 8)), ((16, 4), (64, 2))
+_FEW = 64  # states; fewer are cut into many small blocks, to fill the chip
 
 
-def _blocks(sizes: tuple[tuple[int, int], tuple[int, int]], states: int, head_dim: int) -> tuple[int, int]:
-    """(columns, warps) of `sizes` for few or for many states."""
-    columns, warps = sizes[states >= _FEW]
-    return min(columns, head_dim), warps
+@dataclass(frozen=True)
+class _Block:
+    """How one block works (measured): columns of the state; deferred, also rows at a time and how far ahead."""
+
+    columns: int
+    warps: int
+    rows: int = 128
+    stages: int = 1
+
+
+_IN_PLACE = _Block(8, 1), _Block(32, 8)
+_DEFERRED = _Block(16, 4), _Block(64, 2, rows=32, stages=2)
+
+
+def _block(blocks: tuple[_Block, _Block], states: int) -> _Block:
+    """Of `blocks` the one for few or for many states."""
+    return blocks[states >= _FEW]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, out: Tensor, slopes: Sequence[float]) -> None:
@@ -68,10 +79,11 @@ def _decode_op(
     from hypenet_kernels.triton_kernels.decode import decode_in_place
 
     batch, heads, head_dim = q.shape
-    columns, warps = _blocks(_IN_PLACE, batch * heads, head_dim)
+    block = _block(_IN_PLACE, batch * heads)
+    columns = min(block.columns, head_dim)
     decode_in_place[(head_dim // columns, batch * heads)](
         q, k, v, state, slots, out, log2_gammas(tuple(slopes), q.device), scale, heads,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D=head_dim, BV=columns, num_warps=warps,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D=head_dim, BV=columns, num_warps=block.warps,
     )  # fmt: skip
 
 
@@ -94,11 +106,12 @@ def _decode_deferred_op(
     from hypenet_kernels.triton_kernels.decode import decode_deferred
 
     batch, heads, head_dim = q.shape
-    columns, warps = _blocks(_DEFERRED, batch * heads, head_dim)
+    block = _block(_DEFERRED, batch * heads)
+    columns = min(block.columns, head_dim)
     decode_deferred[(head_dim // columns, batch * heads)](
         q, k, v, state, key_window, value_window, slots, pending, out, log2_gammas(tuple(slopes), q.device), scale,
         heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        D=head_dim, BV=columns, WINDOW=WINDOW, num_warps=warps,
+        D=head_dim, BV=columns, BD=min(block.rows, head_dim), STAGES=block.stages, WINDOW=WINDOW, num_warps=block.warps,
     )  # fmt: skip
 
 

@@ -45,5 +45,5 @@ class PreparedLaunch:
 
 
 def layout_key(*tensors: Tensor) -> tuple[Hashable, ...]:
-    """What a launch depends on in tensors: dtype, shape, strides, alignment."""
-    return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors])
+    """What a launch depends on in tensors of one shape: that, dtypes, strides, alignment."""
+    return tensors[0].shape, *[(x.dtype, x.stride(), x.data_ptr() % 16 == 0) for x in tensors]

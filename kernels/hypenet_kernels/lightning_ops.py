@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hypenet_kernels.launch import PreparedLaunch, layout_key
 from hypenet_kernels.lightning import chunked_lightning_attention
@@ -50,7 +49,7 @@ def _prepared(
         kernel,
         tensors[0].device,
         layout_key(*tensors),
-        *slopes,
+        tuple(slopes),
         scale,
         sequences,
         exact,
@@ -246,10 +245,11 @@ class _EagerLightningAttention(torch.autograd.Function):
         return (o, state) if output_final_state else o
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, do: Tensor | None, d_final_state: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what torch's once_differentiable finds out too, in more time
+            raise RuntimeError("Lightning Attention has no second derivative; leave out create_graph=True")
         q, k, v, initial_state = ctx.saved_tensors
         slopes, scale, cu_seqlens, exact, _, tf32 = ctx.others
         dq, dk, dv, d_initial_state = _backward(
@@ -340,16 +340,17 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Refuses what the kernels would misread."""
-    if q.dim() != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
+    shape, dtype = q.shape, q.dtype
+    if len(shape) != 4 or not shape == k.shape == v.shape or not dtype == k.dtype == v.dtype:
         raise ValueError(
             "q, k and v must have one dtype and one shape [batch, time, heads, head_dim] (repeat shared key heads "
             f"first), got {[(tuple(x.shape), x.dtype) for x in (q, k, v)]}"
         )
-    if q.dtype == torch.float16:
+    if dtype == torch.float16:
         raise ValueError(
             "float16 overflows in the recurrent state; convert q, k and v to bfloat16 or float32"
         )
-    heads, head_dim = q.shape[2:]
+    _batch, _time, heads, head_dim = shape
     if len(slopes) != heads:
         raise ValueError(f"slopes names {len(slopes)} heads but q has {heads}; give one decay rate per head")
     if q.is_cuda and head_dim not in HEAD_DIMS:
@@ -360,6 +361,5 @@ def _check(
         q.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()
     ):
         raise ValueError("packed sequences lie in one row: batch must be 1 and cu_seqlens an integer vector")
-    expected = _states(q, cu_seqlens)
-    if initial_state is not None and initial_state.shape != expected:
+    if initial_state is not None and initial_state.shape != (expected := _states(q, cu_seqlens)):
         raise ValueError(f"initial_state must be {list(expected)}, got {list(initial_state.shape)}")

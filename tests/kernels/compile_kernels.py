@@ -63,11 +63,18 @@ def variants(capability: int) -> Iterator[Variant]:
         yield f"gated_norm backward {has_sum}", gated_norm.gated_norm_backward, 4, {**constants, "STAGES": 2}
     yield "sum_of_squares forward", gated_norm.sum_of_squares_forward, 4, channels
     yield "sum_of_squares backward", gated_norm.sum_of_squares_backward, 4, channels
-    for columns, warps in _IN_PLACE:
-        yield f"decode in place {columns}", decode.decode_in_place, warps, {"D": HEAD_DIM, "BV": columns}
-    for columns, warps in _DEFERRED:
-        constants = {"D": HEAD_DIM, "BV": columns, "WINDOW": WINDOW}
-        yield f"decode deferred {columns}", decode.decode_deferred, warps, constants
+    for block in _IN_PLACE:
+        constants = {"D": HEAD_DIM, "BV": block.columns}
+        yield f"decode in place {block.columns}", decode.decode_in_place, block.warps, constants
+    for block in _DEFERRED:
+        constants = {
+            "D": HEAD_DIM,
+            "BV": block.columns,
+            "BD": block.rows,
+            "STAGES": block.stages,
+            "WINDOW": WINDOW,
+        }
+        yield f"decode deferred {block.columns}", decode.decode_deferred, block.warps, constants
     for teacher in (False, True):
         statistics = {"HAS_TEACHER": teacher, "BLOCK": softmax_rows.STATISTICS_BLOCK}
         gradients = {"HAS_TEACHER": teacher, "BLOCK": softmax_rows.GRADIENT_BLOCK}

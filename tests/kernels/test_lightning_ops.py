@@ -158,7 +158,9 @@ def test_without_the_dispatcher_the_same_bits(kernel_device, with_state):
     *leaves, do = (x.requires_grad_() for x in _inputs(kernel_device, 1, 70, 2, 64))
     state = torch.ones(1, 2, 64, 64, device=kernel_device, requires_grad=True) if with_state else None
     inputs = leaves if state is None else [*leaves, state]
-    watched = torch.ops.hypenet.lightning_attention(*leaves, [0.7, 0.2], SCALE, state, None, False, with_state, False)
+    watched = torch.ops.hypenet.lightning_attention(
+        *leaves, [0.7, 0.2], SCALE, state, None, False, with_state, False
+    )
     others = ([0.7, 0.2], SCALE, None, False, with_state, False)
     eager = ops._EagerLightningAttention.apply(*leaves, state, others)
     results = []

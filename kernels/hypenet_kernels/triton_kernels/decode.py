@@ -30,57 +30,70 @@ def decode_in_place(
 
 
 @triton.jit
+def _pending_rows(tokens, j, n, columns, seated, D: tl.constexpr):
+    """Rows j < n of one window of keys or values, fp32 [WINDOW, columns]; the others are zero."""
+    mask = seated & (j < n)[:, None]
+    return tl.load(tokens + j[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def decode_deferred(
     q, k, v, state, keys, values, slots, pending, out, log2_gammas, scale, heads,
     q_batch, q_head, k_batch, k_head, v_batch, v_head,
-    D: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
+    D: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """As decode_in_place, but the state lags by `pending` < WINDOW tokens, which are kept as keys and values.
 
     o = scale (gamma^(n + 1) q S + sum_j gamma^(n - j) (q . k_j) v_j), j = 0 .. n, n = pending. The step that fills the
-    window writes the state; all others only read it, which is half the traffic.
+    window writes the state; all others only read it, which is half the traffic. The state passes by in BD rows at a
+    time, asked for STAGES ahead: held whole it would fill the registers, and fewer blocks would load at once.
     """
     row = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
     d = tl.arange(0, D)
+    part = tl.arange(0, BD)
     e = tl.program_id(0) * BV + tl.arange(0, BV)
     j = tl.arange(0, WINDOW)
     # What does not depend on the slot is asked for before the slot is known.
     slot = tl.load(slots + row).to(tl.int64)
     n = tl.load(pending + row)
     log2_gamma = tl.load(log2_gammas + head)
-    q_row = tl.load(q + row * q_batch + head * q_head + d).to(tl.float32) * scale
-    k_now = tl.load(k + row * k_batch + head * k_head + d)
+    q += row * q_batch + head * q_head
+    k += row * k_batch + head * k_head
+    q_row = tl.load(q + d).to(tl.float32) * scale
+    k_now = tl.load(k + d)
     v_now = tl.load(v + row * v_batch + head * v_head + e)
+    v_row = v_now.to(tl.float32)
     seated = slot >= 0
     place = tl.maximum(slot, 0) * heads + head
-    at = state + place * D * D + d[:, None] * D + e[None, :]
+    at = state + place * D * D + part[:, None] * D + e[None, :]
     keys += place * WINDOW * D
     values += place * WINDOW * D
-    # The pool is larger than the cache, so the state would only push out the window that every block reads.
-    s = tl.load(at, mask=seated, other=0.0, eviction_policy="evict_first")
     # This step's token comes from k and v, never from the window: another block may not have written it yet.
-    past = seated & (j < n)[:, None]
-    k_past = tl.load(keys + j[:, None] * D + d[None, :], mask=past, other=0.0).to(tl.float32)
-    v_past = tl.load(values + j[:, None] * D + e[None, :], mask=past, other=0.0).to(tl.float32)
-    decay = tl.exp2(log2_gamma * tl.maximum(n - j, 0))
-    k_row = k_now.to(tl.float32)
-    v_row = v_now.to(tl.float32)
-    result = tl.sum(s * q_row[:, None], 0) * tl.exp2(log2_gamma * (n + 1))
-    weights = tl.sum(k_past * q_row[None, :], 1) * decay
-    result += tl.sum(v_past * weights[:, None], 0) + v_row * tl.sum(k_row * q_row)
-    result = tl.where(seated, result, 0.0)
+    weights = tl.sum(_pending_rows(keys, j, n, d, seated, D) * q_row[None, :], 1)
+    weights *= tl.exp2(log2_gamma * tl.maximum(n - j, 0))
+    result = tl.sum(_pending_rows(values, j, n, e, seated, D) * weights[:, None], 0)
+    result += v_row * tl.sum(k_now.to(tl.float32) * q_row)
+    seen = tl.zeros([BD, BV], tl.float32)
     if n == WINDOW - 1:
-        s = s * tl.exp2(log2_gamma * WINDOW) + k_row[:, None] * v_row[None, :]
-        for i in tl.static_range(
-            WINDOW - 1
-        ):  # rank-one updates: a product of tiles would cost every step registers
-            k_i = tl.load(keys + i * D + d, mask=seated, other=0.0).to(tl.float32)
-            v_i = tl.load(values + i * D + e, mask=seated, other=0.0).to(tl.float32)
-            s += (k_i * tl.exp2(log2_gamma * (WINDOW - 1 - i)))[:, None] * v_i[None, :]
-        tl.store(at, s, mask=seated)
+        for first in tl.range(0, D, BD):
+            s = tl.load(at + first * D, mask=seated, other=0.0)
+            seen += s * tl.load(q + first + part).to(tl.float32)[:, None]
+            s = (
+                s * tl.exp2(log2_gamma * WINDOW)
+                + tl.load(k + first + part).to(tl.float32)[:, None] * v_row[None, :]
+            )
+            for i in tl.static_range(WINDOW - 1):  # rank-one updates: a product of tiles would cost registers
+                k_i = tl.load(keys + i * D + first + part, mask=seated, other=0.0).to(tl.float32)
+                v_i = tl.load(values + i * D + e, mask=seated, other=0.0).to(tl.float32)
+                s += (k_i * tl.exp2(log2_gamma * (WINDOW - 1 - i)))[:, None] * v_i[None, :]
+            tl.store(at + first * D, s, mask=seated)
     else:
-        first = seated & (tl.program_id(0) == 0)
-        tl.store(keys + n * D + d, k_now, mask=first)
+        for first in tl.range(0, D, BD, num_stages=STAGES):
+            # The pool is larger than the cache: the state would only push out the window that every block reads.
+            s = tl.load(at + first * D, mask=seated, other=0.0, eviction_policy="evict_first")
+            seen += s * tl.load(q + first + part).to(tl.float32)[:, None]
+        tl.store(keys + n * D + d, k_now, mask=seated & (tl.program_id(0) == 0))
         tl.store(values + n * D + e, v_now, mask=seated)
-    tl.store(out + (row * heads + head) * D + e, result.to(out.dtype.element_ty))
+    result += tl.sum(seen, 0) * (scale * tl.exp2(log2_gamma * (n + 1)))
+    tl.store(out + (row * heads + head) * D + e, tl.where(seated, result, 0.0).to(out.dtype.element_ty))

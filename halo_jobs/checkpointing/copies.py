@@ -1,0 +1,83 @@
+"""What a save holds on to while training changes the originals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+
+class HeldCopies:
+    """Copies of this rank's tensors, for a thread that writes them while training goes on.
+
+    The way from a GPU to the CPU takes longer than a step, and so does asking for pinned memory of that size. Where the
+    GPU has memory to spare, the copies are made within it, in milliseconds, and stay there until they are written:
+    `write_safetensors` fetches them bit by bit. Elsewhere they go to pinned CPU memory, which every save uses again,
+    and the next update of the weights waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None  # made at the first save from a GPU
+        self._ready: torch.cuda.Event | None = None
+        self._on_gpu = False
+        self._training_peak: int | None = None
+
+    def take(self, sources: Mapping[str, Tensor]) -> None:
+        """Begin. Sources on a GPU must not change before `before_overwriting` was called."""
+        if not any(source.is_cuda for source in sources.values()):
+            self._copy_to_cpu(sources)
+            return
+        self._stream = self._stream or torch.cuda.Stream()
+        if self._on_gpu or not self._copies:  # the pinned memory of an earlier save is there to be used
+            self._on_gpu = self._fit_beside_training(sources)
+        if self._on_gpu:
+            self._copies = {
+                name: source.clone(memory_format=torch.contiguous_format) for name, source in sources.items()
+            }
+            self._ready = torch.cuda.current_stream().record_event()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._copy_to_cpu(sources)
+            self._ready = self._stream.record_event()
+
+    def _fit_beside_training(self, sources: Mapping[str, Tensor]) -> bool:
+        """Whether the GPU holds copies and the most that a step was seen to need, with a tenth of its memory left."""
+        if self._training_peak is None:  # of the steps before the first save: later ones may hold copies
+            self._training_peak = torch.cuda.max_memory_allocated()
+        free, total = torch.cuda.mem_get_info()
+        wanted = sum(source.nbytes for source in sources.values() if source.is_cuda)
+        return self._training_peak + wanted + total // 10 <= free + torch.cuda.memory_reserved()
+
+    def _copy_to_cpu(self, sources: Mapping[str, Tensor]) -> None:
+        self._copies = {name: self._buffer(name, source) for name, source in sources.items()}
+        for name, source in sources.items():
+            self._copies[name].copy_(source, non_blocking=True)
+
+    def _buffer(self, name: str, source: Tensor) -> Tensor:
+        held = self._copies.get(name)
+        if held is not None and (held.shape, held.dtype) == (source.shape, source.dtype):
+            return held
+        return torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=source.is_cuda)
+
+    def before_overwriting(self) -> None:
+        """Called before the sources change: what the GPU computes next waits for copies on their way to the CPU."""
+        if self._ready is not None:
+            torch.cuda.current_stream().wait_event(self._ready)
+
+    @contextmanager
+    def complete(self) -> Iterator[Mapping[str, Tensor]]:
+        """The copies, in any thread. A new thread is on the first GPU, and would take memory there merely by asking."""
+        with ExitStack() as stack:
+            if self._stream is not None and self._ready is not None:
+                stack.enter_context(torch.cuda.device(self._stream.device))
+                stack.enter_context(torch.cuda.stream(self._stream))
+                self._ready.synchronize()
+            try:
+                yield self._copies
+            finally:
+                if self._on_gpu:
+                    self._copies = {}
