@@ -91,8 +91,10 @@ class _HostCopies:
             torch.cuda.current_stream().wait_event(self._copied)
 
     def wait(self) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
+        """Called in any thread. A new one is on the first GPU, and would take memory there merely by asking."""
+        if self._copied is not None and self._stream is not None:
+            with torch.cuda.device(self._stream.device):
+                self._copied.synchronize()
 
 
 @dataclass
