@@ -32,7 +32,7 @@ _STAGE, _EVERY = "distil", 10
 def recipe(processes: int, *, small: bool) -> dict[str, Any]:
     """The embedded teacher, converted in a minute; `small` for CPUs. Windows of the last stage are longer than a tile
     of fused attention."""
-    steps, batch = (30, 4) if small else (150, 16)
+    steps, batch = (30, 4) if small else (80, 16)
     training = {
         "steps": steps,
         "context_length": 128,
@@ -54,9 +54,9 @@ def recipe(processes: int, *, small: bool) -> dict[str, Any]:
         "corpus": {"train": ["embedded:sotu"], "held_out_share": 0.1, "recall_episodes": 2000},
         "layout": layout,
         "align": {**training, "steps": 10},
-        "select": {"method": "uniform", "context_length": 128},
+        "select": {"method": "uniform", "context_length": 128, "items": 2},
         "distil": training,
-        "finetune": {**training, "steps": 6, "context_length": 128 if small else 1024},
+        "finetune": {**training, "steps": 6, "context_length": 128 if small else 1024, "recall_share": 0},
         "calibrate": {"candidates": [50], "context_length": 256, "windows": 1},
         "evaluate": {"contexts": [128], "depths": [0.5], "needle_items": 1, "suite_items": 4},
     }
@@ -86,7 +86,9 @@ class HaloRun:
         return self.scratch / ("killed" if self.kill else "whole") / "several-processes"
 
     def begin(self, gpus: Sequence[int]) -> None:
-        visible = ",".join(map(str, gpus)) if self.device == "cuda" else ""
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = listed.split(",") if listed else [str(gpu) for gpu in range(max(gpus) + 1)]
+        visible = ",".join(names[gpu] for gpu in gpus) if self.device == "cuda" else ""
         threading.Thread(target=self._run, args=(visible,), daemon=True).start()
 
     def advance(self) -> bool:

@@ -124,7 +124,7 @@ def layout_words(layout: Layout, ranks: int) -> str:
 def _check(layout: Layout, ranks: int, stage: str, precision: str, model: str, **more: Any) -> Row:
     context_length = {TINY: 32, SMALL: 256}[model]
     name = f"check {precision} {stage} {layout_words(layout, ranks)}"
-    return Row(name, "check", ranks, layout, stage, model, precision, context_length, 8, 1, **more)
+    return Row(name, "check", ranks, layout, stage, model, precision, context_length, 8, 2, **more)
 
 
 def baseline_name(row: Row) -> str:
@@ -234,8 +234,8 @@ def speed(gpus: int) -> list[WorldPlan]:
             *stages(two, _OVERLAPPED, 8),
             *stages(two, {"tensor": 2, **_SEQUENCE, **_OVERLAPPED}, 8),
             *stages(nine, {"tensor": 4, **_SEQUENCE, **_OVERLAPPED}, 8),
-            *stages(nine, {"tensor": 2, **_SEQUENCE, **_OVERLAPPED}, 8),
-            *stages(two, {"tensor": 2, "context": 2, **_SHARDED}, 8),
+            speed_row(nine, "finetune", {"tensor": 2, **_SEQUENCE, **_OVERLAPPED}, 8),
+            speed_row(two, "finetune", {"tensor": 2, "context": 2, **_SHARDED}, 8),
             speed_row(two, "finetune", _OVERLAPPED, 8, recompute=False),
         ]
         plans.append(world(8, rows))

@@ -49,6 +49,8 @@ from hypenet_tools.model_weights import sharded_tensors
 from tokenized_data import Window
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of checks. Adam makes whole steps of signs that rounding may turn, which in bf16 it does more often.
+LEARNING_RATES = {"fp32": 1e-3, "bf16": 3e-4}
 # Heads for four tensor ranks and four context ranks, layers for two stages of two chunks.
 PRESETS = {
     **HYPENET_PRESETS,
@@ -154,7 +156,7 @@ def check(row: Row, device: torch.device, scratch: Path) -> dict[str, Any]:
     highest([0])  # all wait for the copy
     section = setting.section(
         steps=CHECKED_STEPS,
-        learning_rate=1e-3,
+        learning_rate=LEARNING_RATES[row.precision],
         warmup_steps=2,
         checkpoint_every=2 * SAVED_STEP if row.saves or row.continues else 10 * CHECKED_STEPS,
     )
@@ -208,16 +210,19 @@ class Steps:
 def speed(row: Row, device: torch.device, scratch: Path) -> dict[str, Any]:
     steps = Steps(Setting(row, device))
     before, timed = row.steps
-    for _ in range(before):
-        steps.step()
+    losses = [steps.step() for _ in range(before)]
     seconds = [steps.timed() for _ in range(timed)]
     usual = statistics.median(seconds)
-    return {
-        "loss": steps.step(),
+    result = {
+        "losses": losses,
         "seconds": seconds,
         "tokens_per_second_per_gpu": row.tokens / usual / row.ranks,
-        **(communication(steps) if device.type == "cuda" else {}),
     }
+    if device.type == "cuda":
+        free, memory = torch.cuda.mem_get_info()
+        result["peak_in_use"] = memory - free  # NCCL's buffers and the context included
+        result |= communication(steps)
+    return result
 
 
 def communication(steps: Steps) -> dict[str, Any]:
@@ -226,10 +231,14 @@ def communication(steps: Steps) -> dict[str, Any]:
         started = time.perf_counter_ns()
         steps.step()
         whole = time.perf_counter_ns() - started
+    # Annotations of what Python did are on the GPU's timeline too, and span what they contain.
     kernels = [
         (event.start_ns(), event.start_ns() + event.duration_ns(), "nccl" in event.name().lower())
         for event in profile.profiler.kineto_results.events()  # type: ignore[union-attr]
         if event.device_type() == torch.autograd.DeviceType.CUDA
+        and not (
+            event.is_user_annotation() or event.name().startswith(("nccl:", "Optimizer.", "ProfilerStep"))
+        )
     ]
     if not kernels:
         return {"profile": "the profiler saw no kernels"}
@@ -315,6 +324,7 @@ def perform(row: Row, scratch: Path, fail: Any) -> dict[str, Any]:
         if torch.cuda.is_available():
             result["peak_memory"] = torch.cuda.max_memory_allocated()
             result["peak_reserved"] = torch.cuda.max_memory_reserved()
+        torch.cuda.synchronize()  # nothing is under way in groups that are about to end
     gc.collect()  # models refer to themselves by their hooks
     torch.cuda.empty_cache()
     return {**result, "row_seconds": time.monotonic() - started}

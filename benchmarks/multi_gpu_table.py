@@ -26,6 +26,14 @@ def _short(error: str) -> str:
     return error if len(error) <= 150 else error[:147] + "..."
 
 
+def _difference(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if "error" in row:
+        return "not run" if row["error"].startswith("not run") else "failed"
+    return f"{row['largest_difference']:.1e}" if "largest_difference" in row else "done"
+
+
 def _checks(rows: Rows) -> Table:
     """A line per layout and precision; cells are the largest difference of a loss."""
     table = Table(
@@ -42,11 +50,7 @@ def _checks(rows: Rows) -> Table:
         kind = name.split()[0]
         lines.setdefault((kind, row["place"], row["precision"]), {})[row["stage"]] = row
     for (kind, place, precision), stages in lines.items():
-        cells = [
-            "" if (row := stages.get(stage)) is None else "failed" if "error" in row
-            else f"{row['largest_difference']:.1e}" if "largest_difference" in row else "done"
-            for stage in STAGES
-        ]  # fmt: skip
+        cells = [_difference(stages.get(stage)) for stage in STAGES]
         some = next(iter(stages.values()))
         bound = f"{some['bound']:.0e}" if "bound" in some else ""
         remarks = [_short(row["error"]) for row in stages.values() if "error" in row]
