@@ -73,6 +73,7 @@ def _run_stage(
     inputs = {name: records[name].folder for name in node.depends_on}
     if node.trains and processes > 1:
         # Under the same names as here: outputs are looked for in the folder that the attempt knows.
+        torch.cuda.empty_cache()  # one of the processes has the GPU that this one has computed on
         places = {"folder": str(folder), "inputs": {name: str(path) for name, path in inputs.items()}}
         return run_in_processes(attempt.folder, _work(node, recipe, records) | places, processes)
     reset_seeds(recipe.seed)

@@ -7,6 +7,7 @@ mind: after the all-to-all every rank has whole sequences of some heads, so caus
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -52,6 +53,12 @@ def shared_heads_for_sequence(x: Tensor, query_heads: int, group: dist.ProcessGr
     return heads_for_sequence(x.repeat_interleave(repeats, 2) if repeats > 1 else x, group)
 
 
+@functools.lru_cache
+def _rates(slopes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Decay rates of the heads. Kept, for to make them is a copy to the GPU that waits for all it has to do."""
+    return torch.tensor(slopes, dtype=dtype, device=device)
+
+
 def state_before_slice(k: Tensor, v: Tensor, slopes: Sequence[float], group: dist.ProcessGroup) -> Tensor:
     """Lightning's state before this rank's slice, from every rank's keys and values, differentiable.
 
@@ -63,7 +70,7 @@ def state_before_slice(k: Tensor, v: Tensor, slopes: Sequence[float], group: dis
     """
     ranks, length = group.size(), k.shape[1]
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-    rates = torch.tensor(slopes, dtype=dtype, device=k.device)
+    rates = _rates(tuple(slopes), dtype, k.device)
     to_end = torch.arange(length - 1, -1, -1, dtype=dtype, device=k.device)
     weighted = k * torch.exp(-to_end[:, None] * rates)[:, :, None].to(k.dtype)
     state = torch.einsum("blhk,blhv->bhkv", weighted, v).to(dtype)

@@ -46,3 +46,20 @@ def test_sweep_benchmark(tmp_path):
     assert (undisturbed["executions"], half_lost["executions"]) == (37, 39)
     assert half_lost["published_when_lost"] >= 14
     assert half_lost["published_executed_again"] == 0
+
+
+def test_multi_gpu_benchmark(tmp_path):
+    """Two gloo processes, three layouts. Its rows compare themselves with one process."""
+    script = [sys.executable, str(BENCHMARKS / "multi_gpu.py"), "--out", str(tmp_path), "--device", "cpu"]
+    rows = r"check fp32 align (one GPU|TP2|DP2 \+ distributed optimizer)$"
+    done = subprocess.run(
+        [*script, "--only", "correctness", "--rows", rows, "--disk", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "multi_gpu.json").read_text())
+    assert [row["verdict"] for row in results["rows"].values()] == ["within"] * 3
+    assert results["environment"]["torch"]
+    assert [path.name for path in tmp_path.iterdir()] == ["multi_gpu.json"], "its checkpoints are gone"

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
@@ -87,6 +85,10 @@ def _json_documents(path: Path, advance: Callable[[int], None]) -> Iterator[str]
 
 
 def _parquet_documents(path: Path, advance: Callable[[int], None]) -> Iterator[str]:
+    # The largest package that is needed at all; every process of a training would load it for nothing.
+    import pyarrow
+    import pyarrow.parquet
+
     size = path.stat().st_size
     rows_seen = 0
     try:
