@@ -58,7 +58,7 @@ class Training:
         self.batch = TokenBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights, (0,))
 
     def step(self, saver: BackgroundSaver | None = None) -> float:
-            """Seconds."""
+        """Seconds."""
         started = time.perf_counter()
         for chunk in self.objective.chunks:
             chunk.zero_grad_buffer()
@@ -84,7 +84,7 @@ def save_beside(training: Training, saver: BackgroundSaver, number: int, usual: 
     saver.begin(number, training.model, training.optimizer, state(number))
     begun = time.perf_counter() - started
     steps = []
-    while saver.busy:
+    while saver.busy or not steps:
         steps.append(training.step(saver))
     publishing = time.perf_counter()
     saver.publish_written()
@@ -106,7 +106,7 @@ def check(
     training: Training, saver: BackgroundSaver, checkpoints: TrainingCheckpoints, usual: float
 ) -> tuple[dict[str, float], int]:
     """The first save, written while training went on: it holds what was there when it began. And its bytes."""
-    before = {name: x.detach().cpu() for name, x in training.model.named_parameters()}
+    before = {name: x.detach().to("cpu", copy=True) for name, x in training.model.named_parameters()}
     times = save_beside(training, saver, 1, usual)
     assert any(not torch.equal(before[name], x.cpu()) for name, x in training.model.named_parameters())
     checkpoints.load(1, training.model, training.optimizer, None)
