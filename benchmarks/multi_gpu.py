@@ -175,8 +175,10 @@ def main() -> None:
                 HaloRun(KILLED, several, scratch, device, results.report, kill=True),
                 HaloRun(WHOLE, several, scratch, device, results.report, kill=False),
             ]
-            jobs += runs
-        jobs += worlds(plans, scratch, device, results.report)
+        # The runs take minutes, most of them for starting processes, so the checks do not wait for them.
+        jobs += worlds([one for one in plans if not one.alone], scratch, device, results.report)
+        jobs += runs
+        jobs += worlds([one for one in plans if one.alone], scratch, device, results.report)
         run_jobs(jobs, gpus, end, results.done)
         if {WHOLE, KILLED} <= results.done:
             killed, whole = runs
