@@ -52,6 +52,7 @@ def check_recipe(recipe: Recipe) -> ModelShape:
         _check_selection(recipe, shape)
     _check_layout(recipe, shape)
     _check_fan_out(recipe)
+    _check_transformer_impl(recipe)
     _check_teacher_contexts(recipe, shape)
     _check_recall(recipe)
     _check_tasks(recipe, tokenizer)
@@ -122,6 +123,16 @@ def _check_fan_out(recipe: Recipe) -> None:
     if needs and importlib.util.find_spec(needs[0]) is None:
         raise ValueError(
             f"fan_out.backend: {needs[0]} is not installed here; pip install 'hypenet-megatron[{needs[1]}]'"
+        )
+
+
+def _check_transformer_impl(recipe: Recipe) -> None:
+    """Installed is all that can be asked for here: the GPUs may be those of another machine."""
+    engine = "transformer_engine"
+    if recipe.transformer_impl == engine and importlib.util.find_spec(engine) is None:
+        raise ValueError(
+            f"transformer_impl: {engine} is not installed here; pip install 'transformer-engine[pytorch]', or set "
+            "transformer_impl: local"
         )
 
 

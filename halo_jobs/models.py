@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from durable_files import read_json, write_json
 from halo_jobs.recipe import Recipe
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel, LocalModel, build_model, model_chunks
-from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.presets import MixerType, ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from hypenet_tools.initialise import hybrid_of
 from hypenet_tools.model_weights import load_weights, read_weights, sharded_tensors
@@ -80,18 +81,23 @@ class ModelBuilder:
     dtype: torch.dtype
     device: torch.device
     layout: ParallelLayout = ONE_PROCESS
+    transformer_impl: str = "local"
+
+    def _config(self, mixers: tuple[MixerType, ...], **options: Any) -> HypeNetConfig:
+        return HypeNetConfig.from_shape(
+            self.shape,
+            mixers,
+            dtype=self.dtype,
+            transformer_impl=self.transformer_impl,
+            **options,
+            **self.layout.megatron_options(),
+        )
 
     def _build(self, config: HypeNetConfig, *, aligned: bool = False) -> LocalModel:
         return build_model(config, aligned=aligned).to(self.device)
 
     def _teacher_config(self) -> HypeNetConfig:
-        return HypeNetConfig.from_shape(
-            self.shape,
-            self.shape.teacher_mixers(),
-            hybrid=False,
-            dtype=self.dtype,
-            **self.layout.megatron_options(),
-        )
+        return self._config(self.shape.teacher_mixers(), hybrid=False)
 
     def fresh_teacher(self, seed: int) -> LocalModel:
         """A randomly initialised Qwen3-architecture model (pretraining), the same in every layout."""
@@ -113,16 +119,7 @@ class ModelBuilder:
 
     def _hybrid(self, attention_layers: Collection[int], logits_scaling_base: float | None) -> LocalModel:
         mixers = self.shape.hybrid_mixers(tuple(attention_layers))
-        return self._build(
-            HypeNetConfig.from_shape(
-                self.shape,
-                mixers,
-                hybrid=True,
-                dtype=self.dtype,
-                logits_scaling_base=logits_scaling_base,
-                **self.layout.megatron_options(),
-            )
-        )
+        return self._build(self._config(mixers, hybrid=True, logits_scaling_base=logits_scaling_base))
 
     def hybrid(
         self, weights: Path, attention_layers: Collection[int], logits_scaling_base: float | None = None

@@ -179,6 +179,8 @@ class _Common(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Who makes linear layers, norms and softmax attention; results and files are the same up to rounding."""
     corpus: CorpusSection
     layout: LayoutSection = LayoutSection()
     cluster: ClusterSection = ClusterSection()

@@ -68,7 +68,10 @@ class StageContext:
 
     def builder(self) -> ModelBuilder:
         shape = read_shape(self.teacher_folder())
-        return ModelBuilder(shape, DTYPES[self.recipe.precision], self.device, self.layout)
+        recipe = self.recipe
+        return ModelBuilder(
+            shape, DTYPES[recipe.precision], self.device, self.layout, recipe.transformer_impl
+        )
 
     def store(self, name: str) -> TokenStore:
         """A store of the tokenize stage; ValueError if it was made with another tokenizer than this recipe's."""

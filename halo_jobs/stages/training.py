@@ -53,7 +53,9 @@ def run_pretrain(context: StageContext) -> StageResult:
     recipe = context.pretraining
     vocabulary = context.store(TRAIN_STORE).tokenizer.vocab_size
     shape = ModelShape(name=recipe.name, vocab_size=vocabulary, **recipe.shape.model_dump())
-    builder = ModelBuilder(shape, DTYPES[recipe.precision], context.device, context.layout)
+    builder = ModelBuilder(
+        shape, DTYPES[recipe.precision], context.device, context.layout, recipe.transformer_impl
+    )
     objective = NextTokenObjective(builder.fresh_teacher(recipe.seed), context.layout)
     result = _train_and_publish(context, recipe.pretrain, objective, TEACHER_WEIGHTS)
     return StageResult([*result.outputs, write_shape(context.folder, shape)], result.summary)

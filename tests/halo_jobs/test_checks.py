@@ -112,15 +112,29 @@ def test_refused(tiny_recipe_file, settings, start, mend):
     assert mend in message
 
 
-def test_backend_that_is_not_installed(tiny_recipe_file, monkeypatch):
-    recipe = load_recipe(tiny_recipe_file, ["fan_out.backend=ray"])
+@pytest.mark.parametrize(
+    ("setting", "package", "mend"),
+    [
+        ("fan_out.backend=ray", "ray", r"pip install 'hypenet-megatron\[ray\]'"),
+        (
+            "transformer_impl=transformer_engine",
+            "transformer_engine",
+            r"pip install 'transformer-engine\[pytorch\]'",
+        ),
+    ],
+)
+def test_what_is_not_installed(tiny_recipe_file, monkeypatch, setting, package, mend):
+    recipe = load_recipe(tiny_recipe_file, [setting])
+    installed = {package: True}
+    found, there = importlib.util.find_spec, importlib.util.find_spec("json")
+
+    def find_spec(name, *more):
+        return found(name, *more) if name not in installed else there if installed[name] else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     check_recipe(recipe)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "ray" else found(name, *more)
-    )
-    mend = r"pip install 'hypenet-megatron\[ray\]'"
-    with pytest.raises(ValueError, match=f"fan_out.backend: ray is not installed here; {mend}"):
+    installed[package] = False
+    with pytest.raises(ValueError, match=f"{setting.split('=')[0]}: {package} is not installed here; {mend}"):
         check_recipe(recipe)
 
 
