@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from halo_jobs.recipe import ConversionRecipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -15,6 +18,7 @@ DOCUMENTS = [
     ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "watching.md",
     ROOT / "docs" / "when-something-dies.md",
+    ROOT / "docs" / "on-your-slurm.md",
     ROOT / "docs" / "slurm-sandbox.md",
 ]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
@@ -80,3 +84,10 @@ def test_snippet_compiles_and_its_imports_exist(snippet):
     for line in snippet.splitlines():
         if line.startswith(("from ", "import ")):
             exec(line, {})
+
+
+def test_recipe_sections_are_accepted():
+    page = (ROOT / "docs" / "on-your-slurm.md").read_text()
+    (recipe,) = [yaml.safe_load(text) for language, text in FENCE.findall(page) if language == "yaml"]
+    for section, content in recipe.items():
+        ConversionRecipe.model_fields[section].annotation(**content)
