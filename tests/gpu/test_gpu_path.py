@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
+from halo_jobs.checkpointing.copies import HeldCopies
+from halo_jobs.checkpointing.storage import write_safetensors
 from halo_jobs.models import is_student_key
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.selection.sweep import LayerSwitch
@@ -234,3 +237,18 @@ def test_exported_model_pads_on_the_left_and_generates(export, ids):
     picked = choice.gather(-1, generated[1, 97:, None])[:, 0]
     # min_new_tokens forbids token 0; a near tie may fall otherwise in bf16 with a cache than without
     assert (picked >= choice[:, 1:].max(-1).values - 0.05 * choice.std()).all()
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["within the GPU", "in pinned memory"])
+def test_a_save_holds_what_was_there_when_it_began(device, tmp_path, monkeypatch, room):
+    monkeypatch.setattr(HeldCopies, "_fit_beside_training", lambda self, sources: room)
+    copies = HeldCopies()
+    for save in range(2):  # the second one finds what the first one left
+        source = torch.randn(2**24 + save, device=device)
+        expected = source.cpu()
+        copies.take({"x": source, "y": source[:3].cpu()})
+        copies.before_overwriting()
+        source.zero_()
+        with copies.complete() as tensors:
+            write_safetensors(tmp_path / "x.safetensors", tensors)
+        assert load_file(tmp_path / "x.safetensors")["x"].equal(expected)
