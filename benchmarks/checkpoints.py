@@ -6,7 +6,7 @@ Trains a hybrid with random weights on random tokens, with fp32 master weights a
 beside the training and once while it waits. The stall is the time of the steps during a save beyond the time of as many
 typical steps; whether these are slower than before the save is said beside it. Checks that what was saved beside the
 training loads and equals what was there. Needs free disk for two checkpoints (27 GB each for
-hypenet-2b) and as much main memory as one. Writes checkpoints.json.
+hypenet-2b) and, where the GPU has no room for a copy, as much main memory as one. Writes checkpoints.json.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def state(step: int) -> dict[str, Any]:
 
 def save_beside(training: Training, saver: BackgroundSaver, number: int, usual: float) -> dict[str, float]:
     """Steps go on until the checkpoint is published. Before it begins, what the one before replaced is gone."""
-    saver.finish()
+    saver.wait_for_removal()
     started = time.perf_counter()
     saver.begin(number, training.model, training.optimizer, state(number))
     begun = time.perf_counter() - started
@@ -116,7 +116,7 @@ def check(
 
 
 def save_waiting(training: Training, saver: BackgroundSaver, number: int) -> dict[str, float]:
-    saver.finish()
+    saver.wait_for_removal()
     started = time.perf_counter()
     saver.begin(number, training.model, training.optimizer, state(number))
     saver.finish()

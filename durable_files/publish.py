@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,15 @@ def publish_text_once(path: Path, text: str) -> bool:
         _fsync_path(path.parent)
 
 
+def _unless_gone(function: Callable[..., Any], path: str, problem: BaseException) -> None:
+    if not isinstance(problem, FileNotFoundError):
+        raise problem
+
+
 def discard_leftovers(folder: Path) -> list[Path]:
     """Remove what killed writers left directly in `folder`; returns what was removed.
 
-    A folder whose replacement was cut short is brought back first.
+    A folder whose replacement was cut short is brought back first. Something else may be removing the same.
     """
     for retired in sorted(folder.glob(f"*{RETIRED_MARK}")) if folder.is_dir() else []:
         original = retired.with_name(retired.name.removesuffix(RETIRED_MARK))
@@ -128,8 +134,8 @@ def discard_leftovers(folder: Path) -> list[Path]:
     removed = []
     for entry in sorted(folder.glob(f"*{TEMPORARY_MARK}*")) if folder.is_dir() else []:
         if entry.is_dir():
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, onexc=_unless_gone)
         else:
-            entry.unlink()
+            entry.unlink(missing_ok=True)
         removed.append(entry)
     return removed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,8 +73,10 @@ def _run_stage(
     folder, processes = attempt.record.folder, recipe.layout.processes
     inputs = {name: records[name].folder for name in node.depends_on}
     if node.trains and processes > 1:
+        # One of the processes has the GPU that this one has computed on. Models refer to themselves, by their hooks.
+        gc.collect()
+        torch.cuda.empty_cache()
         # Under the same names as here: outputs are looked for in the folder that the attempt knows.
-        torch.cuda.empty_cache()  # one of the processes has the GPU that this one has computed on
         places = {"folder": str(folder), "inputs": {name: str(path) for name, path in inputs.items()}}
         return run_in_processes(attempt.folder, _work(node, recipe, records) | places, processes)
     reset_seeds(recipe.seed)

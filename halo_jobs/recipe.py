@@ -14,8 +14,8 @@ ASSETS = Path(__file__).parent / "assets"
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = "embedded:"
 
-# The sections that say where a recipe runs, not what comes out.
-WHERE = {"layout", "cluster", "fan_out"}
+# What says where and on what a recipe runs, not what comes out.
+WHERE = {"layout", "cluster", "fan_out", "transformer_impl"}
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

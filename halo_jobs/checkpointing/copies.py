@@ -23,7 +23,7 @@ class HeldCopies:
         self._stream: torch.cuda.Stream | None = None  # made at the first save from a GPU
         self._ready: torch.cuda.Event | None = None
         self._on_gpu = False
-        self._training_peak: int | None = None
+        self._training_peak = 0
 
     def take(self, sources: Mapping[str, Tensor]) -> None:
         """Begin. Sources on a GPU must not change before `before_overwriting` was called."""
@@ -31,12 +31,8 @@ class HeldCopies:
             self._copy_to_cpu(sources)
             return
         self._stream = self._stream or torch.cuda.Stream()
-        if self._on_gpu or not self._copies:  # the pinned memory of an earlier save is there to be used
-            self._on_gpu = self._fit_beside_training(sources)
+        self._on_gpu = self._fit_beside_training(sources) and self._copy_within_gpu(sources)
         if self._on_gpu:
-            self._copies = {
-                name: source.clone(memory_format=torch.contiguous_format) for name, source in sources.items()
-            }
             self._ready = torch.cuda.current_stream().record_event()
             return
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -46,11 +42,26 @@ class HeldCopies:
 
     def _fit_beside_training(self, sources: Mapping[str, Tensor]) -> bool:
         """Whether the GPU holds copies and the most that a step was seen to need, with a tenth of its memory left."""
-        if self._training_peak is None:  # of the steps before the first save: later ones may hold copies
-            self._training_peak = torch.cuda.max_memory_allocated()
-        free, total = torch.cuda.mem_get_info()
         wanted = sum(source.nbytes for source in sources.values() if source.is_cuda)
-        return self._training_peak + wanted + total // 10 <= free + torch.cuda.memory_reserved()
+        left = torch.cuda.mem_get_info()[1] // 10
+        if self._training_peak == 0:
+            # The only step so far may have been the first, which made Adam's moments when its activations were gone.
+            left += wanted
+        held_beside_it = wanted if self._on_gpu else 0
+        self._training_peak = max(self._training_peak, torch.cuda.max_memory_allocated() - held_beside_it)
+        at_most = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        return self._training_peak + wanted + left <= at_most
+
+    def _copy_within_gpu(self, sources: Mapping[str, Tensor]) -> bool:
+        """False if the GPU's memory is too fragmented for it."""
+        try:
+            self._copies = {
+                name: source.clone(memory_format=torch.contiguous_format) for name, source in sources.items()
+            }
+        except torch.OutOfMemoryError:
+            self._copies = {}
+            return False
+        return True
 
     def _copy_to_cpu(self, sources: Mapping[str, Tensor]) -> None:
         self._copies = {name: self._buffer(name, source) for name, source in sources.items()}

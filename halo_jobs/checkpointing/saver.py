@@ -111,6 +111,7 @@ class BackgroundSaver:
         plans: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(local_plan, plans)
         plan = planner.create_global_plan(plans)[1] if plans is not None else None
+        self.wait_for_removal()  # the disk need not hold what goes and what comes
         temporary = on_first_rank(lambda: self.checkpoints.new_temporary(step))
         names = {(item.index.fqn, tuple(item.index.offset)): item for item in local_plan.items}
         sources = {chunk_name(*chunk): planner.resolve_data(item) for chunk, item in names.items()}
@@ -164,14 +165,15 @@ class BackgroundSaver:
         self.published = save.step
 
     def finish(self, progress: Callable[[], None] = lambda: None) -> None:
-        """Wait for the save in flight, if any, publish it, and wait until what it replaced is gone from the disk.
+        """Wait for the save in flight, if any, and publish it. `progress` is called while any rank writes."""
+        if self._save is None:
+            return
+        while highest([self.busy])[0]:
+            self._save.thread.join(timeout=_PATIENCE_SECONDS)
+            progress()
+        self.publish_written()
 
-        `progress` is called while any rank writes.
-        """
-        if self._save is not None:
-            while highest([self.busy])[0]:
-                self._save.thread.join(timeout=_PATIENCE_SECONDS)
-                progress()
-            self.publish_written()
+    def wait_for_removal(self) -> None:
+        """Until what the newest checkpoint replaced is gone from the disk; at once on all ranks but the first."""
         if self._removal.ident is not None:
             self._removal.join()

@@ -114,6 +114,7 @@ class Trainer:
             raise
         finally:
             log.close()
+            self.saver.wait_for_removal()  # who comes next may begin with tidying up the same folder
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:

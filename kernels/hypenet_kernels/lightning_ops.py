@@ -238,7 +238,7 @@ class _EagerLightningAttention(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         slopes, scale, cu_seqlens, exact, output_final_state, tf32 = ctx.others = others
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, initial_state)
+        ctx.save_for_backward(q, k, v, initial_state, cu_seqlens)
         o, state = _forward(
             q, k, v, slopes, scale, initial_state, cu_seqlens, exact, output_final_state, tf32
         )
@@ -250,8 +250,8 @@ class _EagerLightningAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # what torch's once_differentiable finds out too, in more time
             raise RuntimeError("Lightning Attention has no second derivative; leave out create_graph=True")
-        q, k, v, initial_state = ctx.saved_tensors
-        slopes, scale, cu_seqlens, exact, _, tf32 = ctx.others
+        q, k, v, initial_state, cu_seqlens = ctx.saved_tensors
+        slopes, scale, _, exact, _, tf32 = ctx.others
         dq, dk, dv, d_initial_state = _backward(
             torch.zeros_like(q) if do is None else do, d_final_state, q, k, v, slopes, scale, initial_state,
             cu_seqlens, exact, tf32,
@@ -295,7 +295,7 @@ def lightning_attention(
     q, k, v [batch, time, heads, head_dim], bfloat16 or float32, head_dim 64 or 128 on CUDA; any strides with a
     contiguous last dimension, so views of a fused projection need no copies. Returns o [batch, time, heads, head_dim]
     in q's dtype and, if asked for, the state after the last token, fp32 [batch, heads, head_dim (of k), head_dim (of
-    v)].
+    v)]. There is no second derivative, so create_graph=True is refused.
 
     cu_seqlens, int [sequences + 1] on q's device: batch is 1 and holds sequences one after the other, number n from
     token cu_seqlens[n] to cu_seqlens[n + 1]; no state crosses a boundary, and states are [sequences, heads, ...].
