@@ -244,7 +244,7 @@ def speed(gpus: int) -> list[WorldPlan]:
         speed_row(two, "finetune", _SHARDED if most > 1 else ONE, most),
         name=f"stall {two} on {most}",
         work="stall",
-        limit_seconds=180.0,
+        limit_seconds=300.0,  # three saves of 27 GB
     )
     return [*plans, WorldPlan("stall", most, [stall], alone=True)]
 
