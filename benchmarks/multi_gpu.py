@@ -38,7 +38,7 @@ sys.path[:0] = _PATHS
 
 import multi_gpu_plan as plan  # noqa: E402
 from multi_gpu_faults import KILLED, WHOLE, HaloRun, compare_weights  # noqa: E402
-from multi_gpu_plan import BOUNDS, Row, WorldPlan  # noqa: E402
+from multi_gpu_plan import Row, WorldPlan  # noqa: E402
 from multi_gpu_table import tables  # noqa: E402
 from multi_gpu_worlds import Job, run_jobs, worlds  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -78,8 +78,7 @@ class Results:
         )
 
     def _compare(self) -> None:
-        """Give every check a verdict as soon as what it is compared with is there. Losses below one, as those of an
-        alignment are, are compared relatively."""
+        """Give every check a verdict as soon as what it is compared with is there."""
         rows = self.content["rows"]
         for name, result in rows.items():
             row = self.planned.get(name)
@@ -89,10 +88,10 @@ class Results:
             if other is None:
                 continue
             differences = [
-                abs(here - there) / min(1.0, abs(there))
+                abs(here - there) / abs(there)
                 for here, there in zip(result["losses"], other[-len(result["losses"]) :], strict=True)
             ]
-            bound = BOUNDS[row.precision]
+            bound = plan.bound(row)
             result |= {"largest_difference": max(differences), "bound": bound}
             result["verdict"] = "within" if max(differences) <= bound else "beyond the bound"
 
