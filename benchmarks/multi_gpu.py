@@ -58,6 +58,8 @@ class Results:
         self.planned: dict[str, Row] = {}
         self.done: set[str] = set()
         """Rows of this call that went well."""
+        self.over: set[str] = set()
+        """Rows of this call that ended, well or not."""
 
     def report(self, name: str, result: dict[str, Any]) -> None:
         if name == "environment":
@@ -67,6 +69,7 @@ class Results:
         row = self.planned.get(name)
         result = {**(row.to_json() | {"place": row.place} if row else {"work": "faults"}), **result}
         self.content["rows"][name] = result
+        self.over.add(name)
         if "error" not in result:
             self.done.add(name)
             if row and row.work == "check":
@@ -175,10 +178,10 @@ def main() -> None:
                 HaloRun(WHOLE, several, scratch, device, results.report, kill=False),
             ]
         # The runs take minutes, most of them for starting processes, so the checks do not wait for them.
-        jobs += worlds([one for one in plans if not one.alone], scratch, device, results.report)
+        jobs += worlds([one for one in plans if not one.alone], scratch, device, results.report, results.done)
         jobs += runs
-        jobs += worlds([one for one in plans if one.alone], scratch, device, results.report)
-        run_jobs(jobs, gpus, end, results.done)
+        jobs += worlds([one for one in plans if one.alone], scratch, device, results.report, results.done)
+        run_jobs(jobs, gpus, end, results.over)
         if {WHOLE, KILLED} <= results.done:
             killed, whole = runs
             results.report("weights of the two runs", compare_weights(whole, killed))

@@ -96,7 +96,7 @@ class WorldPlan:
     rows: list[Row]
     alone: bool = False
     after: set[str] = field(default_factory=set)
-    """Rows of other worlds that have to be done before."""
+    """Rows of other worlds that have to be over before, well or not."""
 
 
 def layout_words(layout: Layout, ranks: int) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +44,7 @@ class Job(Protocol):
     gpus: int
     shares: int
     after: set[str]
-    """Rows that have to be done before."""
+    """Rows that have to be over before, well or not."""
 
     def begin(self, gpus: Sequence[int]) -> None: ...
 
@@ -95,6 +95,8 @@ class World:
     scratch: Path
     device: str
     report: Report
+    done: Set[str]
+    """Rows that went well, by now."""
     restarts: int = 0
     _ranks: list[_Rank] = field(default_factory=list)
     _answers: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -174,14 +176,23 @@ class World:
             self.report("environment", self._answers[0])
         else:
             self.report(self._row.name, {**_together(self._answers), "gpus": list(self._gpus)})
-        if not self._left:
+        self._row, self._answers = self._next(), {}
+        if self._row is None:
             self._end(kindly=True)
             return False
-        self._row, self._answers = self._left.pop(0), {}
         self._deadline = time.monotonic() + self._row.limit_seconds
         for rank in self._ranks:
             rank.send(self._row.to_json())
         return True
+
+    def _next(self) -> Row | None:
+        """The next row that can be done. One that would go on from a row that failed is reported."""
+        while self._left:
+            row = self._left.pop(0)
+            if row.continues is None or row.continues in self.done:
+                return row
+            self.report(row.name, {"error": f"not run: it goes on from {row.continues!r}, which failed"})
+        return None
 
     def _give_up(self, error: str) -> bool:
         """Kill the world. What is left of its rows is done by new processes, unless that has been tried too often."""
@@ -237,8 +248,8 @@ def _together(answers: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def run_jobs(jobs: Sequence[Job], gpus: int, end: float, done: set[str]) -> None:
-    """Begin each job when what it waits for is done (`done`, which grows) and its GPUs are free, in this order if
+def run_jobs(jobs: Sequence[Job], gpus: int, end: float, over: Set[str]) -> None:
+    """Begin each job when what it waits for is over (`over`, which grows) and its GPUs are free, in this order if
     possible; at `end` (monotonic) what is left is abandoned."""
     shares = Counter(dict.fromkeys(range(gpus), _SHARES))
     waiting, running = list(jobs), dict[int, tuple[Job, Sequence[int]]]()
@@ -250,12 +261,16 @@ def run_jobs(jobs: Sequence[Job], gpus: int, end: float, done: set[str]) -> None
                 free = sorted(
                     (gpu for gpu in shares if shares[gpu] >= job.shares), key=lambda gpu: -shares[gpu]
                 )
-                if job.after <= done and len(free) >= job.gpus:
+                if job.after <= over and len(free) >= job.gpus:
                     taken = sorted(free[: job.gpus])
                     shares.subtract(dict.fromkeys(taken, job.shares))
                     waiting.remove(job)
                     running[id(job)] = (job, taken)
                     job.begin(taken)
+            if waiting and not running:  # what it waits for will never be over
+                job = waiting.pop(0)
+                missing = ", ".join(sorted(job.after - over)) or f"{job.gpus} GPUs"
+                job.abandon(f"not run: it waits for {missing}")
             for key, (job, taken) in list(running.items()):
                 if not job.advance():
                     del running[key]
@@ -266,5 +281,5 @@ def run_jobs(jobs: Sequence[Job], gpus: int, end: float, done: set[str]) -> None
             job.abandon("not run to its end: the time given was up")
 
 
-def worlds(plans: Sequence[WorldPlan], scratch: Path, device: str, report: Report) -> list[Job]:
-    return [World(replace(plan), scratch, device, report) for plan in plans]
+def worlds(plans: Sequence[WorldPlan], scratch: Path, device: str, report: Report, done: Set[str]) -> list[Job]:
+    return [World(replace(plan), scratch, device, report, done) for plan in plans]
