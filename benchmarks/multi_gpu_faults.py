@@ -85,6 +85,9 @@ class HaloRun:
         """Of all its stages."""
         return self.scratch / ("killed" if self.kill else "whole") / "several-processes"
 
+    def prepare(self) -> None:
+        """`halo run` starts all of its processes."""
+
     def begin(self, gpus: Sequence[int]) -> None:
         listed = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = listed.split(",") if listed else [str(gpu) for gpu in range(max(gpus) + 1)]

@@ -26,6 +26,7 @@ _NEWS_SECONDS = 3.0
 _FAREWELL_SECONDS = 20.0
 _START_SECONDS = 180.0
 _MOST_RESTARTS = 4
+_PREPARED = 2  # waiting jobs whose processes import modules while others have the GPUs
 
 Report = Callable[[str, dict[str, Any]], None]
 """Called with the name of a row and what came of it."""
@@ -45,6 +46,10 @@ class Job(Protocol):
     shares: int
     after: set[str]
     """Rows that have to be over before, well or not."""
+
+    def prepare(self) -> None:
+        """It is soon to begin: what can be done without a GPU. May be called often, or not at all."""
+        ...
 
     def begin(self, gpus: Sequence[int]) -> None: ...
 
@@ -89,7 +94,7 @@ class _Rank:
 
 @dataclass
 class World:
-    """The processes of a WorldPlan. They start and import at once; they touch a GPU once `begin` gives them one."""
+    """The processes of a WorldPlan. Prepared, they import modules; they touch a GPU once `begin` gives them one."""
 
     plan: WorldPlan
     scratch: Path
@@ -109,9 +114,10 @@ class World:
         self.name, self.gpus, self.after = self.plan.name, self.plan.ranks, self.plan.after
         self.shares = _SHARES if self.plan.alone else 1
         self._left = list(self.plan.rows)
-        self._start()
 
-    def _start(self) -> None:
+    def prepare(self) -> None:
+        if self._ranks:
+            return
         logs = self.scratch / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         for rank in range(self.gpus):
@@ -130,6 +136,7 @@ class World:
             self._ranks.append(_Rank(process, receiving, log))
 
     def begin(self, gpus: Sequence[int]) -> None:
+        self.prepare()
         self._gpus = gpus
         port = str(free_port())
         for number, rank in enumerate(self._ranks):
@@ -204,7 +211,6 @@ class World:
         self._row = None
         if self._left and self.restarts < _MOST_RESTARTS:
             self.restarts += 1
-            self._start()
             self.begin(self._gpus)
             return True
         self._report_left(f"not run: the processes did not start any more ({error})")
@@ -267,6 +273,8 @@ def run_jobs(jobs: Sequence[Job], gpus: int, end: float, over: Set[str]) -> None
                     waiting.remove(job)
                     running[id(job)] = (job, taken)
                     job.begin(taken)
+            for job in waiting[:_PREPARED]:
+                job.prepare()
             if waiting and not running:  # what it waits for will never be over
                 job = waiting.pop(0)
                 missing = ", ".join(sorted(job.after - over)) or f"{job.gpus} GPUs"
