@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 WHOLE, KILLED = "halo run, uninterrupted", "halo run, a rank killed and resumed"
 ALLOWED_SECONDS = 60.0
 _COMMAND_SECONDS = 400.0
+_FAREWELL_SECONDS = 20.0
 _STAGE, _EVERY = "distil", 10
 
 
@@ -78,7 +80,9 @@ class HaloRun:
     def __post_init__(self) -> None:
         self._results: queue.Queue[dict[str, Any]] = queue.Queue()
         self._process: subprocess.Popen[str] | None = None
-        self._given_up = threading.Event()
+        self._given_up = False
+        self._lock = threading.Lock()
+        """Held where a command is started or ended, so that none starts after the run was given up."""
 
     @property
     def folder(self) -> Path:
@@ -102,23 +106,46 @@ class HaloRun:
         return False
 
     def abandon(self, reason: str) -> None:
-        self._given_up.set()
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()  # its ranks end with it
-            self._process.wait()
+        with self._lock:
+            self._given_up = True
+        self._end()
         self.report(self.name, {"error": reason})
+
+    def _end(self) -> None:
+        """Have no process any more: neither the command nor its ranks, which lead groups of their own."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                return  # a command that ended by itself has ended its ranks
+            ranks: list[psutil.Process] = []
+            with suppress(psutil.NoSuchProcess):  # it may end just now
+                command = psutil.Process(self._process.pid)
+                command.suspend()  # it starts nothing more
+                ranks = command.children(recursive=True)
+            self._process.kill()
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()
+            self._process.wait()
+            deadline = time.monotonic() + _FAREWELL_SECONDS
+            while any(map(_runs, ranks)) and time.monotonic() < deadline:
+                time.sleep(0.05)
 
     def _run(self, visible: str) -> None:
         try:
-            self._results.put(self._killed(visible) if self.kill else self._whole(visible))
+            result = self._killed(visible) if self.kill else self._whole(visible)
         except Exception as problem:
-            self._results.put({"error": f"{type(problem).__name__}: {str(problem)[:600]}"})
+            result = {"error": f"{type(problem).__name__}: {str(problem)[:600]}"}
+        finally:
+            self._end()
+        self._results.put(result)  # now others may have its GPUs
 
     def _start(self, visible: str, log: Path) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         content = recipe(self.gpus, small=self.device == "cpu")
         (self.folder.parent / "recipe.yaml").write_text(yaml.safe_dump(content))
-        with open(log, "w") as out:
+        with self._lock, open(log, "w") as out:
+            if self._given_up:
+                raise RuntimeError("given up before it started")
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "halo_jobs.cli", "run", "recipe.yaml", "--runs", "."],
                 cwd=self.folder.parent,
@@ -178,7 +205,7 @@ class HaloRun:
             for metrics in self.folder.glob(f"{_STAGE}*/*/metrics.jsonl"):
                 if (done := len(metrics.read_text().splitlines())) >= step:
                     return done
-            if self._process.poll() is not None or self._given_up.is_set():
+            if self._process.poll() is not None or self._given_up:
                 break
             time.sleep(0.01)
         raise RuntimeError(f"{_STAGE} did not reach step {step}: {_last_lines(log, 3)}")
@@ -206,6 +233,13 @@ class HaloRun:
             if line.startswith("error:")
         ]  # fmt: skip
         return [*said, *errors]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _last_lines(log: Path, count: int) -> str:
