@@ -7,7 +7,7 @@ correctness  align, distil and finetune in every layout that fits, against one G
              continued on half of them and on one: the loss of every step.
 speed        tokens per second and GPU, memory, exposed communication, and the stall of a save.
 long         finetuning on one window of 131,072 and of 524,288 tokens, split over the GPUs.
-faults       a recipe with `halo run` in several processes: once to its end, once with a rank killed.
+faults       a recipe with `halo run` in several processes: once undisturbed, once with a rank killed.
 
 Runs on any number of GPUs, or with gloo on CPU (`--device cpu`) in tiny shapes. Results go to multi_gpu.json after
 every row; a later call with the same --out adds to them. Rows that fail are rows too.

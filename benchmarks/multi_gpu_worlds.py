@@ -289,5 +289,7 @@ def run_jobs(jobs: Sequence[Job], gpus: int, end: float, over: Set[str]) -> None
             job.abandon("not run to its end: the time given was up")
 
 
-def worlds(plans: Sequence[WorldPlan], scratch: Path, device: str, report: Report, done: Set[str]) -> list[Job]:
+def worlds(
+    plans: Sequence[WorldPlan], scratch: Path, device: str, report: Report, done: Set[str]
+) -> list[Job]:
     return [World(replace(plan), scratch, device, report, done) for plan in plans]
