@@ -7,7 +7,7 @@ correctness  align, distil and finetune in every layout that fits, against one G
              continued on half of them and on one: the loss of every step.
 speed        tokens per second and GPU, memory, exposed communication, and the stall of a save.
 long         finetuning on one window of 131,072 and of 524,288 tokens, split over the GPUs.
-faults       a recipe with `halo run` in several processes: once to its end, once with a rank killed.
+faults       a recipe with `halo run` in several processes: once undisturbed, once with a rank killed.
 
 Runs on any number of GPUs, or with gloo on CPU (`--device cpu`) in tiny shapes. Results go to multi_gpu.json after
 every row; a later call with the same --out adds to them. Rows that fail are rows too.
@@ -38,7 +38,7 @@ sys.path[:0] = _PATHS
 
 import multi_gpu_plan as plan  # noqa: E402
 from multi_gpu_faults import KILLED, WHOLE, HaloRun, compare_weights  # noqa: E402
-from multi_gpu_plan import BOUNDS, Row, WorldPlan  # noqa: E402
+from multi_gpu_plan import Row, WorldPlan  # noqa: E402
 from multi_gpu_table import tables  # noqa: E402
 from multi_gpu_worlds import Job, run_jobs, worlds  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -58,6 +58,8 @@ class Results:
         self.planned: dict[str, Row] = {}
         self.done: set[str] = set()
         """Rows of this call that went well."""
+        self.over: set[str] = set()
+        """Rows of this call that ended, well or not."""
 
     def report(self, name: str, result: dict[str, Any]) -> None:
         if name == "environment":
@@ -67,6 +69,7 @@ class Results:
         row = self.planned.get(name)
         result = {**(row.to_json() | {"place": row.place} if row else {"work": "faults"}), **result}
         self.content["rows"][name] = result
+        self.over.add(name)
         if "error" not in result:
             self.done.add(name)
             if row and row.work == "check":
@@ -78,8 +81,7 @@ class Results:
         )
 
     def _compare(self) -> None:
-        """Give every check a verdict as soon as what it is compared with is there. Losses below one, as those of an
-        alignment are, are compared relatively."""
+        """Give every check a verdict as soon as what it is compared with is there."""
         rows = self.content["rows"]
         for name, result in rows.items():
             row = self.planned.get(name)
@@ -89,10 +91,10 @@ class Results:
             if other is None:
                 continue
             differences = [
-                abs(here - there) / min(1.0, abs(there))
+                abs(here - there) / abs(there)
                 for here, there in zip(result["losses"], other[-len(result["losses"]) :], strict=True)
             ]
-            bound = BOUNDS[row.precision]
+            bound = plan.bound(row)
             result |= {"largest_difference": max(differences), "bound": bound}
             result["verdict"] = "within" if max(differences) <= bound else "beyond the bound"
 
@@ -176,10 +178,10 @@ def main() -> None:
                 HaloRun(WHOLE, several, scratch, device, results.report, kill=False),
             ]
         # The runs take minutes, most of them for starting processes, so the checks do not wait for them.
-        jobs += worlds([one for one in plans if not one.alone], scratch, device, results.report)
+        jobs += worlds([one for one in plans if not one.alone], scratch, device, results.report, results.done)
         jobs += runs
-        jobs += worlds([one for one in plans if one.alone], scratch, device, results.report)
-        run_jobs(jobs, gpus, end, results.done)
+        jobs += worlds([one for one in plans if one.alone], scratch, device, results.report, results.done)
+        run_jobs(jobs, gpus, end, results.over)
         if {WHOLE, KILLED} <= results.done:
             killed, whole = runs
             results.report("weights of the two runs", compare_weights(whole, killed))

@@ -1,6 +1,7 @@
-"""A recipe in several processes as a user starts it, with `halo run`: once to its end, once with a rank killed.
+"""A recipe in several processes as a user starts it, with `halo run`: once undisturbed, once with a rank killed.
 
-The killed run ends by itself, the same command resumes it, and its weights are compared with those of the other.
+The killed run ends by itself, the same command resumes it, and its weights are compared with those of the other. Both
+are ended once the training stage is done: what follows has one process only.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import yaml
 from multi_gpu_worlds import Report
 from safetensors.torch import load_file
@@ -26,38 +29,42 @@ from safetensors.torch import load_file
 WHOLE, KILLED = "halo run, uninterrupted", "halo run, a rank killed and resumed"
 ALLOWED_SECONDS = 60.0
 _COMMAND_SECONDS = 400.0
-_STAGE, _EVERY = "distil", 10
+_FAREWELL_SECONDS = 20.0
+_STAGE, _EVERY = "pretrain", 10
 
 
 def recipe(processes: int, *, small: bool) -> dict[str, Any]:
-    """The embedded teacher, converted in a minute; `small` for CPUs. Windows of the last stage are longer than a tile
-    of fused attention."""
-    steps, batch = (30, 4) if small else (80, 16)
-    training = {
-        "steps": steps,
-        "context_length": 128,
-        "global_batch": batch,
-        "micro_batch": 2,
-        "learning_rate": 1e-3,
-        "warmup_steps": 5,
-        "recall_share": 0.5,
-        "checkpoint_every": _EVERY,
-        "watchdog_seconds": 120,
-    }
+    """A few steps of a teacher from scratch; `small` for CPUs. Fused attention's backward adds up tiles of 128 keys in
+    any order, so windows are no longer."""
     layout = {"processes": processes, "distributed_optimizer": True}
     if processes > 2:
         layout |= {"tensor": 2, "sequence_parallel": True}
     return {
+        "kind": "pretrain",
         "name": "several-processes",
         "precision": "bf16",
-        "teacher": "embedded:teacher-small",
+        "tokenizer": "embedded:tokenizer-small",
+        "shape": {
+            "num_layers": 2 if small else 8,
+            "hidden_size": 64 if small else 256,
+            "ffn_hidden_size": 128 if small else 768,
+            "query_heads": 4,
+            "kv_groups": 2,
+            "head_dim": 64,
+        },
         "corpus": {"train": ["embedded:sotu"], "held_out_share": 0.1, "recall_episodes": 2000},
         "layout": layout,
-        "align": {**training, "steps": 10},
-        "select": {"method": "uniform", "context_length": 128, "items": 2},
-        "distil": training,
-        "finetune": {**training, "steps": 6, "context_length": 128 if small else 1024, "recall_share": 0},
-        "calibrate": {"candidates": [50], "context_length": 256, "windows": 1},
+        _STAGE: {
+            "steps": 40 if small else 80,
+            "context_length": 128,
+            "global_batch": 4 if small else 16,
+            "micro_batch": 2,
+            "learning_rate": 1e-3,
+            "warmup_steps": 5,
+            "recall_share": 0.5,
+            "checkpoint_every": _EVERY,
+            "watchdog_seconds": 120,
+        },
         "evaluate": {"contexts": [128], "depths": [0.5], "needle_items": 1, "suite_items": 4},
     }
 
@@ -78,12 +85,17 @@ class HaloRun:
     def __post_init__(self) -> None:
         self._results: queue.Queue[dict[str, Any]] = queue.Queue()
         self._process: subprocess.Popen[str] | None = None
-        self._given_up = threading.Event()
+        self._given_up = False
+        self._lock = threading.Lock()
+        """Held where a command is started or ended, so that none starts after the run was given up."""
 
     @property
     def folder(self) -> Path:
         """Of all its stages."""
         return self.scratch / ("killed" if self.kill else "whole") / "several-processes"
+
+    def prepare(self) -> None:
+        """`halo run` starts all of its processes."""
 
     def begin(self, gpus: Sequence[int]) -> None:
         listed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -99,41 +111,75 @@ class HaloRun:
         return False
 
     def abandon(self, reason: str) -> None:
-        self._given_up.set()
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()  # its ranks end with it
-            self._process.wait()
+        with self._lock:
+            self._given_up = True
+        self._end()
         self.report(self.name, {"error": reason})
+
+    def _end(self) -> None:
+        """Have no process any more: neither the command nor its ranks, which lead groups of their own."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                return  # a command that ended by itself has ended its ranks
+            ranks: list[psutil.Process] = []
+            with suppress(psutil.NoSuchProcess):  # it may end just now
+                command = psutil.Process(self._process.pid)
+                command.suspend()  # it starts nothing more
+                ranks = command.children(recursive=True)
+            self._process.kill()
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()
+            self._process.wait()
+            deadline = time.monotonic() + _FAREWELL_SECONDS
+            while any(map(_runs, ranks)) and time.monotonic() < deadline:
+                time.sleep(0.05)
 
     def _run(self, visible: str) -> None:
         try:
-            self._results.put(self._killed(visible) if self.kill else self._whole(visible))
+            result = self._killed(visible) if self.kill else self._whole(visible)
         except Exception as problem:
-            self._results.put({"error": f"{type(problem).__name__}: {str(problem)[:600]}"})
+            result = {"error": f"{type(problem).__name__}: {str(problem)[:600]}"}
+        finally:
+            self._end()
+        self._results.put(result)  # now others may have its GPUs
 
     def _start(self, visible: str, log: Path) -> None:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        content = recipe(self.gpus, small=self.device == "cpu")
-        (self.folder.parent / "recipe.yaml").write_text(yaml.safe_dump(content))
-        with open(log, "w") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "halo_jobs.cli", "run", "recipe.yaml", "--runs", "."],
-                cwd=self.folder.parent,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": visible, "COLUMNS": "400"},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                text=True,
-            )
+        with self._lock:
+            if self._given_up:
+                raise RuntimeError("given up before it started")
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            content = recipe(self.gpus, small=self.device == "cpu")
+            (self.folder.parent / "recipe.yaml").write_text(yaml.safe_dump(content))
+            with open(log, "w") as out:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "halo_jobs.cli", "run", "recipe.yaml", "--runs", "."],
+                    cwd=self.folder.parent,
+                    env={**os.environ, "CUDA_VISIBLE_DEVICES": visible, "COLUMNS": "400"},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    text=True,
+                )
 
     def _finish(self, log: Path) -> float:
-        """Seconds until the command has ended well; RuntimeError with its last words otherwise."""
+        """Seconds until the stage is done; then the command is ended. RuntimeError with its last words otherwise."""
         started = time.monotonic()
         assert self._process is not None
-        code = self._process.wait(_COMMAND_SECONDS)
-        if code != 0:
-            raise RuntimeError(f"halo run ended with code {code}: {_last_lines(log, 3)}")
-        return time.monotonic() - started
+        ended = False
+        while not any(self.folder.glob(f"{_STAGE}/*/DONE.json")):
+            if ended:
+                code = self._process.returncode
+                raise RuntimeError(f"halo run ended with code {code}: {_last_lines(log, 3)}")
+            if time.monotonic() - started > _COMMAND_SECONDS:
+                raise RuntimeError(
+                    f"{_STAGE} is not done after {_COMMAND_SECONDS:g} s: {_last_lines(log, 3)}"
+                )
+            time.sleep(0.05)
+            ended = self._process.poll() is not None
+        seconds = time.monotonic() - started
+        self._end()
+        return seconds
 
     def _whole(self, visible: str) -> dict[str, Any]:
         log = self.scratch / "halo-whole.txt"
@@ -168,14 +214,17 @@ class HaloRun:
         return {**result, "resumed": resumed[0]}
 
     def _wait_for_step(self, step: int, log: Path) -> int:
-        """Steps finished, at least `step`."""
+        """Steps finished, at least `step`; a checkpoint is there."""
         assert self._process is not None
         end = time.monotonic() + _COMMAND_SECONDS
         while time.monotonic() < end:
-            for metrics in self.folder.glob(f"{_STAGE}*/*/metrics.jsonl"):
-                if (done := len(metrics.read_text().splitlines())) >= step:
+            for metrics in self.folder.glob(f"{_STAGE}/*/metrics.jsonl"):
+                saved = any(
+                    metrics.parent.glob("checkpoints/step-????????")
+                )  # which takes longer than a few short steps
+                if (done := len(metrics.read_text().splitlines())) >= step and saved:
                     return done
-            if self._process.poll() is not None or self._given_up.is_set():
+            if self._process.poll() is not None or self._given_up:
                 break
             time.sleep(0.01)
         raise RuntimeError(f"{_STAGE} did not reach step {step}: {_last_lines(log, 3)}")
@@ -192,7 +241,7 @@ class HaloRun:
 
     def _ranks_said(self) -> list[str]:
         """The sentences in the attempt's folder: what the driver recorded, and of the process that spoke first."""
-        (attempt,) = self.folder.glob(f"{_STAGE}*/*/attempt.*")
+        (attempt,) = self.folder.glob(f"{_STAGE}/*/attempt.*")
         said = [
             str(json.loads((attempt / name).read_text()).get(key))
             for name, key in (("exit.json", "reason"), ("failure.json", "sentence"))
@@ -205,27 +254,30 @@ class HaloRun:
         return [*said, *errors]
 
 
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _last_lines(log: Path, count: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-count:])
 
 
 def compare_weights(whole: HaloRun, killed: HaloRun) -> dict[str, Any]:
-    """By stage: whether all weights that it handed on are equal bits, else the largest difference."""
-    found: dict[str, Any] = {}
-    for stage in ("align", "distil", "finetune"):
-        files = {path.relative_to(whole.folder) for path in whole.folder.glob(f"{stage}*/*/*/*.safetensors")}
-        if not files:
-            return {"error": f"{whole.folder} has no weights of {stage}"}
-        largest = 0.0
-        for path in files:
-            first, second = load_file(whole.folder / path), load_file(killed.folder / path)
-            assert first.keys() == second.keys(), path
-            largest = max(
-                largest, *(float((first[key].double() - second[key].double()).abs().max()) for key in first)
-            )
-        found[stage] = "equal bits" if largest == 0.0 else largest
-    # What a kill has to leave as it was is the stage that it hit and the one before.
-    if found["align"] != "equal bits" or found[_STAGE] != "equal bits":
-        found["error"] = "the weights of the resumed run are others"
-    return found
+    """Whether all weights that the stage handed on are equal bits, else the largest difference."""
+    files = {path.relative_to(whole.folder) for path in whole.folder.glob(f"{_STAGE}/*/*/*.safetensors")}
+    if not files:
+        return {"error": f"{whole.folder} has no weights of {_STAGE}"}
+    largest, equal = 0.0, True
+    for path in files:
+        first, second = load_file(whole.folder / path), load_file(killed.folder / path)
+        assert first.keys() == second.keys(), path
+        for key in first:
+            equal = equal and first[key].view(torch.uint8).equal(second[key].view(torch.uint8))
+            largest = max(largest, float((first[key].double() - second[key].double()).abs().max()))
+    if equal:
+        return {_STAGE: "equal bits"}
+    return {_STAGE: largest, "error": "the weights of the resumed run are others"}

@@ -281,7 +281,8 @@ def stall(row: Row, device: torch.device, scratch: Path) -> dict[str, Any]:
         steps.step()
     usual = statistics.median(timed() for _ in range(row.steps[1]))
     beside = []
-    for number in (1, 2):  # the first allocates the pinned memory that later ones use again
+    for number in (1, 2):
+        saver.finish()  # what the save before replaced is gone from the disk
         started = time.perf_counter()
         begin(number)
         count = 0
@@ -291,6 +292,7 @@ def stall(row: Row, device: torch.device, scratch: Path) -> dict[str, Any]:
         saver.publish_written()
         whole = time.perf_counter() - started
         beside.append({"stall": whole - count * usual, "whole": whole, "steps_meanwhile": count})
+    saver.finish()
     started = time.perf_counter()
     begin(3)
     saver.finish()

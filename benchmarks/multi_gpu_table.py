@@ -35,7 +35,7 @@ def _difference(row: dict[str, Any] | None) -> str:
 
 
 def _checks(rows: Rows) -> Table:
-    """A line per layout and precision; cells are the largest difference of a loss."""
+    """A line per layout and precision; cells are the largest relative difference of a loss."""
     table = Table(
         "",
         "precision",
@@ -52,7 +52,7 @@ def _checks(rows: Rows) -> Table:
     for (kind, place, precision), stages in lines.items():
         cells = [_difference(stages.get(stage)) for stage in STAGES]
         some = next(iter(stages.values()))
-        bound = f"{some['bound']:.0e}" if "bound" in some else ""
+        bound = ", ".join(dict.fromkeys(f"{row['bound']:.0e}" for row in stages.values() if "bound" in row))
         remarks = [_short(row["error"]) for row in stages.values() if "error" in row]
         remarks += [row["verdict"] for row in stages.values() if row.get("verdict") == "beyond the bound"]
         remark = "; ".join(dict.fromkeys(remarks))

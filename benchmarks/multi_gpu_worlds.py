@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ _NEWS_SECONDS = 3.0
 _FAREWELL_SECONDS = 20.0
 _START_SECONDS = 180.0
 _MOST_RESTARTS = 4
+_PREPARED = 2  # waiting jobs whose processes import modules while others have the GPUs
 
 Report = Callable[[str, dict[str, Any]], None]
 """Called with the name of a row and what came of it."""
@@ -44,7 +45,11 @@ class Job(Protocol):
     gpus: int
     shares: int
     after: set[str]
-    """Rows that have to be done before."""
+    """Rows that have to be over before, well or not."""
+
+    def prepare(self) -> None:
+        """It is soon to begin: what can be done without a GPU. May be called often, or not at all."""
+        ...
 
     def begin(self, gpus: Sequence[int]) -> None: ...
 
@@ -89,12 +94,14 @@ class _Rank:
 
 @dataclass
 class World:
-    """The processes of a WorldPlan. They start and import at once; they touch a GPU once `begin` gives them one."""
+    """The processes of a WorldPlan. Prepared, they import modules; they touch a GPU once `begin` gives them one."""
 
     plan: WorldPlan
     scratch: Path
     device: str
     report: Report
+    done: Set[str]
+    """Rows that went well, by now."""
     restarts: int = 0
     _ranks: list[_Rank] = field(default_factory=list)
     _answers: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -107,9 +114,10 @@ class World:
         self.name, self.gpus, self.after = self.plan.name, self.plan.ranks, self.plan.after
         self.shares = _SHARES if self.plan.alone else 1
         self._left = list(self.plan.rows)
-        self._start()
 
-    def _start(self) -> None:
+    def prepare(self) -> None:
+        if self._ranks:
+            return
         logs = self.scratch / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         for rank in range(self.gpus):
@@ -128,6 +136,7 @@ class World:
             self._ranks.append(_Rank(process, receiving, log))
 
     def begin(self, gpus: Sequence[int]) -> None:
+        self.prepare()
         self._gpus = gpus
         port = str(free_port())
         for number, rank in enumerate(self._ranks):
@@ -174,14 +183,23 @@ class World:
             self.report("environment", self._answers[0])
         else:
             self.report(self._row.name, {**_together(self._answers), "gpus": list(self._gpus)})
-        if not self._left:
+        self._row, self._answers = self._next(), {}
+        if self._row is None:
             self._end(kindly=True)
             return False
-        self._row, self._answers = self._left.pop(0), {}
         self._deadline = time.monotonic() + self._row.limit_seconds
         for rank in self._ranks:
             rank.send(self._row.to_json())
         return True
+
+    def _next(self) -> Row | None:
+        """The next row that can be done. One that would go on from a row that failed is reported."""
+        while self._left:
+            row = self._left.pop(0)
+            if row.continues is None or row.continues in self.done:
+                return row
+            self.report(row.name, {"error": f"not run: it goes on from {row.continues!r}, which failed"})
+        return None
 
     def _give_up(self, error: str) -> bool:
         """Kill the world. What is left of its rows is done by new processes, unless that has been tried too often."""
@@ -193,7 +211,6 @@ class World:
         self._row = None
         if self._left and self.restarts < _MOST_RESTARTS:
             self.restarts += 1
-            self._start()
             self.begin(self._gpus)
             return True
         self._report_left(f"not run: the processes did not start any more ({error})")
@@ -237,8 +254,8 @@ def _together(answers: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def run_jobs(jobs: Sequence[Job], gpus: int, end: float, done: set[str]) -> None:
-    """Begin each job when what it waits for is done (`done`, which grows) and its GPUs are free, in this order if
+def run_jobs(jobs: Sequence[Job], gpus: int, end: float, over: Set[str]) -> None:
+    """Begin each job when what it waits for is over (`over`, which grows) and its GPUs are free, in this order if
     possible; at `end` (monotonic) what is left is abandoned."""
     shares = Counter(dict.fromkeys(range(gpus), _SHARES))
     waiting, running = list(jobs), dict[int, tuple[Job, Sequence[int]]]()
@@ -250,12 +267,18 @@ def run_jobs(jobs: Sequence[Job], gpus: int, end: float, done: set[str]) -> None
                 free = sorted(
                     (gpu for gpu in shares if shares[gpu] >= job.shares), key=lambda gpu: -shares[gpu]
                 )
-                if job.after <= done and len(free) >= job.gpus:
+                if job.after <= over and len(free) >= job.gpus:
                     taken = sorted(free[: job.gpus])
                     shares.subtract(dict.fromkeys(taken, job.shares))
                     waiting.remove(job)
                     running[id(job)] = (job, taken)
                     job.begin(taken)
+            for job in waiting[:_PREPARED]:
+                job.prepare()
+            if waiting and not running:  # what it waits for will never be over
+                job = waiting.pop(0)
+                missing = ", ".join(sorted(job.after - over)) or f"{job.gpus} GPUs"
+                job.abandon(f"not run: it waits for {missing}")
             for key, (job, taken) in list(running.items()):
                 if not job.advance():
                     del running[key]
@@ -266,5 +289,7 @@ def run_jobs(jobs: Sequence[Job], gpus: int, end: float, done: set[str]) -> None
             job.abandon("not run to its end: the time given was up")
 
 
-def worlds(plans: Sequence[WorldPlan], scratch: Path, device: str, report: Report) -> list[Job]:
-    return [World(replace(plan), scratch, device, report) for plan in plans]
+def worlds(
+    plans: Sequence[WorldPlan], scratch: Path, device: str, report: Report, done: Set[str]
+) -> list[Job]:
+    return [World(replace(plan), scratch, device, report, done) for plan in plans]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -63,3 +64,43 @@ def test_multi_gpu_benchmark(tmp_path):
     assert [row["verdict"] for row in results["rows"].values()] == ["within"] * 3
     assert results["environment"]["torch"]
     assert [path.name for path in tmp_path.iterdir()] == ["multi_gpu.json"], "its checkpoints are gone"
+
+
+def test_multi_gpu_jobs(monkeypatch, tmp_path):
+    """What waits for a row that nobody will do is ended with that reason; an ended `halo run` is not started again."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from multi_gpu_faults import HaloRun
+    from multi_gpu_worlds import run_jobs
+
+    said, over = {}, set()
+
+    class Fake:
+        gpus, shares = 1, 1
+
+        def __init__(self, name, after):
+            self.name, self.after = name, after
+
+        def prepare(self):
+            pass
+
+        def begin(self, gpus):
+            said[self.name] = "begun"
+
+        def advance(self):
+            over.add(self.name)
+            return False
+
+        def abandon(self, reason):
+            said[self.name] = reason
+
+    jobs = [Fake("second", {"first"}), Fake("third", {"missing"}), Fake("first", set())]
+    run_jobs(jobs, 1, time.monotonic() + 60, over)
+    assert said == {"first": "begun", "second": "begun", "third": "not run: it waits for missing"}
+
+    run = HaloRun("halo run", 2, tmp_path, "cpu", said.__setitem__, kill=True)
+    run.abandon("given up")
+    monkeypatch.setattr(run, "_killed", lambda visible: run._start(visible, tmp_path / "log.txt"))
+    run._run("")
+    assert not list(tmp_path.iterdir())
+    assert not run.advance()
+    assert said["halo run"] == {"error": "RuntimeError: given up before it started"}
