@@ -82,8 +82,12 @@ def test_equals_the_reference(export, monkeypatch, ids, shape, mixers, base, chu
     config = json.loads((folder / "config.json").read_text())
     expected = hypenet_forward(SafetensorsWeights(folder), config, ids)
     assert expected.std() > 0.1
+    # The largest difference of single logits in fp32 depends on how a CPU adds up (0.6e-5 to 1.02e-5 in the last case),
+    # so fp32 is held to its mean error, and the largest one to what is left in fp64: norms and rotations in fp32.
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits.double(), expected, **TOLERANCE)
+        logits = model(ids).logits.double()
+        assert float((logits - expected).norm() / expected.norm()) <= 3e-6
+        torch.testing.assert_close(model.double()(ids).logits, expected, rtol=0, atol=2e-6)
 
 
 def test_loads_by_every_auto_class(export, ids):
