@@ -67,6 +67,7 @@ class _Run:
         training = {"step": step, "optimizer_step": 3, "layout": {}}
         saver.begin(step, self.model, self.optimizer, training)
         saver.finish()
+        saver.wait_for_removal()
         return checkpoints
 
     def load(self, checkpoints: TrainingCheckpoints, step: int = 3) -> _Run:
