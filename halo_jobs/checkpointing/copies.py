@@ -43,14 +43,14 @@ class HeldCopies:
     def _fit_beside_training(self, sources: Mapping[str, Tensor]) -> bool:
         """Whether the GPU holds copies and the most that a step was seen to need, with a tenth of its memory left."""
         wanted = sum(source.nbytes for source in sources.values() if source.is_cuda)
-        left = torch.cuda.mem_get_info()[1] // 10
+        free, total = torch.cuda.mem_get_info()
+        left = total // 10
         if self._training_peak == 0:
             # The only step so far may have been the first, which made Adam's moments when its activations were gone.
             left += wanted
         held_beside_it = wanted if self._on_gpu else 0
         self._training_peak = max(self._training_peak, torch.cuda.max_memory_allocated() - held_beside_it)
-        at_most = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-        return self._training_peak + wanted + left <= at_most
+        return self._training_peak + wanted + left <= free + torch.cuda.memory_reserved()
 
     def _copy_within_gpu(self, sources: Mapping[str, Tensor]) -> bool:
         """False if the GPU's memory is too fragmented for it."""

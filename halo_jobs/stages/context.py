@@ -18,6 +18,7 @@ from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingS
 from halo_jobs.training.batches import BatchCursor, Sampler
 from halo_jobs.training.objectives import Objective
 from halo_jobs.training.trainer import AttemptInProgress, Trainer
+from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from tokenized_data import BlendedSampler, TokenStore, WindowSampler, load_tokenizer_identity
 
@@ -66,9 +67,9 @@ class StageContext:
         """The stage that holds the teacher: imported by init, or trained by pretrain."""
         return self.inputs["init" if isinstance(self.recipe, ConversionRecipe) else "pretrain"]
 
-    def builder(self) -> ModelBuilder:
-        shape = read_shape(self.teacher_folder())
-        recipe = self.recipe
+    def builder(self, shape: ModelShape | None = None) -> ModelBuilder:
+        """Of models of the teacher's shape, unless told another."""
+        shape, recipe = shape or read_shape(self.teacher_folder()), self.recipe
         return ModelBuilder(
             shape, DTYPES[recipe.precision], self.device, self.layout, recipe.transformer_impl
         )

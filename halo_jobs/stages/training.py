@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from halo_jobs.checkpointing.state import KeyFilter
-from halo_jobs.models import DTYPES, ModelBuilder, is_student_key, write_shape
+from halo_jobs.models import is_student_key, write_shape
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.selected import attention_layers_of, variant_of
@@ -53,10 +53,7 @@ def run_pretrain(context: StageContext) -> StageResult:
     recipe = context.pretraining
     vocabulary = context.store(TRAIN_STORE).tokenizer.vocab_size
     shape = ModelShape(name=recipe.name, vocab_size=vocabulary, **recipe.shape.model_dump())
-    builder = ModelBuilder(
-        shape, DTYPES[recipe.precision], context.device, context.layout, recipe.transformer_impl
-    )
-    objective = NextTokenObjective(builder.fresh_teacher(recipe.seed), context.layout)
+    objective = NextTokenObjective(context.builder(shape).fresh_teacher(recipe.seed), context.layout)
     result = _train_and_publish(context, recipe.pretrain, objective, TEACHER_WEIGHTS)
     return StageResult([*result.outputs, write_shape(context.folder, shape)], result.summary)
 
