@@ -40,7 +40,9 @@ class Interruption:
             self.end()
         self.requested = True
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS)
-        raise KeyboardInterrupt("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        raise KeyboardInterrupt(
+            "Ctrl-C" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        )
 
     def end(self) -> NoReturn:
         """Say so and go, without waiting for threads and without Python's own end, which may repeat the signal."""

@@ -10,7 +10,11 @@ import pytest
 
 @dataclass(frozen=True)
 class FaultRow:
-    """One fault and how it was survived. `seconds` is from the fault to the first step that was new after it."""
+    """One fault and how it was survived.
+
+    `seconds` is from the fault to the first step that was new after it, in a sweep until all that was lost was begun
+    again. `equal` compares weights, or the results of a sweep.
+    """
 
     fault: str
     seen: str
@@ -29,7 +33,7 @@ class FaultRow:
 
 
 TABLE = pytest.StashKey[list[FaultRow]]()
-_HEADINGS = ("fault", "what the user saw", "attempts", "seconds to recover", "weights equal")
+_HEADINGS = ("fault", "what the user saw", "attempts", "seconds to recover", "result equal")
 
 
 def markdown(rows: Sequence[FaultRow]) -> list[str]:

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from halo_cluster.slurm.queue import live_jobs
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -47,6 +49,17 @@ def test_sweep_benchmark(tmp_path):
     assert (undisturbed["executions"], half_lost["executions"]) == (37, 39)
     assert half_lost["published_when_lost"] >= 14
     assert half_lost["published_executed_again"] == 0
+
+
+def test_reconcile_benchmark(slurm, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "reconcile.py"), str(tmp_path / "run"), "--stages", "12"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "reconcile.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "reconcile.json").read_text())
+    assert results["first_look"]["calls"] == {"squeue": 1}
+    assert not live_jobs()
 
 
 def test_multi_gpu_benchmark(tmp_path):

@@ -29,6 +29,7 @@ from halo_cluster.fan_out import (
 )
 from halo_cluster.fan_out.ray_cluster import RayCluster
 from tests.cluster.fan_out_work import WORKER, executions, plan_of
+from tests.fault_table import FaultRow
 
 ROOT = Path(__file__).parents[2]
 NAME = "tiny select"
@@ -61,6 +62,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
 class Site:
     """A backend of four workers, and how the driver of another process makes the same."""
 
+    name: str
     backend: Backend
     options: dict[str, Any]
 
@@ -81,15 +83,15 @@ class Site:
 def site(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Site:
     options: dict[str, Any] = {"workers": 4}
     if request.param == "local":
-        return Site(LocalProcesses(**options), options)
+        return Site("local", LocalProcesses(**options), options)
     if request.param == "slurm-array":
         request.getfixturevalue("slurm")
-        return Site(SlurmArray(**options), options)
+        return Site("slurm-array", SlurmArray(**options), options)
     cluster = request.getfixturevalue("ray_cluster")
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         monkeypatch.setenv(name, cluster.environment[name])
     options["address"] = cluster.address
-    return Site(RayActors(**options), options)
+    return Site("ray", RayActors(**options), options)
 
 
 @pytest.fixture
@@ -138,6 +140,12 @@ def published(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "results").glob("*.json")}
 
 
+def why_ended(folder: Path) -> str:
+    """What is on record of the workers that did not leave by themselves."""
+    reasons = {read_json(path)["reason"] for path in (folder / "workers").glob("*.ended.json")}
+    return "; ".join(sorted(reasons - {"it left"}))
+
+
 @everywhere
 def test_every_task_once(site: Site, folder: Path, notes: Path) -> None:
     told: list[tuple[int, str]] = []
@@ -153,15 +161,22 @@ def test_every_task_once(site: Site, folder: Path, notes: Path) -> None:
 
 
 @everywhere
-def test_half_the_workers_killed_with_tasks_in_hand(site: Site, folder: Path, notes: Path) -> None:
+def test_half_the_workers_killed_with_tasks_in_hand(
+    site: Site, folder: Path, notes: Path, fault_table: list[FaultRow]
+) -> None:
     call = InBackground(folder, plan_of(notes, 10, hold="go"), site.backend)
     wait_until(lambda: len(executions(notes)) == 4)
     victims = sorted(executions(notes))[:2]
+    since = time.monotonic()
     for value in victims:
         (notes / f"die-{value}").touch()
     wait_until(lambda: executions(notes).total() == 6)
+    seconds = time.monotonic() - since
     (notes / "go").touch()
-    assert call.finished() == expected(10)
+    found = call.finished()
+    fault = f"{site.name}: kill -9 of two of four workers"
+    fault_table.append(FaultRow(fault, why_ended(folder), 2, seconds, found == expected(10)))
+    assert found == expected(10)
     assert executions(notes) == {value: 2 if value in victims else 1 for value in range(10)}
 
 

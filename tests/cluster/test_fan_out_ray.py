@@ -6,6 +6,7 @@ import json
 import shlex
 import stat
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from tests.cluster.test_fan_out import (
     notes,
     published,
     wait_until,
+    why_ended,
     workers_find_their_function,
 )
 from tests.cluster_sandbox import SlurmSandbox
+from tests.fault_table import FaultRow
 
 __all__ = ["folder", "notes", "workers_find_their_function"]
 pytestmark = [pytest.mark.timeout(280), pytest.mark.cluster]
@@ -41,7 +44,7 @@ def four_soon_and_eight_on_go(notes: Path) -> Plan:
     return replace(later, tasks=soon.tasks + later.tasks[4:])
 
 
-def test_head_killed_in_the_middle(folder: Path, notes: Path) -> None:
+def test_head_killed_in_the_middle(folder: Path, notes: Path, fault_table: list[FaultRow]) -> None:
     """A cluster of its own is started anew; results of the first one stay."""
     call = InBackground(folder, four_soon_and_eight_on_go(notes), RayActors(2))
     wait_until(lambda: len(executions(notes)) == 6)
@@ -51,10 +54,16 @@ def test_head_killed_in_the_middle(folder: Path, notes: Path) -> None:
     listening = [link for link in head.net_connections("inet") if link.status == psutil.CONN_LISTEN]
     assert {link.laddr.ip.removeprefix("::ffff:") for link in listening} == {"127.0.0.1"}
     kept = published(folder)
+    since = time.monotonic()
     head.kill()
     wait_until(lambda: len(executions(notes)) == 6 and executions(notes).total() == 8)
+    seconds = time.monotonic() - since
     (notes / "go").touch()
-    assert call.finished() == expected(12)
+    found = call.finished()
+    fault_table.append(
+        FaultRow("ray: kill -9 of the head", why_ended(folder), 2, seconds, found == expected(12))
+    )
+    assert found == expected(12)
     assert published(folder).items() >= kept.items()
     assert executions(notes) == {value: 2 if value in (4, 5) else 1 for value in range(12)}
     assert not processes_called("raylet")
@@ -75,27 +84,44 @@ def submit(slurm: SlurmSandbox, folder: Path, notes: Path, *options: str) -> str
     )
 
 
-def test_node_of_the_allocation_loses_power(slurm: SlurmSandbox, folder: Path, notes: Path) -> None:
+def results(folder: Path) -> dict[str, Any]:
+    return {path.stem: read_json(path)["result"] for path in (folder / "results").glob("*.json")}
+
+
+def test_node_of_the_allocation_loses_power(
+    slurm: SlurmSandbox, folder: Path, notes: Path, fault_table: list[FaultRow]
+) -> None:
     job = submit(slurm, folder, notes, "--no-kill")
     wait_until(lambda: len(executions(notes)) == 3)
     hosts = {worker["host"] for worker in map(read_json, (folder / "workers").glob("ray-*-[0-9].json"))}
     *_, last = slurm.nodes(job)
     assert hosts == set(slurm.nodes(job)), "a worker on every node"
+    since = time.monotonic()
     slurm.control("power-cut", last)
-    (notes / "go").touch()
+    (notes / "go").touch()  # the other nodes have no CPU left for what the lost one had in hand
+    wait_until(lambda: max(executions(notes).values()) == 2)
+    seconds = time.monotonic() - since
     slurm.until_state(job, "COMPLETED", seconds=200)
-    assert len(published(folder)) == 12
-    assert executions(notes).total() in (12, 13)
+    equal = results(folder) == expected(12)
+    fault_table.append(
+        FaultRow("ray: power cut of a node of its allocation", why_ended(folder), 2, seconds, equal)
+    )
+    assert equal
+    assert executions(notes).total() == 13
 
 
-def test_allocation_is_requeued(slurm: SlurmSandbox, folder: Path, notes: Path) -> None:
+def test_allocation_is_preempted(
+    slurm: SlurmSandbox, folder: Path, notes: Path, fault_table: list[FaultRow]
+) -> None:
     job = submit(slurm, folder, notes)
     wait_until(lambda: len(executions(notes)) == 3)
-    slurm.slurm("scontrol", "requeue", job)
-    slurm.until(lambda: slurm.state(job) == "PENDING", "the job to wait")
-    slurm.slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    since = time.monotonic()
+    slurm.sbatch(notes.parent, "sleep 3\n", "--partition=urgent", "--nodes=4", "--exclusive")
     wait_until(lambda: executions(notes).total() == 6)
+    seconds = time.monotonic() - since
     (notes / "go").touch()
     slurm.until_state(job, "COMPLETED", seconds=200)
-    assert len(published(folder)) == 12
+    equal = results(folder) == expected(12)
+    fault_table.append(FaultRow("ray: preemption of its allocation", why_ended(folder), 2, seconds, equal))
+    assert equal
     assert executions(notes) == {value: 2 if value in (0, 1, 2) else 1 for value in range(12)}
