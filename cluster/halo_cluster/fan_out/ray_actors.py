@@ -87,6 +87,7 @@ class _RayCrew:
             workers=backend.workers,
             cpus=backend.cpus_per_worker,
             gpus=backend.gpus_per_worker,
+            joined=backend.address is not None,
             metrics=backend.metrics,
             metrics_of=backend.metrics_of,
         )

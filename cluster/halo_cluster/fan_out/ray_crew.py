@@ -31,6 +31,9 @@ _LOOK_SECONDS = 0.5
 class RayWork:
     """`workers` actors, named `shown` and a number, each with so many CPUs and GPUs.
 
+    `joined`: the cluster was started by somebody else, so its workers have to be told where our code is. Those of a
+    cluster of ours inherit it, and can be the ones that Ray starts beforehand, which have no environment of their own.
+
     `metrics`, if not empty, is a "module:function" that returns the samples to show in Ray, of the folder `metrics_of`.
     """
 
@@ -40,6 +43,7 @@ class RayWork:
     workers: int
     cpus: int
     gpus: int
+    joined: bool
     metrics: str = ""
     metrics_of: str = ""
 
@@ -73,14 +77,16 @@ class _Actors:
         import ray
 
         name = f"{self._plan.crew}-{(number := next(self._numbers))}"
-        python_path = {key: os.environ[key] for key in ("PYTHONPATH",) if key in os.environ}
+        environment = {}
+        if self._plan.joined and "PYTHONPATH" in os.environ:
+            environment = {"runtime_env": {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}}
         actor: Any = (
             ray.remote(FanOutWorker)
             .options(
                 name=f"{self._plan.shown} {self._plan.crew} {number}",
                 num_cpus=self._plan.cpus,
                 num_gpus=self._plan.gpus,
-                runtime_env={"env_vars": python_path},
+                **environment,
             )
             .remote()
         )
