@@ -35,15 +35,19 @@ def fsync_tree(folder: Path) -> None:
         _fsync_path(Path(root))
 
 
+def _write_through(path: Path, content: bytes) -> None:
+    with open(path, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` so that `path` holds either what it held before or all of `content`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     try:
-        with open(temporary, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+        _write_through(temporary, content)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -103,15 +107,15 @@ def publish_text_once(path: Path, text: str) -> bool:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
-    write_text(temporary, text)
     try:
+        _write_through(temporary, text.encode())
         os.link(temporary, path)
         return True
     except FileExistsError:
         # Over NFS the reply to a link that succeeded may be lost and the retry refused; the link count tells.
         return os.stat(temporary).st_nlink == 2
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
         _fsync_path(path.parent)
 
 

@@ -41,6 +41,7 @@ def run_stages(stages: Sequence[PlannedStage], console: Console) -> dict[str, di
         )
         done = stage.record.done()
         if done is not None:
+            stage.record.settle()
             _say(console, stage, width, "done", f"{_duration(done['seconds'])}, in an earlier run")
         else:
             done = _run_stage(stage, console, width)

@@ -108,6 +108,8 @@ class Reconciler:
         done = job.record.done()
         if done is not None:
             self.published[job.name] = done
+            if not live:
+                job.record.settle()
             # A second driver's submission that waits for its turn to find this out.
             self.scheduler.cancel([entry.job for entry in live if entry.state == "pending"])
             earlier = "" if job.name in self._said else ", in an earlier run"

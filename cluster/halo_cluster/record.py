@@ -112,15 +112,22 @@ class StageRecord:
     def attempt_folder(self, label: str) -> Path:
         return self.folder / f"attempt.{label}"
 
+    def settle(self) -> None:
+        """Say of attempts without an end that they were killed, and remove what killed writers left. The caller knows
+        that none of them is alive."""
+        with storage_errors(self.folder):
+            for folder in attempt_folders(self.folder):
+                close_abandoned(folder)
+                discard_leftovers(folder)
+            discard_leftovers(self.folder)
+
     def begin_attempt(self, label: str | None = None) -> Attempt:
         """Start an attempt, with the next free number or with the `label` that a scheduler gave.
 
         The caller holds the run folder, or is the one job of its name, so other attempts without an end were killed.
         """
+        self.settle()
         with storage_errors(self.folder):
-            for folder in attempt_folders(self.folder):
-                close_abandoned(folder)
-            discard_leftovers(self.folder)
             folder = self.attempt_folder(label or next_label(self.folder))
             folder.mkdir(parents=True)
             try:

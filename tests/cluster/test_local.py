@@ -114,6 +114,20 @@ def test_publishing_on_a_full_disk_leaves_the_stage_undone(
     assert run_stages([stage.planned()], console)["distil.uniform"]["attempt"] == "2"
 
 
+def test_what_killed_writers_left_is_removed_by_the_next_call(
+    record: StageRecord, counting, console: Console
+) -> None:
+    stage = counting(record)
+    run_stages([stage.planned()], console)
+    (attempt,) = record.folder.glob("attempt.*")
+    for folder in (attempt, record.folder):
+        (folder / "exit.json.unfinished-0a1b2c3d").write_text("half")
+    (attempt / "exit.json").unlink()  # killed after DONE.json was published
+    run_stages([stage.planned()], console)
+    assert not list(record.folder.rglob("*.unfinished-*"))
+    assert [status.state for status in record.attempts()] == ["interrupted"]
+
+
 def test_interrupt_is_recorded_and_resumed(record: StageRecord, counting, console: Console) -> None:
     stage = counting(record, error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):

@@ -119,6 +119,18 @@ def test_done_stages_are_skipped_and_live_jobs_adopted(run):
     assert [name for name, *_ in queue.submissions] == ["distil"]
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_what_killed_attempts_of_a_done_stage_left_is_removed_once_none_is_live(run, live):
+    job, queue = stage(run, "align"), Queue()
+    killed = job.record.begin_attempt("1.0").folder
+    finish(job, "2.0")
+    (left := killed / "failure.json.unfinished-0a1b2c3d").write_text("half")
+    if live:
+        queue.jobs["7"] = LiveJob("7", job.job_name, "ending", "None", "n1")
+    assert reconciler(queue, job).look()
+    assert left.exists() == live
+
+
 def test_the_second_drivers_job_is_taken_back_when_the_stage_is_done(run):
     queue, job = Queue(), stage(run, "align")
     loop = reconciler(queue, job)

@@ -190,6 +190,8 @@ def test_the_demo_survives_a_random_fault_every_20_seconds(slurm, recipe, calm, 
         assert _outputs(runs) == calm[0]
         slurm.until(lambda: not live_jobs(), "an empty queue")
         slurm.until(lambda: not _left_over(slurm), "the end of all that jobs started")
+        # What was killed while it wrote has left temporary names; the same command removes them.
+        subprocess.run(command, check=True, capture_output=True, timeout=LONGEST_SECONDS)
         assert not list(runs.rglob(f"*{TEMPORARY_MARK}*"))
         outcome.passed = True
     finally:
