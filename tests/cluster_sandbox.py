@@ -49,7 +49,9 @@ class SlurmSandbox:
         self.control("heal", *self.layout.nodes)
         for node in self.layout.nodes:
             if any(mark in self.node_state(node) for mark in ("DOWN", "DRAIN")):
-                self.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME")
+                # Refused if the node has come back by itself meanwhile.
+                resume = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
+                subprocess.run(resume, capture_output=True, check=False, timeout=60)
         self.until(lambda: all(self.node_state(node) == "IDLE" for node in self.layout.nodes), "idle nodes")
 
     def slurm(self, *command: str) -> str:
