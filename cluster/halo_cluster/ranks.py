@@ -7,11 +7,13 @@ and SIGUSR2 to the parent are requests to save and stop, and go to its first pro
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ _LOOK_ELSEWHERE_SECONDS = 1.0
 _NEWS_SECONDS = 5.0
 
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -179,7 +182,13 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def end_with_parent() -> None:
-    """In a process of `run_ranks`: end at once when the parent is gone, seen by the end of its pipe to our stdin."""
+    """In a process of `run_ranks`: end at once when the parent is gone, seen by the end of its pipe to our stdin.
+
+    On Linux the kernel sees to it as well, for a process that hangs or is stopped sees nothing. What the kernel watches
+    is the thread that started us, so that has to live as long as its process.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         # Not sys.stdin: Python aborts at its end when a thread still holds that.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-PATIENCE_SECONDS = 4.0  # asked to end, Ray looks for another place for its actors for half a minute
+PATIENCE_SECONDS = 1.0  # asked to end, Ray looks for another place for its actors for half a minute
 _RETRY_SECONDS = 5.0
 OBJECT_STORE_BYTES = 10**8  # tasks and results are files; Ray's own minimum is 75 MB
 
