@@ -6,7 +6,7 @@ help:
 	@echo "make demo   convert a small real model on this machine's CPU, with a report (12 minutes on 2 cores)"
 	@echo "make test   everything CI checks: lint, then the tests"
 	@echo "make test-grid   every kind of training under every parallel layout (10 minutes on 2 cores)"
-	@echo "make test-faults   kills processes that train together or convert, twenty times each (7 minutes on 2 cores)"
+	@echo "make test-faults   kills processes that train together or convert, twenty times each (12 minutes on 2 cores)"
 	@echo "make test-cluster   every fault of workers and drivers on a real Ray and a real Slurm"
 	@echo "make test-chaos   the demo's pipeline on a real Slurm, a random fault every 20 s, ten times (two hours on 2 cores)"
 	@echo "make slurm-sandbox   a real Slurm of four nodes on this machine, to try recipes on (root on Debian; 15 seconds)"
@@ -35,10 +35,10 @@ test-grid: export OMP_NUM_THREADS ?= 1
 test-grid: bootstrap
 	$(BIN)/pytest -m grid -rP tests/halo_jobs/test_parallel_training.py tests/halo_jobs/test_resume_layouts.py
 
-# `make test` kills three times.
+# `make test` kills three times, and one process of a whole `halo run` on Slurm (test_slurm_runs.py).
 test-faults: export OMP_NUM_THREADS ?= 1
 test-faults: bootstrap
-	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py
+	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py tests/halo_jobs/test_worker.py
 	HALO_CONVERT_KILLS=20 $(BIN)/pytest -rP tests/tools/test_conversion_faults.py -k kill_9
 
 # A few of them are in `make test`.

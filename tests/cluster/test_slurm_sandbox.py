@@ -41,6 +41,7 @@ def test_gloo_reaches_from_node_to_node(slurm: SlurmSandbox, tmp_path: Path) -> 
     assert "COMPLETED" in slurm.slurm("sacct", "--noheader", "--parsable2", f"--jobs={job}", "--format=State")
 
 
+@pytest.mark.cluster
 def test_power_cut_requeues_the_job_on_other_nodes(slurm: SlurmSandbox, tmp_path: Path) -> None:
     job = slurm.sbatch(tmp_path, SAY_AND_WAIT, "--nodes=2")
     until_says(slurm, tmp_path, job, "task on n2")

@@ -64,6 +64,7 @@ def test_two_processes_train_what_one_trains(recipe, tmp_path):
         assert _losses(together, stage) == pytest.approx(_losses(alone, stage), rel=1e-3), stage
 
 
+@pytest.mark.faults
 def test_a_killed_process_ends_the_stage_in_a_sentence(recipe, tmp_path):
     process = _start(recipe, tmp_path / "runs", *TWO, "align.steps=100000")
     align = _in_training(process, tmp_path / "runs")
@@ -77,6 +78,7 @@ def test_a_killed_process_ends_the_stage_in_a_sentence(recipe, tmp_path):
     assert end["outcome"] == "failed" and "killed by SIGKILL" in end["reason"]
 
 
+@pytest.mark.faults
 def test_a_process_that_hangs_before_they_have_met_ends_the_stage_in_a_sentence(recipe, tmp_path):
     process = _start(recipe, tmp_path / "runs", *TWO, "align.watchdog_seconds=20")
     while len(ranks := _ranks(process)) < 2:
@@ -89,6 +91,7 @@ def test_a_process_that_hangs_before_they_have_met_ends_the_stage_in_a_sentence(
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+@pytest.mark.faults
 def test_a_killed_driver_takes_its_processes_along(recipe, tmp_path):
     process = _start(recipe, tmp_path / "runs", *TWO, "align.steps=100000")
     _in_training(process, tmp_path / "runs")
@@ -101,6 +104,7 @@ def test_a_killed_driver_takes_its_processes_along(recipe, tmp_path):
         time.sleep(0.1)
 
 
+@pytest.mark.faults
 def test_a_request_to_stop_reaches_all_processes(recipe, tmp_path):
     process = _start(recipe, tmp_path / "runs", *TWO, "align.steps=100000", "align.checkpoint_every=100000")
     align = _in_training(process, tmp_path / "runs")
