@@ -203,7 +203,7 @@ def speed_row(model: str, stage: str, layout: Layout, ranks: int, *, recompute: 
 
     Where tensor and context ranks share a micro-batch of short windows it has as many times more of them, so that each
     GPU's kernels are as long as alone; with a share of one GPU's micro-batch they are too short for the host to keep up
-    (27 % efficiency of alignment in TP2 instead of 75 %, on H200). A window of finetuning is enough by itself.
+    (32 % efficiency of alignment in TP2+SP instead of 76 %, on H200). A window of finetuning is enough by itself.
 
     Finetuning recomputes layers: its windows of 16,384 tokens fit one GPU of 80 GB only so, and efficiency compares
     like with like.

@@ -49,10 +49,14 @@ class SlurmSandbox:
         self.control("heal", *self.layout.nodes)
         for node in self.layout.nodes:
             if any(mark in self.node_state(node) for mark in ("DOWN", "DRAIN")):
-                # Refused if the node has come back by itself meanwhile.
-                resume = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
-                subprocess.run(resume, capture_output=True, check=False, timeout=60)
+                self.resume(node)
         self.until(lambda: all(self.node_state(node) == "IDLE" for node in self.layout.nodes), "idle nodes")
+
+    @staticmethod
+    def resume(node: str) -> None:
+        """Open a node for jobs again. Slurm refuses that of one that has come back by itself."""
+        command = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
+        subprocess.run(command, capture_output=True, check=False, timeout=60)
 
     def slurm(self, *command: str) -> str:
         """Standard output of one of Slurm's commands."""

@@ -105,11 +105,7 @@ class RandomFaults:
         if "DOWN" in self.slurm.node_state(node):
             return ""
         self.slurm.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=weather")
-        resume = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
-        # Refused of a node that has come back by itself.
-        self._later(
-            DOWN_SECONDS, lambda: subprocess.run(resume, capture_output=True, check=False, timeout=60)
-        )
+        self._later(DOWN_SECONDS, lambda: self.slurm.resume(node))
         return node
 
     def controller_restarted(self) -> str:

@@ -9,10 +9,11 @@ import sys
 import textwrap
 import time
 
-import psutil
 import pytest
 
+from durable_files import read_json
 from halo_cluster import Nodes, RankFailed, run_ranks
+from halo_cluster.processes import ProcessIdentity
 
 
 def test_ranks_that_wait_for_a_node_that_failed_are_ended(tmp_path, free_port):
@@ -31,37 +32,34 @@ def test_an_end_elsewhere_does_not_cut_short_what_a_rank_has_to_say(tmp_path, fr
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
 def test_ranks_end_with_a_parent_that_is_killed(tmp_path, free_port, stopped):
     rank = """
-        import os, sys, time
+        import sys, time
+        from dataclasses import asdict
         from pathlib import Path
+        from durable_files import write_json
         from halo_cluster import end_with_parent
+        from halo_cluster.processes import ProcessIdentity
         end_with_parent()
-        Path(sys.argv[1], "pid").write_text(str(os.getpid()))
+        write_json(Path(sys.argv[1]), asdict(ProcessIdentity.current()))
         time.sleep(200)
     """
     parent = """
         import sys
         from pathlib import Path
         from halo_cluster import Nodes, run_ranks
-        command = [sys.executable, "-c", sys.argv[3], sys.argv[1]]
-        run_ranks(command, 1, Path(sys.argv[1]), Nodes(1, 0, "127.0.0.1", int(sys.argv[2])), lambda: False)
+        logs, port, rank, who = sys.argv[1:]
+        command = [sys.executable, "-c", rank, who]
+        run_ranks(command, 1, Path(logs), Nodes(1, 0, "127.0.0.1", int(port)), lambda: False)
     """
-    words = [textwrap.dedent(parent), str(tmp_path), str(free_port), textwrap.dedent(rank)]
+    who, end = tmp_path / "who.json", time.monotonic() + 60
+    words = [textwrap.dedent(parent), str(tmp_path), str(free_port), textwrap.dedent(rank), str(who)]
     with subprocess.Popen([sys.executable, "-c", *words]) as process:
-        end = time.monotonic() + 60
-        while not (tmp_path / "pid").exists() or not (said := (tmp_path / "pid").read_text()):
+        while not who.exists():
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.05)
-        pid = int(said)
+        identity = ProcessIdentity.from_json(read_json(who))
         if stopped:
-            os.kill(pid, signal.SIGSTOP)
+            os.kill(identity.pid, signal.SIGSTOP)
         process.kill()
-    while _runs(pid):
+    while not identity.has_ended():
         assert time.monotonic() < end, "the rank is still there"
         time.sleep(0.05)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
