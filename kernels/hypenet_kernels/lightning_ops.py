@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hypenet_kernels.launch import PreparedLaunch, layout_key
 from hypenet_kernels.lightning import chunked_lightning_attention
+from hypenet_kernels.operators import operators_are_watched, refuse_second_derivative
 from hypenet_kernels.segments import batch_items, log2_gammas, packed_items
 from hypenet_kernels.tiles import choose_tile, device_limits
 
@@ -248,8 +249,7 @@ class _EagerLightningAttention(torch.autograd.Function):
     def backward(
         ctx: Any, do: Tensor | None, d_final_state: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # what torch's once_differentiable finds out too, in more time
-            raise RuntimeError("Lightning Attention has no second derivative; leave out create_graph=True")
+        refuse_second_derivative("Lightning Attention")
         q, k, v, initial_state, cu_seqlens = ctx.saved_tensors
         slopes, scale, _, exact, _, tf32 = ctx.others
         dq, dk, dv, d_initial_state = _backward(
@@ -257,11 +257,6 @@ class _EagerLightningAttention(torch.autograd.Function):
             cu_seqlens, exact, tf32,
         )  # fmt: skip
         return dq, dk, dv, None if initial_state is None else d_initial_state, None
-
-
-def _needs_operator(q: Tensor) -> bool:
-    """Whether anybody watches operators go by: torch.compile, fake tensors, subclasses, dispatch modes."""
-    return torch.compiler.is_compiling() or type(q) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 # On CPU the same kernels run in Triton's interpreter, for tests.
@@ -308,7 +303,7 @@ def lightning_attention(
     """
     _check(q, k, v, slopes, initial_state, cu_seqlens)
     if q.is_cuda:
-        watched = _needs_operator(q)
+        watched = operators_are_watched(q)
         if torch.is_grad_enabled() and not watched:
             others = (slopes, scale, cu_seqlens, exact, output_final_state, tf32)
             found = _EagerLightningAttention.apply(q, k, v, initial_state, others)

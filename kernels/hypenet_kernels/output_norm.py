@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypenet_kernels.operators import Operator
 from hypenet_kernels.query_key_norm import check_dtypes, check_last_dimensions, check_shape
 from hypenet_kernels.tiles import device_limits
 
@@ -23,14 +24,14 @@ from hypenet_kernels.tiles import device_limits
 def gated_norm(o: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """y [batch, time, heads * head_dim], contiguous, in o's dtype, when this rank has all heads."""
     _check(o, gate, weight)
-    op = torch.ops.hypenet.gated_norm if o.is_cuda else _plain
+    op = fused_gated_norm if o.is_cuda else _plain
     return op(o, gate, weight, None, weight.shape[0], epsilon)
 
 
 def heads_sum_of_squares(o: Tensor) -> Tensor:
     """Sum over heads and head_dim of o^2, fp32 [batch, time]; o contiguous [batch, time, heads, head_dim]."""
     _check_o(o)
-    return (torch.ops.hypenet.heads_sum_of_squares if o.is_cuda else plain_heads_sum_of_squares)(o)
+    return (fused_heads_sum_of_squares if o.is_cuda else plain_heads_sum_of_squares)(o)
 
 
 def gated_norm_with_sum(
@@ -42,7 +43,7 @@ def gated_norm_with_sum(
     """
     _check(o, gate, weight)
     check_shape("sum_squares", sum_squares, tuple(o.shape[:2]))
-    op = torch.ops.hypenet.gated_norm if o.is_cuda else _plain
+    op = fused_gated_norm if o.is_cuda else _plain
     return op(o, gate, weight, sum_squares, channels, epsilon)
 
 
@@ -100,8 +101,7 @@ def _blocks(o: Tensor) -> dict[str, Any]:
     return {"CHANNELS": channels, "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
 
-@torch.library.custom_op("hypenet::gated_norm", mutates_args=())
-def _gated_norm(
+def _forward(
     o: Tensor, gate: Tensor, weight: Tensor, sum_squares: Tensor | None, channels: int, epsilon: float
 ) -> Tensor:
     from hypenet_kernels.triton_kernels.gated_norm import gated_norm_forward
@@ -117,8 +117,7 @@ def _gated_norm(
     return y
 
 
-@torch.library.custom_op("hypenet::gated_norm_backward", mutates_args=())
-def _gated_norm_backward(
+def _backward(
     dy: Tensor,
     o: Tensor,
     gate: Tensor,
@@ -149,8 +148,7 @@ def _gated_norm_backward(
     return do, dgate, partial_dweight.sum(0).to(weight.dtype), d_sum_squares
 
 
-@torch.library.custom_op("hypenet::heads_sum_of_squares", mutates_args=())
-def _heads_sum_of_squares(o: Tensor) -> Tensor:
+def _sum_of_squares(o: Tensor) -> Tensor:
     from hypenet_kernels.triton_kernels.gated_norm import sum_of_squares_forward
 
     sum_squares = torch.empty(o.shape[:2], dtype=torch.float32, device=o.device)
@@ -159,8 +157,7 @@ def _heads_sum_of_squares(o: Tensor) -> Tensor:
     return sum_squares
 
 
-@torch.library.custom_op("hypenet::heads_sum_of_squares_backward", mutates_args=())
-def _heads_sum_of_squares_backward(d_sum_squares: Tensor, o: Tensor) -> Tensor:
+def _sum_of_squares_backward(d_sum_squares: Tensor, o: Tensor) -> Tensor:
     from hypenet_kernels.triton_kernels.gated_norm import sum_of_squares_backward
 
     do = torch.empty(o.shape, dtype=o.dtype, device=o.device)
@@ -169,16 +166,14 @@ def _heads_sum_of_squares_backward(d_sum_squares: Tensor, o: Tensor) -> Tensor:
     return do
 
 
-@_gated_norm.register_fake
-def _(
+def _forward_shapes(
     o: Tensor, gate: Tensor, weight: Tensor, sum_squares: Tensor | None, channels: int, epsilon: float
 ) -> Tensor:
     batch, time, heads, head_dim = o.shape
     return o.new_empty(batch, time, heads * head_dim)
 
 
-@_gated_norm_backward.register_fake
-def _(
+def _backward_shapes(
     dy: Tensor,
     o: Tensor,
     gate: Tensor,
@@ -191,13 +186,11 @@ def _(
     return o.new_empty(o.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape), d_sum_squares
 
 
-@_heads_sum_of_squares.register_fake
-def _(o: Tensor) -> Tensor:
+def _sum_of_squares_shapes(o: Tensor) -> Tensor:
     return o.new_empty(o.shape[:2], dtype=torch.float32)
 
 
-@_heads_sum_of_squares_backward.register_fake
-def _(d_sum_squares: Tensor, o: Tensor) -> Tensor:
+def _sum_of_squares_backward_shapes(d_sum_squares: Tensor, o: Tensor) -> Tensor:
     return o.new_empty(o.shape)
 
 
@@ -208,13 +201,8 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     o, gate, weight, sum_squares = ctx.saved_tensors  # once: checkpointing refuses a second look
-    *gradients, d_sum_squares = torch.ops.hypenet.gated_norm_backward(
-        dy, o, gate, weight, sum_squares, ctx.channels, ctx.epsilon
-    )
+    *gradients, d_sum_squares = _fused_backward(dy, o, gate, weight, sum_squares, ctx.channels, ctx.epsilon)
     return *gradients, None if sum_squares is None else d_sum_squares, None, None
-
-
-_gated_norm.register_autograd(_gradients, setup_context=_keep_inputs)
 
 
 def _keep_o(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -222,7 +210,14 @@ def _keep_o(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _sum_gradient(ctx: Any, d_sum_squares: Tensor) -> Tensor:
-    return torch.ops.hypenet.heads_sum_of_squares_backward(d_sum_squares, *ctx.saved_tensors)
+    return _fused_sum_backward(d_sum_squares, *ctx.saved_tensors)
 
 
-_heads_sum_of_squares.register_autograd(_sum_gradient, setup_context=_keep_o)
+fused_gated_norm = Operator("gated_norm", _forward, _forward_shapes)
+_fused_backward = Operator("gated_norm_backward", _backward, _backward_shapes)
+fused_gated_norm.register_gradients(_keep_inputs, _gradients)
+fused_heads_sum_of_squares = Operator("heads_sum_of_squares", _sum_of_squares, _sum_of_squares_shapes)
+_fused_sum_backward = Operator(
+    "heads_sum_of_squares_backward", _sum_of_squares_backward, _sum_of_squares_backward_shapes
+)
+fused_heads_sum_of_squares.register_gradients(_keep_o, _sum_gradient)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypenet_kernels.operators import Operator
 from hypenet_kernels.tiles import device_limits
 
 ROWS = 16  # With 4 warps and head_dim 128 every thread loads 16 bytes of bf16 per half.
@@ -45,7 +46,7 @@ def norm_rope(
         check_shape("sin", sin, (time, head_dim // 2))
     elif cos is not None or sin is not None:
         raise ValueError("norm_rope got one of cos and sin; pass both, or None for both to skip the rotation")
-    op = torch.ops.hypenet.norm_rope if query.is_cuda else plain_norm_rope
+    op = fused_norm_rope if query.is_cuda else plain_norm_rope
     return op(query, key, query_weight, key_weight, cos, sin, epsilon)
 
 
@@ -164,8 +165,7 @@ def _backward_one(
     return dx, partial_dweight.sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op("hypenet::norm_rope", mutates_args=())
-def _norm_rope(
+def _forward(
     query: Tensor,
     key: Tensor,
     query_weight: Tensor,
@@ -180,8 +180,7 @@ def _norm_rope(
     )
 
 
-@torch.library.custom_op("hypenet::norm_rope_backward", mutates_args=())
-def _norm_rope_backward(
+def _backward(
     d_query_out: Tensor,
     d_key_out: Tensor,
     query: Tensor,
@@ -197,16 +196,14 @@ def _norm_rope_backward(
     return dquery, dkey, dquery_weight, dkey_weight
 
 
-@_norm_rope.register_fake
-def _(
+def _forward_shapes(
     query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None, sin: Tensor | None,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-@_norm_rope_backward.register_fake
-def _(
+def _backward_shapes(
     d_query_out: Tensor, d_key_out: Tensor, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor,
     cos: Tensor | None, sin: Tensor | None, epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -222,8 +219,10 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _gradients(ctx: Any, d_query_out: Tensor, d_key_out: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.hypenet.norm_rope_backward(d_query_out, d_key_out, *ctx.saved_tensors, ctx.epsilon)
+    gradients = _fused_backward(d_query_out, d_key_out, *ctx.saved_tensors, ctx.epsilon)
     return *gradients, None, None, None
 
 
-_norm_rope.register_autograd(_gradients, setup_context=_keep_inputs)
+fused_norm_rope = Operator("norm_rope", _forward, _forward_shapes)
+_fused_backward = Operator("norm_rope_backward", _backward, _backward_shapes)
+fused_norm_rope.register_gradients(_keep_inputs, _gradients)

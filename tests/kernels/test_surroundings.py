@@ -4,14 +4,18 @@ import importlib
 import importlib.util
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hypenet_kernels.output_norm import (
+    fused_gated_norm,
+    fused_heads_sum_of_squares,
     gated_norm,
     gated_norm_with_sum,
     heads_sum_of_squares,
@@ -19,7 +23,7 @@ from hypenet_kernels.output_norm import (
     plain_gated_norm_with_sum,
     plain_heads_sum_of_squares,
 )
-from hypenet_kernels.query_key_norm import norm_rope, plain_norm_rope
+from hypenet_kernels.query_key_norm import fused_norm_rope, norm_rope, plain_norm_rope
 
 EPSILON = 1e-5
 ops = torch.ops.hypenet
@@ -27,6 +31,21 @@ ops = torch.ops.hypenet
 kernels = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs triton and TRITON_INTERPRET=1",
+)
+
+
+# Through torch's dispatcher, and past it.
+both_ways = pytest.mark.parametrize(
+    "ops",
+    [
+        ops,
+        SimpleNamespace(
+            norm_rope=fused_norm_rope,
+            gated_norm=fused_gated_norm,
+            heads_sum_of_squares=fused_heads_sum_of_squares,
+        ),
+    ],
+    ids=["operators", "functions"],
 )
 
 
@@ -75,12 +94,13 @@ def _assert_agree(op, plain, inputs, constants=()):
 
 
 @kernels
+@both_ways
 @pytest.mark.parametrize("rope", [True, False])
 @pytest.mark.parametrize(
     ("time", "query_heads", "key_heads", "head_dim"),
     [(1, 3, 3, 64), (5, 3, 1, 128), (5, 16, 8, 64), (9, 2, 2, 128)],
 )
-def test_norm_rope(poisoned, monkeypatch, time, query_heads, key_heads, head_dim, rope):
+def test_norm_rope(poisoned, ops, monkeypatch, time, query_heads, key_heads, head_dim, rope):
     # Four programs: in the backward pass each loops over several tiles.
     module = importlib.import_module(
         "hypenet_kernels.query_key_norm"
@@ -95,8 +115,9 @@ def test_norm_rope(poisoned, monkeypatch, time, query_heads, key_heads, head_dim
 
 
 @kernels
+@both_ways
 @pytest.mark.parametrize(("time", "heads", "head_dim"), [(1, 3, 64), (5, 3, 128), (9, 8, 64)])
-def test_gated_norm(poisoned, time, heads, head_dim):
+def test_gated_norm(poisoned, ops, time, heads, head_dim):
     gate = _fused(2, time, heads, head_dim)[3]
     inputs = 30 * _normal(2, time, heads, head_dim, seed=1), gate, _normal(heads * head_dim, seed=2)
 
@@ -107,7 +128,8 @@ def test_gated_norm(poisoned, time, heads, head_dim):
 
 
 @kernels
-def test_gated_norm_with_sum(poisoned):
+@both_ways
+def test_gated_norm_with_sum(poisoned, ops):
     """The sum is an input of its own, with a gradient; channels are those of all ranks."""
     gate = _fused(2, 5, 3, 64)[3]
     o, sum_squares = _normal(2, 5, 3, 64, seed=1), 400 + _normal(2, 5, seed=3)
@@ -132,7 +154,8 @@ def _split(sum_of_squares, with_sum, o, gate, weight, epsilon):
 
 
 @kernels
-def test_ranks_together_equal_the_whole(poisoned):
+@both_ways
+def test_ranks_together_equal_the_whole(poisoned, ops):
     inputs = _normal(2, 5, 3, 64, seed=1), _fused(2, 5, 3, 64)[3], _normal(192, seed=2)
     _assert_agree(partial(_split, ops.heads_sum_of_squares, ops.gated_norm), plain_gated_norm, inputs)
 
@@ -207,8 +230,9 @@ def test_opcheck(sample):
 
 
 @kernels
+@both_ways
 @pytest.mark.parametrize(("batch", "time"), [(0, 3), (2, 0)])
-def test_empty_tensors(poisoned, batch, time):
+def test_empty_tensors(poisoned, ops, batch, time):
     x = torch.zeros(batch, time, 3, 16)
     weight, weights = torch.ones(16, requires_grad=True), torch.ones(48, requires_grad=True)
     cos, sin = _angles(time, 16)
@@ -222,8 +246,9 @@ def test_empty_tensors(poisoned, batch, time):
 
 
 @kernels
+@both_ways
 @pytest.mark.parametrize("wrap", ["checkpoint", "compile"])
-def test_checkpointing_and_compilation_change_nothing(wrap):
+def test_checkpointing_and_compilation_change_nothing(ops, wrap):
     x = _fused(2, 3, 3, 16)[0]
     weight, weights = (_normal(n, seed=n).requires_grad_() for n in (16, 48))
 
@@ -254,6 +279,37 @@ def test_cuda_tensors_go_to_the_operators():
         assert y.shape == (2, 5, 192) and y.dtype == torch.bfloat16
         with pytest.raises(ValueError, match=r"o\.contiguous\(\)"):
             gated_norm(x, x, weights, EPSILON)
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@kernels
+def test_who_watches_sees_one_operator():
+    x, weight, weights = torch.ones(1, 2, 3, 16), torch.ones(16), torch.ones(48, requires_grad=True)
+    with _Seen() as seen:
+        query, _ = fused_norm_rope(x, x, weight, weight, None, None, EPSILON)
+        fused_gated_norm(query, x, weights, None, 48, EPSILON).sum().backward()
+    assert {
+        f"hypenet.{name}.default" for name in ("norm_rope", "gated_norm", "gated_norm_backward")
+    } <= seen.names
+
+
+@kernels
+def test_second_derivatives_are_refused():
+    x, weights = torch.ones(1, 2, 3, 16, requires_grad=True), torch.ones(48)
+    y = fused_gated_norm(x, x, weights, None, 48, EPSILON)
+    with pytest.raises(
+        RuntimeError, match=r"gated_norm has no second derivative; leave out create_graph=True"
+    ):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_plain_references_pass_gradcheck():
