@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import pytest
 
+from scripts.slurm_sandbox import services
 from scripts.slurm_sandbox.layout import Layout
 
 ROOT = Path(__file__).parent.parent
@@ -59,10 +60,19 @@ class SlurmSandbox:
         subprocess.run(command, capture_output=True, check=False, timeout=60)
 
     def slurm(self, *command: str) -> str:
-        """Standard output of one of Slurm's commands."""
+        """Standard output of one of Slurm's commands; a controller that is away is waited for."""
+        end = time.monotonic() + 30
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        while "Unable to contact slurm controller" in done.stderr and time.monotonic() < end:
+            time.sleep(0.5)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
+
+    def controller_crashes(self) -> int:
+        """How often slurmctld ended by itself, and was started again, since the sandbox is up."""
+        log = services.crashes(self.layout)
+        return len(log.read_text().splitlines()) if log.exists() else 0
 
     def sbatch(self, folder: Path, script: str, *options: str) -> str:
         """Submit a script from `folder`, where its output goes to <job>.out; the job's number."""

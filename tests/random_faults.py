@@ -38,6 +38,10 @@ class RandomFaults:
     counts: Counter[str] = field(default_factory=Counter)
     _mending: list[threading.Timer] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
+    _crashes_before: int = 0
+
+    def __post_init__(self) -> None:
+        self._crashes_before = self.slurm.controller_crashes()
 
     def strike(self) -> None:
         """One fault, now; the controller's restart needs no victim."""
@@ -59,9 +63,11 @@ class RandomFaults:
                 return
 
     def mend(self) -> None:
-        """Wait until every node that is off comes back."""
+        """Wait until every node that is off comes back; count the crashes that Slurm added of its own."""
         for timer in self._mending:
             timer.join()
+        if crashes := self.slurm.controller_crashes() - self._crashes_before:
+            self.counts["controller crashed"] = crashes
 
     def rank_killed(self) -> str:
         return self._signal(signal.SIGKILL, "halo_jobs.worker")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import select
 import signal
 import sys
 import time
@@ -92,13 +93,20 @@ def _up(arguments: argparse.Namespace, folder: Path) -> None:
         print(f"export SLURM_CONF={layout.slurm_conf}", flush=True)
         if arguments.hold:
             print("ready", flush=True)
-            sys.stdin.read()
+            _hold(layout, folder)
     finally:
         if arguments.hold:
             with one_command_at_a_time(folder):
                 layout_now = Layout.load(folder)
                 if layout_now is not None:
                     take_down(layout_now)
+
+
+def _hold(layout: Layout, folder: Path) -> None:
+    """Until standard input ends; a controller that crashes meanwhile is started again."""
+    while not select.select([sys.stdin], [], [], 1.0)[0] or sys.stdin.readline():
+        with one_command_at_a_time(folder):
+            services.revive_slurmctld(layout)
 
 
 def _act(arguments: argparse.Namespace, folder: Path) -> None:

@@ -29,7 +29,8 @@ def bring_up(folder: Path, node_count: int, mode: str | None) -> Layout:
     packages.require_root_on_debian()
     packages.install_missing()
     layout = Layout.load(folder)
-    if layout is not None and running(services.pid_file(layout, "slurmctld")):
+    if layout is not None and running(services.pid_file(layout, "slurmdbd")):
+        services.start_slurmctld(layout)  # unless it runs
         for node in layout.nodes:
             nodes.heal(layout, node)
     else:

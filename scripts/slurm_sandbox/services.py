@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 from . import configuration
@@ -129,6 +130,22 @@ def start_slurmctld(layout: Layout) -> None:
     )
 
 
+def revive_slurmctld(layout: Layout) -> None:
+    """Start a controller that ended by itself; a cluster's service manager, or its second controller, does that.
+
+    Debian's slurmctld 22.05.8 was seen to crash on the registration of a node whose power had been cut.
+    """
+    if pid_file(layout, "slurmctld").exists() and not running(pid_file(layout, "slurmctld")):
+        start_slurmctld(layout)
+        with crashes(layout).open("a") as log:
+            log.write(f"{time.strftime('%H:%M:%S')} slurmctld had ended by itself and was started again\n")
+
+
+def crashes(layout: Layout) -> Path:
+    """A line for each time that the controller had to be revived."""
+    return layout.log / "slurmctld.crashes"
+
+
 def stop_slurmctld(layout: Layout, how: signal.Signals = signal.SIGTERM) -> None:
     stop(pid_file(layout, "slurmctld"), how)
 
@@ -140,6 +157,7 @@ def stop_all(layout: Layout) -> None:
 
 
 def require_running(layout: Layout) -> None:
+    revive_slurmctld(layout)
     if running(pid_file(layout, "slurmctld")) is None:
         raise SandboxError(
             f"no sandbox runs in {layout.folder}; start it with python -m scripts.slurm_sandbox up"

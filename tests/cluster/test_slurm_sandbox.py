@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+from scripts.slurm_sandbox import services
+from scripts.slurm_sandbox.processes import running
 from tests.cluster_sandbox import SlurmSandbox
 
 pytestmark = pytest.mark.slow
@@ -66,6 +70,16 @@ def test_jobs_outlive_their_controller(slurm: SlurmSandbox, tmp_path: Path) -> N
     (tmp_path / "finish").touch()
     slurm.until_state(job, "COMPLETED")
     assert output(tmp_path, job) == ["start 0", "task on n1", "end 0"]
+
+
+def test_a_controller_that_crashes_is_started_again(slurm: SlurmSandbox) -> None:
+    crashed = slurm.controller_crashes()
+    controller = running(services.pid_file(slurm.layout, "slurmctld"))
+    assert controller is not None
+    os.kill(controller, signal.SIGSEGV)
+    slurm.until(lambda: slurm.controller_crashes() == crashed + 1, "the controller to come back")
+    assert "UP" in slurm.slurm("scontrol", "ping")
+    assert running(services.pid_file(slurm.layout, "slurmctld")) not in (None, controller)
 
 
 def test_preempted_job_is_warned_and_runs_again(slurm: SlurmSandbox, tmp_path: Path) -> None:
