@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -31,14 +32,17 @@ from hypenet_kernels import (
     chunked_kl_divergence,
     chunked_lightning_attention,
     decay_slopes,
+    gated_norm,
     lightning_attention,
     lightning_decode,
     lightning_decode_deferred,
+    norm_rope,
 )
 from hypenet_kernels.decode import WINDOW
 
 HEADS, HEAD_DIM = 16, 128
 SCALE = HEAD_DIM**-0.5
+EPSILON = 1e-6
 SLOPES = decay_slopes(HEADS)
 BOUND, WORST_HEAD_BOUND = 4e-3, 5e-3  # relative L2 of bf16 outputs and gradients against fp64
 GIB = 2**30
@@ -185,6 +189,56 @@ def layer_results() -> dict[str, Any]:
     return reference_layer.compare(HEADS, HEAD_DIM, length=16_384, median_ms=median_ms)
 
 
+def time_dispatcher() -> dict[str, float]:
+    """Norm, RoPE, attention and gate of [1, 512], as called and through torch's dispatcher: wall-clock ms per call.
+
+    So short a sequence waits for the host, which is what the two differ in; their results are the same bits.
+    """
+    fused = torch.randn(1, 512, HEADS, 4, HEAD_DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight, weights = (torch.randn(n, device="cuda").requires_grad_() for n in (HEAD_DIM, HEADS * HEAD_DIM))
+    angles = torch.rand(512, HEAD_DIM // 2, device="cuda")
+    leaves, rotation = (fused, weight, weights), (angles.cos(), angles.sin())
+
+    def called() -> Tensor:
+        query, key, value, gate = fused.unbind(3)
+        query, key = norm_rope(query, key, weight, weight, *rotation, EPSILON)
+        return gated_norm(ours(query, key, value), gate, weights, EPSILON)
+
+    def dispatched() -> Tensor:
+        operators = torch.ops.hypenet
+        query, key, value, gate = fused.unbind(3)
+        query, key = operators.norm_rope(query, key, weight, weight, *rotation, EPSILON)
+        o, _ = operators.lightning_attention(
+            query, key, value, SLOPES, SCALE, None, None, False, False, False
+        )
+        return operators.gated_norm(o, gate, weights, None, HEADS * HEAD_DIM, EPSILON)
+
+    upstream = torch.randn_like(called())
+    both = {
+        name: lambda block=block: torch.autograd.grad(block(), leaves, upstream)
+        for name, block in (("called", called), ("dispatched", dispatched))
+    }
+    assert torch.equal(called(), dispatched())
+    assert all(torch.equal(a, b) for a, b in zip(both["called"](), both["dispatched"](), strict=True))
+    with torch.autograd.set_multithreading_enabled(False):  # as in a model, where it is one change per step
+        result = {f"{name} forward+backward": wall_ms(call) for name, call in both.items()}
+    with torch.no_grad():
+        return result | {"called forward": wall_ms(called), "dispatched forward": wall_ms(dispatched)}
+
+
+def wall_ms(call: Callable[[], Any], calls: int = 100) -> float:
+    """Median over 15 rounds of `calls` calls, each round with its wait for the device."""
+    rounds = []
+    for _ in range(16):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        rounds.append((time.perf_counter() - began) / calls * 1e3)
+    return statistics.median(rounds[1:])
+
+
 def captured_ms(steps: Callable[[], None], count: int) -> float:
     """Milliseconds per step of a CUDA graph that holds `count` steps."""
     torch.cuda.synchronize()  # the other stream does not wait for what fills the tensors
@@ -317,6 +371,7 @@ def main() -> None:
     for name, measure in (
         ("memory_gib", memory_lightning),
         ("layer", layer_results),
+        ("dispatcher_ms", time_dispatcher),
         ("decode_ms", lambda: {str(batch): time_decode(batch) for batch in (1, 32, 256)}),
         ("kl", memory_kl),
     ):
