@@ -221,22 +221,24 @@ def time_dispatcher() -> dict[str, float]:
     assert torch.equal(called(), dispatched())
     assert all(torch.equal(a, b) for a, b in zip(both["called"](), both["dispatched"](), strict=True))
     with torch.autograd.set_multithreading_enabled(False):  # as in a model, where it is one change per step
-        result = {f"{name} forward+backward": wall_ms(call) for name, call in both.items()}
+        result = {f"{name} forward+backward": ms for name, ms in alternating_wall_ms(both).items()}
     with torch.no_grad():
-        return result | {"called forward": wall_ms(called), "dispatched forward": wall_ms(dispatched)}
+        forward = alternating_wall_ms({"called": called, "dispatched": dispatched})
+    return result | {f"{name} forward": ms for name, ms in forward.items()}
 
 
-def wall_ms(call: Callable[[], Any], calls: int = 100) -> float:
-    """Median over 15 rounds of `calls` calls, each round with its wait for the device."""
-    rounds = []
-    for _ in range(16):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-        rounds.append((time.perf_counter() - began) / calls * 1e3)
-    return statistics.median(rounds[1:])
+def alternating_wall_ms(cases: dict[str, Callable[[], Any]], calls: int = 100) -> dict[str, float]:
+    """Medians over 20 rounds of `calls` calls of each case in turn: a host has better and worse moments."""
+    rounds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(21):
+        for name, call in cases.items():
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(calls):
+                call()
+            torch.cuda.synchronize()
+            rounds[name].append((time.perf_counter() - began) / calls * 1e3)
+    return {name: statistics.median(found[1:]) for name, found in rounds.items()}
 
 
 def captured_ms(steps: Callable[[], None], count: int) -> float:
