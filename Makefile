@@ -25,10 +25,10 @@ lint: bootstrap
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# Tests are many small processes: threads of their own would only fight over the cores.
+# Tests are many small processes, which mostly import and wait: two at a time, and no threads of their own.
 test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 # The subset that `make test` runs covers every layout and every kind; here is every pair, and more layouts.
 test-grid: export OMP_NUM_THREADS ?= 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.cluster_sandbox import SlurmSandbox, hold_slurm_sandbox
-from tests.fault_table import TABLE, FaultRow, markdown
+from tests.fault_table import PROPERTY, FaultRow, markdown
 
 # No test may reach a hub; every model and tokenizer is made or shipped here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,14 +66,31 @@ def slurm(held_slurm: SlurmSandbox) -> Iterator[SlurmSandbox]:
     yield held_slurm
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: a file's tests share a process and its fixtures; all that use Slurm share one sandbox."""
+    for item in items:
+        uses_slurm = "slurm" in getattr(item, "fixturenames", ()) or item.path.parent.name == "cluster"
+        item.add_marker(pytest.mark.xdist_group("slurm" if uses_slurm else str(item.path)))
+
+
 @pytest.fixture
-def fault_table(request: pytest.FixtureRequest) -> list[FaultRow]:
+def fault_table(request: pytest.FixtureRequest) -> Iterator[list[FaultRow]]:
     """Rows put here are printed at the end of the session."""
-    return request.config.stash.setdefault(TABLE, [])
+    rows: list[FaultRow] = []
+    yield rows
+    request.node.user_properties += [(PROPERTY, row.cells()) for row in rows]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = terminalreporter.config.stash.get(TABLE, [])
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    rows = [
+        cells
+        for report in reports
+        if getattr(report, "when", None) == "teardown"
+        for name, cells in report.user_properties
+        if name == PROPERTY
+    ]
     if rows:
         terminalreporter.section("faults survived")
         for line in markdown(rows):

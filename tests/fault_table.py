@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pytest
-
 
 @dataclass(frozen=True)
 class FaultRow:
@@ -32,11 +30,11 @@ class FaultRow:
         )
 
 
-TABLE = pytest.StashKey[list[FaultRow]]()
+PROPERTY = "fault"  # of a test's report, which also comes from other processes
 _HEADINGS = ("fault", "what the user saw", "attempts", "seconds to recover", "result equal")
 
 
-def markdown(rows: Sequence[FaultRow]) -> list[str]:
-    """Lines of a table that documents can take as they are."""
-    lines = [_HEADINGS, ("---", "---", "---:", "---:", "---"), *(row.cells() for row in rows)]
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table that documents can take as they are, of FaultRow.cells()."""
+    lines = [_HEADINGS, ("---", "---", "---:", "---:", "---"), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
