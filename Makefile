@@ -28,7 +28,7 @@ lint: bootstrap
 # Tests are many small processes, which mostly import and wait: two at a time, and no threads of their own.
 test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # The subset that `make test` runs covers every layout and every kind; here is every pair, and more layouts.
 test-grid: export OMP_NUM_THREADS ?= 1

@@ -66,14 +66,6 @@ def slurm(held_slurm: SlurmSandbox) -> Iterator[SlurmSandbox]:
     yield held_slurm
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: a file's tests share a process and its fixtures; all that use Slurm share one sandbox."""
-    for item in items:
-        uses_slurm = "slurm" in getattr(item, "fixturenames", ()) or item.path.parent.name == "cluster"
-        item.add_marker(pytest.mark.xdist_group("slurm" if uses_slurm else str(item.path)))
-
-
 @pytest.fixture
 def fault_table(request: pytest.FixtureRequest) -> Iterator[list[FaultRow]]:
     """Rows put here are printed at the end of the session."""

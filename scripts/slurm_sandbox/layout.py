@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,6 +122,15 @@ def claim_slot(folder: Path) -> int:
         f"{SLOT_COUNT} sandboxes run on this machine already ({SLOTS}); take one down with "
         "python -m scripts.slurm_sandbox down --folder FOLDER"
     )
+
+
+@contextmanager
+def one_sandbox_at_a_time() -> Iterator[None]:
+    """For what all sandboxes of a machine share: its packages, munge, its host table."""
+    SLOTS.mkdir(mode=0o755, exist_ok=True)
+    with (SLOTS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def release_slot(layout: Layout) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from .layout import Layout
+from .layout import Layout, one_sandbox_at_a_time
 from .processes import call, succeeds
 
 _NAMESPACES = Path("/run/netns")
@@ -101,7 +101,8 @@ def _host_table(layout: Layout) -> str:
 
 def _rewrite_machine_hosts(line: str, layout: Layout) -> None:
     table = Path("/etc/hosts")
-    old = table.read_text().splitlines(keepends=True)
-    kept = [each for each in old if not each.rstrip().endswith(f"{_MARK} {layout.slot}")]
-    if kept + [line] != old and (line or kept != old):
-        table.write_text("".join(kept) + line)  # in place: in a container the file is a mount
+    with one_sandbox_at_a_time():
+        old = table.read_text().splitlines(keepends=True)
+        kept = [each for each in old if not each.rstrip().endswith(f"{_MARK} {layout.slot}")]
+        if kept + [line] != old and (line or kept != old):
+            table.write_text("".join(kept) + line)  # in place: in a container the file is a mount

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 
-from .layout import SandboxError
+from .layout import SandboxError, one_sandbox_at_a_time
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "slurmdbd", "mariadb-server", "munge", "iproute2"]
 
@@ -22,6 +22,11 @@ def require_root_on_debian() -> None:
 
 
 def install_missing() -> None:
+    with one_sandbox_at_a_time():
+        _install_missing()
+
+
+def _install_missing() -> None:
     missing = [package for package in PACKAGES if not _installed(package)]
     if not missing:
         return

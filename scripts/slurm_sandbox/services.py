@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from . import configuration
-from .layout import SLOTS, Layout, SandboxError, sandbox_folders
+from .layout import SLOTS, Layout, SandboxError, one_sandbox_at_a_time, sandbox_folders
 from .network import in_head
 from .processes import any_named, call, running, start, stop, succeeds, wait_until
 
@@ -27,8 +27,12 @@ def pid_file(layout: Layout, service: str) -> Path:
 
 def start_munge() -> None:
     """Unless one answers: that of this machine's own Slurm, or of another sandbox."""
-    if _munge_answers():
-        return
+    with one_sandbox_at_a_time():
+        if not _munge_answers():
+            _start_munge()
+
+
+def _start_munge() -> None:
     munge = pwd.getpwnam("munge")
     for folder, mode in ((_MUNGE_SOCKET.parent, 0o755), (_MUNGE, 0o711)):
         folder.mkdir(exist_ok=True)
@@ -55,8 +59,9 @@ def start_munge() -> None:
 
 def stop_munge() -> None:
     """When no Slurm is left on this machine that uses it, be it a sandbox or not."""
-    if not list(sandbox_folders()) and not any_named("slurmctld", "slurmdbd", "slurmd"):
-        stop(_MUNGE / "pid")
+    with one_sandbox_at_a_time():
+        if not list(sandbox_folders()) and not any_named("slurmctld", "slurmdbd", "slurmd"):
+            stop(_MUNGE / "pid")
 
 
 def _munge_answers() -> bool:
