@@ -53,12 +53,15 @@ def training_run(tmp_path_factory, pipeline_recipe_content) -> Iterator[Path]:
     with open(folder / "out.txt", "w") as out:
         process = subprocess.Popen(_command("run", recipe, "--runs", folder / "runs"), stdout=out, stderr=out)
     run = folder / "runs" / "tiny"
-    while not any(run.glob("finetune.hybrid/*/checkpoints/step-????????")):
-        assert process.poll() is None, (folder / "out.txt").read_text()
-        time.sleep(0.1)
-    yield run
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75, (folder / "out.txt").read_text()
+    try:
+        while not any(run.glob("finetune.hybrid/*/checkpoints/step-????????")):
+            assert process.poll() is None, (folder / "out.txt").read_text()
+            time.sleep(0.1)
+        yield run
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    assert code == 75, (folder / "out.txt").read_text()
 
 
 def test_status_while_it_trains(training_run):
