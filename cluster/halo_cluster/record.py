@@ -114,12 +114,19 @@ class StageRecord:
 
     def settle(self) -> None:
         """Say of attempts without an end that they were killed, and remove what killed writers left. The caller knows
-        that none of them is alive."""
+        that none of them is alive.
+
+        A sweep's workers can outlive the attempt that started them: what lies deeper in the stage's folder stays until
+        the stage is done, when nobody needs what they write.
+        """
         with storage_errors(self.folder):
-            for folder in attempt_folders(self.folder):
+            attempts = attempt_folders(self.folder)
+            for folder in attempts:
                 close_abandoned(folder)
+            done = (self.folder / DONE_FILE).exists()
+            folders = [path for path, _, _ in self.folder.walk()] if done else [self.folder, *attempts]
+            for folder in folders:
                 discard_leftovers(folder)
-            discard_leftovers(self.folder)
 
     def begin_attempt(self, label: str | None = None) -> Attempt:
         """Start an attempt, with the next free number or with the `label` that a scheduler gave.

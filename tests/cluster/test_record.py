@@ -167,6 +167,19 @@ def test_begin_attempt_removes_what_killed_writers_left(record: StageRecord) -> 
     assert not leftover.exists()
 
 
+def test_what_a_worker_may_be_writing_is_removed_when_the_stage_is_done(record: StageRecord) -> None:
+    attempt, output = begin(record)
+    deep = record.folder / "tasks" / "workers" / "one.json.unfinished-0a1b2c3d"
+    deep.parent.mkdir(parents=True)
+    deep.write_text("half")
+    record.settle()
+    assert deep.exists()
+    attempt.publish([output], {})
+    record.settle()
+    assert not deep.exists() and deep.parent.exists()
+    assert record.verify() == []
+
+
 def test_last_words_have_room_on_a_full_disk(mounted_disk) -> None:
     disk = mounted_disk("200k")
     record = StageRecord(disk / "small" / "align" / input_hash({}))
