@@ -155,11 +155,12 @@ def test_library_logs_reach_the_attempt(record: StageRecord, console: Console) -
 
 
 DRIVER = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
     from rich.console import Console
     from halo_cluster import PlannedStage, RunFolder, StageResult, run_stages
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     run = RunFolder(Path(sys.argv[1]))
 
     def quick(attempt):
