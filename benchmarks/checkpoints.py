@@ -25,13 +25,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from rich.console import Console
 from rich.table import Table
 
-from halo_jobs.checkpointing.folder import TrainingCheckpoints
-from halo_jobs.checkpointing.layout import current_layout
-from halo_jobs.checkpointing.saver import BackgroundSaver
 from halo_jobs.recipe import TrainingSection
-from halo_jobs.training.batches import TokenBatch
-from halo_jobs.training.objectives import NextTokenObjective
-from halo_jobs.training.optimizer import build_optimizer
+from halo_training.batches import TokenBatch
+from halo_training.checkpointing.folder import TrainingCheckpoints
+from halo_training.checkpointing.layout import current_layout
+from halo_training.checkpointing.saver import BackgroundSaver
+from halo_training.objectives import NextTokenObjective
+from halo_training.optimizer import build_optimizer
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import build_model
 from hypenet_megatron.presets import HYPENET_PRESETS, HypeNetPreset, ModelShape

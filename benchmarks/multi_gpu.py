@@ -3,7 +3,7 @@
     python benchmarks/multi_gpu.py --out results/ --only correctness,faults,long --seconds 520
     python benchmarks/multi_gpu.py --out results/ --only speed --seconds 520
 
-correctness  align, distil and finetune in every layout that fits, against one GPU, and a checkpoint of all GPUs
+correctness  align, distill and finetune in every layout that fits, against one GPU, and a checkpoint of all GPUs
              continued on half of them and on one: the loss of every step.
 speed        tokens per second and GPU, memory, exposed communication, and the stall of a save.
 long         finetuning on one window of 131,072 and of 524,288 tokens, split over the GPUs.

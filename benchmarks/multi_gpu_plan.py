@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-STAGES = ("align", "distil", "finetune")
+STAGES = ("align", "distill", "finetune")
 PRECISIONS = ("fp32", "bf16")
 CHECKED_STEPS, SAVED_STEP = 10, 5
 TINY, SMALL = "tiny", "small"
@@ -168,7 +168,7 @@ def _resumes(gpus: int, model: str) -> list[WorldPlan]:
             name=f"save {precision} {stage} {layout_words(_SAVED_IN[gpus], gpus)}",
         )
         for precision in PRECISIONS
-        for stage in ("distil", "finetune")
+        for stage in ("distill", "finetune")
     ]
     plans = [WorldPlan("save", gpus, saved)]
     for ranks in sorted({gpus // 2, 1}, reverse=True):
@@ -189,10 +189,10 @@ def _resumes(gpus: int, model: str) -> list[WorldPlan]:
 
 
 # Tokens of a micro-batch and of a step per GPU; learning from windows of the published lengths.
-_WINDOWS = {"align": 512, "distil": 512, "finetune": 16_384}
+_WINDOWS = {"align": 512, "distill": 512, "finetune": 16_384}
 _MICRO_BATCH = {
-    "hypenet-2b": {"align": 16, "distil": 16, "finetune": 1},
-    "hypenet-9b": {"align": 8, "distil": 8, "finetune": 1},
+    "hypenet-2b": {"align": 16, "distill": 16, "finetune": 1},
+    "hypenet-9b": {"align": 8, "distill": 8, "finetune": 1},
 }
 _TOKENS_PER_GPU = {"hypenet-2b": 32_768, "hypenet-9b": 16_384}
 _TIMED = {"hypenet-2b": (2, 5), "hypenet-9b": (1, 3)}

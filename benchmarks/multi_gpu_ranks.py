@@ -27,20 +27,20 @@ from megatron.core.optimizer import MegatronOptimizer
 from multi_gpu_plan import CHECKED_STEPS, SAVED_STEP, SMALL, TINY, Row
 from rich.console import Console
 
-from halo_jobs.checkpointing import BackgroundSaver, TrainingCheckpoints
-from halo_jobs.checkpointing.layout import current_layout
-from halo_jobs.checkpointing.ranks import highest
-from halo_jobs.models import is_student_key
 from halo_jobs.recipe import TrainingSection
-from halo_jobs.training.batches import BatchCursor, TokenBatch
-from halo_jobs.training.objectives import (
+from halo_training.batches import BatchCursor, TokenBatch
+from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
+from halo_training.checkpointing.layout import current_layout
+from halo_training.checkpointing.ranks import highest
+from halo_training.models import is_student_key
+from halo_training.objectives import (
     AlignmentObjective,
     DistillationObjective,
     NextTokenObjective,
     Objective,
 )
-from halo_jobs.training.optimizer import build_optimizer
-from halo_jobs.training.trainer import Trainer
+from halo_training.optimizer import build_optimizer
+from halo_training.trainer import Trainer
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import LocalModel, build_model, model_chunks
 from hypenet_megatron.presets import HYPENET_PRESETS, HypeNetPreset, ModelShape
@@ -134,7 +134,7 @@ class Setting:
         if self.row.stage == "align":
             return AlignmentObjective(self._model("aligned"), self.layout)
         student = self._model("hybrid")
-        if self.row.stage == "distil":
+        if self.row.stage == "distill":
             return DistillationObjective(student, self._model("teacher"), self.layout)
         return NextTokenObjective(student, self.layout)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from halo_jobs.evaluation.niah import VARIANTS, needle_task
-from halo_jobs.evaluation.suites import recall_tasks
-from halo_jobs.models import layout_of
-from halo_jobs.recall import load_words
-from halo_jobs.recall.episodes import check_episode_settings
-from halo_jobs.recall.materials import Materials
+from halo_evaluation.niah import VARIANTS, needle_task
+from halo_evaluation.recall import load_words
+from halo_evaluation.recall.episodes import check_episode_settings
+from halo_evaluation.recall.materials import Materials
+from halo_evaluation.suites import recall_tasks
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, resolve_path
+from halo_jobs.stages.context import layout_of
 from halo_jobs.stages.data import WORDS_FILE, tokenizer_folder, training_sections
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools import read_model_folder
@@ -191,7 +191,7 @@ def _check_tasks(recipe: Recipe, tokenizer: TokenizerIdentity) -> None:
                 materials, variant, min(needles.contexts), needles.depths, needles.needle_items, recipe.seed
             )
     if isinstance(recipe, ConversionRecipe):
-        select, trained = recipe.select, "distil"
+        select, trained = recipe.select, "distill"
         with about("select.context_length"):
             recall_tasks(materials, "selection", select.context_length, select.items, recipe.seed)
     with about(f"{trained}.context_length, at which models are evaluated"):

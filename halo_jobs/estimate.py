@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from halo_jobs.models import DTYPES
 from halo_jobs.recipe import ConversionRecipe, Recipe, TrainingSection
+from halo_training.models import DTYPES
 from hypenet_megatron.presets import ModelShape
 
 ATTAINED_SHARE = {"cpu": 0.35, "cuda": 0.12}
@@ -100,7 +100,7 @@ def _training_cost(
 
 
 def training_costs(recipe: Recipe, shape: ModelShape, device: torch.device) -> list[StageCost]:
-    """One row per training stage; baselines repeat distil and finetune."""
+    """One row per training stage; baselines repeat distill and finetune."""
     dtype = DTYPES[recipe.precision]
     speed = measured_flops(device, dtype) * ATTAINED_SHARE[device.type]
     teacher = model_parameters(shape, None)
@@ -111,6 +111,6 @@ def training_costs(recipe: Recipe, shape: ModelShape, device: torch.device) -> l
     hybrid = model_parameters(shape, shape.num_layers // 4)
     rows = [_training_cost("align", recipe.align, rates, teacher, students)]
     for variant in ("hybrid", *recipe.select.baselines):
-        rows.append(_training_cost(f"distil.{variant}", recipe.distil, rates, teacher, hybrid))
+        rows.append(_training_cost(f"distill.{variant}", recipe.distill, rates, teacher, hybrid))
         rows.append(_training_cost(f"finetune.{variant}", recipe.finetune, rates, 0, hybrid))
     return rows

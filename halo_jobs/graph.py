@@ -17,7 +17,7 @@ from halo_jobs.stages.init import run_init
 from halo_jobs.stages.measure import TEACHER, run_calibrate, run_evaluate
 from halo_jobs.stages.select import run_select
 from halo_jobs.stages.selected import MAIN_VARIANT
-from halo_jobs.stages.training import run_align, run_distil, run_finetune, run_pretrain
+from halo_jobs.stages.training import run_align, run_distill, run_finetune, run_pretrain
 
 HASH_WHOLE_FILE_BYTES = 64 * 10**6
 # They say how a run is looked after, not what comes out.
@@ -66,11 +66,11 @@ def _data_node(recipe: Recipe) -> StageNode:
 
 
 def _variant_nodes(recipe: ConversionRecipe, variant: str) -> list[StageNode]:
-    distil, finetune, calibrate = (f"{stage}.{variant}" for stage in ("distil", "finetune", "calibrate"))
+    distill, finetune, calibrate = (f"{stage}.{variant}" for stage in ("distill", "finetune", "calibrate"))
     data = ("tokenize", "init", "select")
     return [
-        StageNode(distil, run_distil, (*data, "align"), _settings(recipe.distil), trains=True),
-        StageNode(finetune, run_finetune, (*data, distil), _settings(recipe.finetune), trains=True),
+        StageNode(distill, run_distill, (*data, "align"), _settings(recipe.distill), trains=True),
+        StageNode(finetune, run_finetune, (*data, distill), _settings(recipe.finetune), trains=True),
         StageNode(calibrate, run_calibrate, (*data, finetune), recipe.calibrate.model_dump()),
         StageNode(
             f"evaluate.{variant}", run_evaluate, (*data, finetune, calibrate), recipe.evaluate.model_dump()

@@ -30,11 +30,10 @@ from halo_cluster.slurm.queue import cancel, live_jobs
 from halo_jobs.checks import about, check_recipe
 from halo_jobs.estimate import training_costs
 from halo_jobs.graph import StageNode, input_hashes, stage_nodes
-from halo_jobs.models import layout_of
 from halo_jobs.recipe import Recipe, recipe_yaml
-from halo_jobs.report import build_report
-from halo_jobs.stages.context import StageContext
+from halo_jobs.stages.context import StageContext, layout_of
 from halo_jobs.worker import run_in_processes
+from halo_reports import build_report
 from hypenet_megatron.runtime import ONE_PROCESS, model_parallel, reset_seeds
 
 

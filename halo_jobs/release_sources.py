@@ -7,7 +7,7 @@ from pathlib import Path
 from halo_cluster.run_folder import RECIPE_FILE
 from hypenet_tools.opened import OpenedModel, open_model
 
-CHECKPOINT_INDEX = "INDEX.json"  # of halo_jobs/checkpointing, which takes seconds to import
+CHECKPOINT_INDEX = "INDEX.json"  # of halo_training/checkpointing, which takes seconds to import
 
 
 def is_training_checkpoint(folder: Path) -> bool:
@@ -18,7 +18,7 @@ def weights_source(folder: Path) -> OpenedModel:
     """A model folder, or a training checkpoint without its optimizer. ValueError in one sentence otherwise."""
     if not is_training_checkpoint(folder):
         return open_model(folder)
-    from halo_jobs.checkpoint_weights import open_checkpoint
+    from halo_training.checkpoint_weights import open_checkpoint
 
     return open_checkpoint(folder)
 

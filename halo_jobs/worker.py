@@ -45,7 +45,7 @@ from halo_cluster.storage import storage_sentence
 from halo_jobs.terminal import STOPPED_EXIT_CODE, quieten_libraries, sentence
 
 if TYPE_CHECKING:
-    from halo_jobs.training.trainer import AttemptInProgress
+    from halo_training.trainer import AttemptInProgress
 
 WORK, RESULT, FAILURE, ENDED = "work.json", "result.json", "failure.json", "ended.json"
 EXIT = "exit.json"
@@ -137,9 +137,8 @@ class JoinedAttempt:
 def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console) -> StageResult:
     """This process's part of the stage, in the world that its environment names or alone."""
     from halo_jobs.graph import stage_nodes
-    from halo_jobs.models import layout_of
     from halo_jobs.recipe import recipe_class
-    from halo_jobs.stages.context import StageContext
+    from halo_jobs.stages.context import StageContext, layout_of
     from halo_jobs.stages.data import training_sections
     from hypenet_megatron.runtime import MEETING_SECONDS, ONE_PROCESS, model_parallel
 
@@ -183,7 +182,7 @@ def _is_about_another(problem: Exception) -> bool:
     """Whether it went wrong in another process, and here as a consequence."""
     if isinstance(problem, ImportError):  # of torch, perhaps
         return False
-    from halo_jobs.supervision import PeerLost, is_lost_peer
+    from halo_training.supervision import PeerLost, is_lost_peer
     from hypenet_megatron.runtime import NobodyCame
 
     return isinstance(problem, PeerLost | NobodyCame) or is_lost_peer(problem)

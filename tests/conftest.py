@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cluster_sandbox import SlurmSandbox, hold_slurm_sandbox
-from tests.fault_table import PROPERTY, FaultRow, markdown
+from tests.support.cluster_sandbox import SlurmSandbox, hold_slurm_sandbox
+from tests.support.fault_table import PROPERTY, FaultRow, markdown
 
 # No test may reach a hub; every model and tokenizer is made or shipped here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -29,7 +29,7 @@ def debian_docs(
 
     Needs apt-get and dpkg. Archives are kept in OUT/archives, so that a second run downloads nothing.
     """
-    from halo_jobs.corpora.debian_docs import build_debian_docs, listed_packages
+    from examples.teacher_small.debian_docs import build_debian_docs, listed_packages
 
     results = build_debian_docs(
         out, packages or listed_packages(), lambda line: console.print(line, markup=False, soft_wrap=True)
@@ -47,7 +47,7 @@ def state_of_the_union(
     """Every State of the Union address, in the public domain, a document each. Needs npm."""
     if out.suffix != ".txt":
         raise ValueError(f"{out} does not end in .txt; text files have to, to be found by recipes")
-    from halo_jobs.corpora.public_domain import build_state_of_the_union
+    from examples.teacher_small.public_domain import build_state_of_the_union
 
     console.print(f"{build_state_of_the_union(out)} addresses in {out}", soft_wrap=True, highlight=False)
 

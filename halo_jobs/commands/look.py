@@ -21,7 +21,13 @@ from halo_cluster import StageRecord
 from halo_cluster.jobs import LiveJob, SchedulerUnreachable, StageJob
 from halo_cluster.slurm.queue import live_jobs
 from halo_jobs.commands.consoles import console, errors
-from halo_jobs.monitoring.readings import StageReading, check_run, find_runs, latest_of_each_stage, read_run
+from halo_reports.monitoring.readings import (
+    StageReading,
+    check_run,
+    find_runs,
+    latest_of_each_stage,
+    read_run,
+)
 
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo.")]
 
@@ -151,7 +157,7 @@ def logs(
     ] = False,
 ) -> None:
     """Print what a stage's newest attempt has logged, and its ranks; of a job that never began, the scheduler's log."""
-    from halo_jobs.monitoring.logs import StageLog, stage_record
+    from halo_reports.monitoring.logs import StageLog, stage_record
 
     log = StageLog(stage_record(run_folder, stage))
     for line in log.follow() if follow else log.read():
@@ -176,7 +182,7 @@ def metrics(
     Reads run folders only: start it on any machine that sees them, whatever executes the stages. docs/watching.md has
     the names of the metrics, the scrape configuration and the Grafana dashboard.
     """
-    from halo_jobs.monitoring.exporter import (
+    from halo_reports.monitoring.exporter import (
         MetricsServer,
         default_token_file,
         exposition,
@@ -205,7 +211,7 @@ def report(run_folder: RunArgument) -> None:
     check_run(run_folder)
     folders = {row.record.stage: row.record.folder for row in latest_of_each_stage(run_folder)}
     from halo_cluster import storage_errors
-    from halo_jobs.report import build_report
+    from halo_reports import build_report
 
     with storage_errors(run_folder):
         page = build_report(run_folder, folders, run_folder / "report.html")

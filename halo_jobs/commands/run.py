@@ -22,7 +22,7 @@ NameOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change one key, e.g. --set distil.steps=200. May be given several times."),
+    typer.Option("--set", help="Change one key, e.g. --set distill.steps=200. May be given several times."),
 ]
 DryRunOption = Annotated[
     bool,
@@ -71,7 +71,7 @@ def _run(
     loaded = load_recipe(recipe, overrides)
     # Imported after the recipe is known to be good: torch and megatron take seconds to load.
     from halo_jobs.pipeline import print_batch_script, print_plan, run_recipe, run_recipe_on_slurm
-    from halo_jobs.report import usage_command
+    from halo_reports import usage_command
 
     if detach and executor is not Executor.SLURM:
         raise ValueError("--detach leaves the stages to Slurm; add --executor slurm")

@@ -144,7 +144,7 @@ def reshard(
 
     layout, target = Layout(tensor, pipeline, expert), _dtype(dtype)
     if is_training_checkpoint(source) and not weights_only:
-        from halo_jobs.checkpoint_resharding import reshard_checkpoint_job
+        from halo_training.checkpoint_resharding import reshard_checkpoint_job
 
         if target is not None:
             raise ValueError(f"--dtype is for weights, and {source} has an optimizer too; add --weights-only")

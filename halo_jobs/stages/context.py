@@ -12,12 +12,12 @@ from megatron.core import parallel_state
 from rich.console import Console
 
 from halo_cluster import StageResult
-from halo_jobs.checkpointing.state import KeyFilter
-from halo_jobs.models import DTYPES, ModelBuilder, read_shape
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection, resolve_path
-from halo_jobs.training.batches import BatchCursor, Sampler
-from halo_jobs.training.objectives import Objective
-from halo_jobs.training.trainer import AttemptInProgress, Trainer
+from halo_training.batches import BatchCursor, Sampler
+from halo_training.checkpointing.state import KeyFilter
+from halo_training.models import DTYPES, ModelBuilder, read_shape
+from halo_training.objectives import Objective
+from halo_training.trainer import AttemptInProgress, Trainer
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from tokenized_data import BlendedSampler, TokenStore, WindowSampler, load_tokenizer_identity
@@ -32,6 +32,11 @@ def recall_store_name(context_length: int) -> str:
 
 def tokenizer_folder(recipe: Recipe) -> Path:
     return resolve_path(recipe.teacher if isinstance(recipe, ConversionRecipe) else recipe.tokenizer)
+
+
+def layout_of(recipe: Recipe) -> ParallelLayout:
+    """The layout of the training stages of `recipe`."""
+    return ParallelLayout(**recipe.layout.model_dump(exclude={"processes"}))
 
 
 _tokenizer_identity = cache(

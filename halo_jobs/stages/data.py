@@ -13,7 +13,7 @@ from typing import Any
 
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import Worker
-from halo_jobs.recall import load_words, write_recall_store
+from halo_evaluation.recall import load_words, write_recall_store
 from halo_jobs.recipe import ASSETS, ConversionRecipe, Recipe, TrainingSection, resolve_path
 from halo_jobs.stages.context import (
     HELD_OUT_STORE,
@@ -43,7 +43,7 @@ PARTS = "parts"
 def training_sections(recipe: Recipe) -> dict[str, TrainingSection]:
     """Sections of the training stages by their key."""
     if isinstance(recipe, ConversionRecipe):
-        return {"align": recipe.align, "distil": recipe.distil, "finetune": recipe.finetune}
+        return {"align": recipe.align, "distill": recipe.distill, "finetune": recipe.finetune}
     return {"pretrain": recipe.pretrain}
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import read_json
-from halo_jobs.model_card import DataSource, hybrid_model_card, teacher_model_card
-from halo_jobs.models import DTYPES
 from halo_jobs.recipe import resolve_path
-from halo_jobs.report import load_run
 from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.data import tokenizer_folder
 from halo_jobs.stages.measure import logits_scaling_base_of
 from halo_jobs.stages.selected import MAIN_VARIANT
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
+from halo_reports import load_run
+from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
+from halo_training.models import DTYPES
 from hypenet_tools import write_hf_folder, write_qwen3_folder
 from hypenet_tools.companions import licence_of
 from hypenet_tools.hf_config import hypenet_config, qwen3_config

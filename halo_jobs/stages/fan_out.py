@@ -25,8 +25,8 @@ from halo_cluster.fan_out import (
 from halo_cluster.slurm import SlurmSettings
 from halo_jobs.recipe import ConversionRecipe, Recipe, recipe_class
 from halo_jobs.stages.context import StageContext, tokenizer_folder
-from halo_jobs.training.progress import ProgressReporter
 from halo_jobs.worker import JoinedAttempt
+from halo_training.progress import ProgressReporter
 from hypenet_megatron.runtime import model_parallel
 
 _for_the_process = ExitStack()
@@ -46,7 +46,7 @@ def backend_of(recipe: Recipe, run: Path) -> Backend:
             section.ray_address,
             section.cpus_per_worker,
             section.gpus_per_worker,
-            metrics="halo_jobs.monitoring.families:ray_samples",
+            metrics="halo_reports.monitoring.families:ray_samples",
             metrics_of=str(run.resolve()),
         )
     if section.backend == "slurm-array":

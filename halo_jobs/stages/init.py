@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from halo_jobs.models import DTYPES, write_shape
 from halo_jobs.recipe import resolve_path
 from halo_jobs.stages.context import StageContext, StageResult
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
+from halo_training.models import DTYPES, write_shape
 from hypenet_tools import read_model_folder
 from hypenet_tools.companions import source_digest
 from hypenet_tools.initialise import students_of

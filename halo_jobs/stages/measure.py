@@ -13,19 +13,19 @@ from rich.progress import track
 from durable_files import read_json, write_json
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import Worker
-from halo_jobs.corpora.ngram import NGramBaseline
-from halo_jobs.evaluation.interface import Task as EvaluationTask
-from halo_jobs.evaluation.megatron_scorer import MegatronScorer
-from halo_jobs.evaluation.niah import VARIANTS
-from halo_jobs.evaluation.runner import TaskMetrics, evaluate, niah_grid
-from halo_jobs.evaluation.suites import evaluation_suite
-from halo_jobs.models import whole
+from halo_evaluation.interface import Task as EvaluationTask
+from halo_evaluation.megatron_scorer import MegatronScorer
+from halo_evaluation.ngram import NGramBaseline
+from halo_evaluation.niah import VARIANTS
+from halo_evaluation.runner import TaskMetrics, evaluate, niah_grid
+from halo_evaluation.suites import evaluation_suite
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe
 from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.select import TOKENS_PER_BATCH, held_out_material
 from halo_jobs.stages.selected import attention_layers_of, variant_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
+from halo_training.models import whole
 from hypenet_kernels import chunked_cross_entropy
 from hypenet_megatron.model import HypeNetModel
 from tokenized_data import WindowSampler
@@ -81,7 +81,7 @@ def _model_under_test(context: StageContext) -> HypeNetModel:
 
 
 def _training_context(recipe: Recipe) -> int:
-    return (recipe.distil if isinstance(recipe, ConversionRecipe) else recipe.pretrain).context_length
+    return (recipe.distill if isinstance(recipe, ConversionRecipe) else recipe.pretrain).context_length
 
 
 def _suite(context: StageContext) -> list[EvaluationTask]:

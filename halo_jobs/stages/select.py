@@ -14,23 +14,23 @@ import torch
 from durable_files import publish_once, read_json, write_json
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import Worker
-from halo_jobs.evaluation.interface import Task as EvaluationTask
-from halo_jobs.evaluation.runner import TaskMetrics, evaluate_models
-from halo_jobs.evaluation.suites import HeldOut, group_score, group_standard_error, selection_suite
-from halo_jobs.models import whole
-from halo_jobs.recall import load_words
-from halo_jobs.selection.scores import (
+from halo_evaluation.interface import Task as EvaluationTask
+from halo_evaluation.recall import load_words
+from halo_evaluation.runner import TaskMetrics, evaluate_models
+from halo_evaluation.selection.scores import (
     LayerScore,
     LayerSweep,
     all_choices,
     choose_attention_layers,
     layer_importance,
 )
-from halo_jobs.selection.sweep import LayerSwitch, layer_groups
+from halo_evaluation.selection.sweep import LayerSwitch, layer_groups
+from halo_evaluation.suites import HeldOut, group_score, group_standard_error, selection_suite
 from halo_jobs.stages.context import HELD_OUT_STORE, StageContext, StageResult
 from halo_jobs.stages.data import WORDS_FILE, tokenizer_folder
 from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
+from halo_training.models import whole
 from tokenized_data import WindowSampler
 
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 2**17}

@@ -9,7 +9,7 @@ MAIN_VARIANT = "hybrid"
 
 
 def variant_of(context: StageContext) -> str:
-    """`distil.uniform` is the distil stage of variant uniform."""
+    """`distill.uniform` is the distill stage of variant uniform."""
     return context.name.partition(".")[2]
 
 

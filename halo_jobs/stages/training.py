@@ -1,4 +1,4 @@
-"""The training stages: pretrain, align, distil, finetune."""
+"""The training stages: pretrain, align, distill, finetune."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from halo_jobs.checkpointing.state import KeyFilter
-from halo_jobs.models import is_student_key, write_shape
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.selected import attention_layers_of, variant_of
-from halo_jobs.training.objectives import (
+from halo_training.checkpointing.state import KeyFilter
+from halo_training.models import is_student_key, write_shape
+from halo_training.objectives import (
     AlignmentObjective,
     DistillationObjective,
     NextTokenObjective,
@@ -72,7 +72,7 @@ def run_align(context: StageContext) -> StageResult:
     )
 
 
-def run_distil(context: StageContext) -> StageResult:
+def run_distill(context: StageContext) -> StageResult:
     builder = context.builder()
     teacher_weights = context.inputs["init"] / TEACHER_WEIGHTS
     layers = attention_layers_of(context)
@@ -80,12 +80,12 @@ def run_distil(context: StageContext) -> StageResult:
     student = builder.hybrid_from_parts(teacher_weights, students, layers, context.recipe.seed)
     objective = DistillationObjective(student, builder.teacher(teacher_weights), context.layout)
     return _train_and_publish(
-        context, context.conversion.distil, objective, HYBRID_WEIGHTS, began_from=students
+        context, context.conversion.distill, objective, HYBRID_WEIGHTS, began_from=students
     )
 
 
 def run_finetune(context: StageContext) -> StageResult:
-    distilled = context.inputs[f"distil.{variant_of(context)}"] / HYBRID_WEIGHTS
+    distilled = context.inputs[f"distill.{variant_of(context)}"] / HYBRID_WEIGHTS
     model = context.builder().hybrid(distilled, attention_layers_of(context))
     objective = NextTokenObjective(model, context.layout)
     return _train_and_publish(

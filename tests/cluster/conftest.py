@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def record(run: RunFolder) -> StageRecord:
-    return run.stage("distil.uniform", input_hash({"steps": 3}))
+    return run.stage("distill.uniform", input_hash({"steps": 3}))
 
 
 @pytest.fixture

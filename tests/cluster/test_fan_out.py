@@ -28,8 +28,8 @@ from halo_cluster.fan_out import (
     fan_out,
 )
 from halo_cluster.fan_out.ray_cluster import RayCluster
-from tests.cluster.fan_out_work import WORKER, executions, plan_of
-from tests.fault_table import FaultRow
+from tests.support.fan_out_work import WORKER, executions, plan_of
+from tests.support.fault_table import FaultRow
 
 ROOT = Path(__file__).parents[2]
 NAME = "tiny select"
@@ -75,7 +75,7 @@ class Site:
             "backend": type(self.backend).__name__,
             "options": self.options,
         }
-        command = [sys.executable, "-m", "tests.cluster.fan_out_work", json.dumps(wish)]
+        command = [sys.executable, "-m", "tests.support.fan_out_work", json.dumps(wish)]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from durable_files import read_json
 from halo_cluster.fan_out import Plan, RayActors
-from tests.cluster.fan_out_work import executions, plan_of
 from tests.cluster.test_fan_out import (
     ROOT,
     InBackground,
@@ -28,8 +27,9 @@ from tests.cluster.test_fan_out import (
     why_ended,
     workers_find_their_function,
 )
-from tests.cluster_sandbox import SlurmSandbox
-from tests.fault_table import FaultRow
+from tests.support.cluster_sandbox import SlurmSandbox
+from tests.support.fan_out_work import executions, plan_of
+from tests.support.fault_table import FaultRow
 
 __all__ = ["folder", "notes", "workers_find_their_function"]
 pytestmark = [pytest.mark.timeout(280), pytest.mark.cluster]
@@ -78,7 +78,7 @@ def submit(slurm: SlurmSandbox, folder: Path, notes: Path, *options: str) -> str
         "arguments": {"hold": "go"},
     }
     wish |= {"backend": "RayActors", "options": {"workers": 3}}
-    command = [sys.executable, "-m", "tests.cluster.fan_out_work", json.dumps(wish)]
+    command = [sys.executable, "-m", "tests.support.fan_out_work", json.dumps(wish)]
     return slurm.sbatch(
         notes.parent, f"cd {ROOT}\n{shlex.join(command)}\n", "--nodes=3", "--cpus-per-task=1", *options
     )

@@ -88,10 +88,10 @@ def test_full_disk_does_not_hide_the_failure(
         raise RuntimeError("what really went wrong")
 
     with pytest.raises(StageFailed, match="what really went wrong"):
-        run_stages([PlannedStage("distil.uniform", record, fail_on_a_full_disk)], console)
+        run_stages([PlannedStage("distill.uniform", record, fail_on_a_full_disk)], console)
     monkeypatch.undo()
     again = run_stages([counting(record).planned()], console)
-    assert again["distil.uniform"]["attempt"] == "2"
+    assert again["distill.uniform"]["attempt"] == "2"
 
 
 def test_publishing_on_a_full_disk_leaves_the_stage_undone(
@@ -108,10 +108,10 @@ def test_publishing_on_a_full_disk_leaves_the_stage_undone(
         return result
 
     with pytest.raises(StageFailed, match="No space left on device; free some space there"):
-        run_stages([PlannedStage("distil.uniform", record, run_and_fill)], console)
+        run_stages([PlannedStage("distill.uniform", record, run_and_fill)], console)
     monkeypatch.undo()
     assert record.done() is None
-    assert run_stages([stage.planned()], console)["distil.uniform"]["attempt"] == "2"
+    assert run_stages([stage.planned()], console)["distill.uniform"]["attempt"] == "2"
 
 
 def test_what_killed_writers_left_is_removed_by_the_next_call(
@@ -133,9 +133,9 @@ def test_interrupt_is_recorded_and_resumed(record: StageRecord, counting, consol
     with pytest.raises(KeyboardInterrupt):
         run_stages([stage.planned()], console)
     assert [(s.state, s.reason) for s in record.attempts()] == [("interrupted", "Ctrl-C")]
-    assert shown(console)[-1] == "distil.uniform interrupted the same command resumes here"
+    assert shown(console)[-1] == "distill.uniform interrupted the same command resumes here"
     stage.error = None
-    assert run_stages([stage.planned()], console)["distil.uniform"]["attempt"] == "2"
+    assert run_stages([stage.planned()], console)["distill.uniform"]["attempt"] == "2"
     assert "attempt 2, after 0 s of earlier ones" in shown(console)[-2]
 
 
@@ -146,7 +146,7 @@ def test_library_logs_reach_the_attempt(record: StageRecord, console: Console) -
         (record.folder / "result.txt").write_text("x")
         return StageResult([record.folder / "result.txt"], {})
 
-    run_stages([PlannedStage("distil.uniform", record, noisy)], console)
+    run_stages([PlannedStage("distill.uniform", record, noisy)], console)
     logging.getLogger("some.library").warning("after the stage")
     log = (record.folder / "attempt.1" / "log.txt").read_text()
     assert "starting" in log
@@ -226,5 +226,5 @@ def test_killed_driver_resumes_where_it_was(run: RunFolder) -> None:
 
 
 def test_stage_folder_is_named_after_the_stage(tmp_path: Path) -> None:
-    record = RunFolder(tmp_path / "demo").stage("distil.uniform", "0123456789ab")
-    assert record.folder == tmp_path / "demo" / "distil.uniform" / "0123456789ab"
+    record = RunFolder(tmp_path / "demo").stage("distill.uniform", "0123456789ab")
+    assert record.folder == tmp_path / "demo" / "distill.uniform" / "0123456789ab"

@@ -40,12 +40,12 @@ def wait_for(condition):
         assert time.monotonic() < deadline, lines()
         time.sleep(0.5)
 
-samples = [Sample("halo_step", {"stage": stage}, 7.0) for stage in ("align", "distil")]
+samples = [Sample("halo_step", {"stage": stage}, 7.0) for stage in ("align", "distill")]
 with published_in_ray(lambda: samples):
     wait_for(lambda seen: sum(line.endswith(" 7.0") for line in seen) == 2)
-    samples = [Sample("halo_step", {"stage": "distil"}, 8.0)]
-    wait_for(lambda seen: len(seen) == 1 and 'stage="distil"' in seen[0] and seen[0].endswith(" 8.0"))
-    samples = [Sample("halo_step", {"stage": "distil"}, 9.0)]
+    samples = [Sample("halo_step", {"stage": "distill"}, 8.0)]
+    wait_for(lambda seen: len(seen) == 1 and 'stage="distill"' in seen[0] and seen[0].endswith(" 8.0"))
+    samples = [Sample("halo_step", {"stage": "distill"}, 9.0)]
 wait_for(lambda seen: len(seen) == 1 and seen[0].endswith(" 9.0"))
 """
 

@@ -99,24 +99,24 @@ def reconciler(queue, *jobs) -> Reconciler:
 
 
 def test_a_stage_waits_for_its_inputs(run):
-    queue, first, second = Queue(), stage(run, "align"), stage(run, "distil", "align")
+    queue, first, second = Queue(), stage(run, "align"), stage(run, "distill", "align")
     loop = reconciler(queue, first, second)
     assert not loop.look() and [name for name, *_ in queue.submissions] == ["align"]
     finish(first)
     queue.leave("1", "COMPLETED")
-    assert not loop.look() and [name for name, *_ in queue.submissions] == ["align", "distil"]
+    assert not loop.look() and [name for name, *_ in queue.submissions] == ["align", "distill"]
     finish(second)
     assert loop.look()
-    assert set(loop.published) == {"align", "distil"}
+    assert set(loop.published) == {"align", "distill"}
 
 
 def test_done_stages_are_skipped_and_live_jobs_adopted(run):
-    queue, first, second = Queue(), stage(run, "align"), stage(run, "distil", "align")
+    queue, first, second = Queue(), stage(run, "align"), stage(run, "distill", "align")
     finish(first)
     reconciler(queue, first, second).look()
     loop = reconciler(queue, first, second)  # the driver was killed, and started again
     loop.look()
-    assert [name for name, *_ in queue.submissions] == ["distil"]
+    assert [name for name, *_ in queue.submissions] == ["distill"]
 
 
 @pytest.mark.parametrize("live", [False, True])

@@ -45,7 +45,7 @@ def test_published_stage_reads_back_with_checksums_of_files_and_folders(record: 
     metrics.write_text('{"step": 1}\n')
     published = attempt.publish([output.parent, metrics], {"loss": 0.5})
     assert record.done() == published
-    assert published["stage"] == "distil.uniform"
+    assert published["stage"] == "distill.uniform"
     assert published["input_hash"] == record.input_hash
     assert published["attempt"] == "1"
     assert set(published["outputs"]) == {"checkpoints/model.bin", "metrics.jsonl"}
@@ -226,7 +226,7 @@ def test_done_file_of_another_stage_is_refused(record: StageRecord) -> None:
     attempt.publish([output], {})
     moved = StageRecord(record.folder.with_name("0123456789ab"))
     record.folder.rename(moved.folder)
-    with pytest.raises(ValueError, match=f"is of distil.uniform/{record.input_hash}; move it back"):
+    with pytest.raises(ValueError, match=f"is of distill.uniform/{record.input_hash}; move it back"):
         moved.done()
 
 
@@ -235,7 +235,7 @@ def test_broken_done_file_is_named(record: StageRecord) -> None:
     (record.folder / "DONE.json").write_text("{")
     with pytest.raises(ValueError, match=r"DONE\.json is not valid JSON"):
         record.done()
-    (record.folder / "DONE.json").write_text('{"stage": "distil.uniform"}')
+    (record.folder / "DONE.json").write_text('{"stage": "distill.uniform"}')
     with pytest.raises(ValueError, match=r"lacks 'input_hash'; remove .* to run the stage again"):
         record.done()
 

@@ -11,7 +11,7 @@ import pytest
 
 from scripts.slurm_sandbox import services
 from scripts.slurm_sandbox.processes import running
-from tests.cluster_sandbox import SlurmSandbox
+from tests.support.cluster_sandbox import SlurmSandbox
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def until_says(slurm: SlurmSandbox, folder: Path, job: str, line: str) -> None:
 
 
 def test_gloo_reaches_from_node_to_node(slurm: SlurmSandbox, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("all_reduce.py")
+    script = Path(__file__).parents[1] / "support" / "all_reduce.py"
     job = slurm.sbatch(
         tmp_path,
         f"export MASTER_ADDR=$SLURMD_NODENAME MASTER_PORT=29500\nsrun '{sys.executable}' '{script}'\n",

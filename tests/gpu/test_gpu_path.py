@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
-from halo_jobs.checkpointing.copies import HeldCopies
-from halo_jobs.checkpointing.storage import write_safetensors
-from halo_jobs.models import is_student_key
+from halo_evaluation.selection.sweep import LayerSwitch
 from halo_jobs.recipe import TrainingSection
-from halo_jobs.selection.sweep import LayerSwitch
-from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.objectives import (
+from halo_training.batches import BatchCursor
+from halo_training.checkpointing.copies import HeldCopies
+from halo_training.checkpointing.storage import write_safetensors
+from halo_training.models import is_student_key
+from halo_training.objectives import (
     AlignmentObjective,
     DistillationObjective,
     NextTokenObjective,
     Objective,
 )
-from halo_jobs.training.trainer import Trainer
+from halo_training.trainer import Trainer
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import MixerType
@@ -35,8 +35,8 @@ from hypenet_tools import write_hf_folder, write_qwen3_folder
 from hypenet_tools.mapping import conversion_plan, megatron_shapes
 from hypenet_tools.model_weights import load_weights
 from hypenet_tools.weights import SafetensorsWeights
-from tests.reference_model import hypenet_forward
-from tests.tools.tiny_models import HYBRID, TINY
+from tests.support.reference_model import hypenet_forward
+from tests.support.tiny_models import HYBRID, TINY
 from tokenized_data import Window
 
 pytestmark = [
@@ -175,12 +175,12 @@ def _objective(kind: str, device: torch.device) -> Objective:
             return AlignmentObjective(teacher)
         case "pretrain":
             return NextTokenObjective(teacher)
-        case "distil":
+        case "distill":
             return DistillationObjective(HypeNetModel(hybrid).to(device), teacher)
     return NextTokenObjective(HypeNetModel(hybrid).to(device))
 
 
-@pytest.mark.parametrize("kind", ["align", "distil", "finetune", "pretrain"])
+@pytest.mark.parametrize("kind", ["align", "distill", "finetune", "pretrain"])
 def test_training_runs_and_resumes(device, tmp_path, kind):
     """bf16 with fp32 master weights. The second run repeats step 3 from the checkpoint after step 2."""
     runs = []

@@ -13,7 +13,7 @@ from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import MixerType
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.model_weights import load_weights, save_weights
-from tests.tools.tiny_models import HYBRID, TINY
+from tests.support.tiny_models import HYBRID, TINY
 
 pytestmark = [
     pytest.mark.gpu,

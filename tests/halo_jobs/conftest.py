@@ -105,7 +105,7 @@ def recipe_content(tiny_corpus: Path, tiny_teacher: Path) -> dict:
         "corpus": {"train": [str(tiny_corpus)], "held_out_share": 0.3},
         "align": TRAINING,
         "select": {"context_length": 128, "items": 4, "baselines": ["uniform"]},
-        "distil": TRAINING,
+        "distill": TRAINING,
         "finetune": {**TRAINING, "steps": 3},
         "calibrate": {"candidates": [20, 50], "context_length": 96, "windows": 2},
         "evaluate": {"contexts": [128, 160], "depths": [0.5], "needle_items": 2, "suite_items": 4},

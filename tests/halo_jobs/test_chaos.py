@@ -24,7 +24,7 @@ from durable_files import TEMPORARY_MARK, read_json
 from halo_cluster.slurm.queue import live_jobs
 from halo_jobs.recipe import SHIPPED_RECIPES
 from scripts.slurm_sandbox.nodes import processes_of_jobs
-from tests.random_faults import RandomFaults
+from tests.support.random_faults import RandomFaults
 
 RUNS = int(os.environ.get("HALO_CHAOS_RUNS", "10"))
 SEED = int(os.environ.get("HALO_TEST_SEED", "1"))
@@ -43,7 +43,7 @@ _WATCHED = {"watchdog_seconds": 30}
 CHANGES = {
     "align": {**_TRAINING, **_WATCHED, "steps": 24},
     "select": {"context_length": 128, "items": 6},
-    "distil": {**_TRAINING, **_WATCHED, "steps": 16},
+    "distill": {**_TRAINING, **_WATCHED, "steps": 16},
     "finetune": {"steps": 6, "context_length": 256, "warmup_steps": 2, "checkpoint_every": 2, **_WATCHED},
     "calibrate": {"context_length": 512, "windows": 2},
     "evaluate": {"contexts": [128, 256], "needle_items": 1, "suite_items": 6},

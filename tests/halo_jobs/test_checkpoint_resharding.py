@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo_jobs.checkpoint_resharding import reshard_checkpoint_job
-from halo_jobs.checkpointing import TrainingCheckpoints
 from halo_jobs.cli import app
-from halo_jobs.models import write_shape
+from halo_training.checkpoint_resharding import reshard_checkpoint_job
+from halo_training.checkpointing import TrainingCheckpoints
+from halo_training.models import write_shape
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.jobs import run_job
 from hypenet_tools.layout import Layout
-from tests.resume_grid import checkpoint_tensors
-from tests.small_ranks import Ranks, server
+from tests.support.resume_grid import checkpoint_tensors
+from tests.support.small_ranks import Ranks, server
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,7 +26,7 @@ pytestmark = [
         torch.cuda.is_available(), reason="gloo ranks on the CPU backend; with CUDA it is off"
     ),
 ]
-SHAPE = ModelShape("tiny", 2, 32, 48, 4, 2, 8, 64, tied_embeddings=True)  # that of tests/small_rank_main.py
+SHAPE = ModelShape("tiny", 2, 32, 48, 4, 2, 8, 64, tied_embeddings=True)  # that of tests/support/small_rank_main.py
 LAYOUTS = {"tp2": {"tensor": 2}, "distopt": {"distributed_optimizer": True}, "pp2": {"pipeline": 2}}
 
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from halo_jobs.models import write_shape
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.release_sources import release_source, weights_source
-from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.objectives import NextTokenObjective
-from halo_jobs.training.optimizer import build_optimizer
-from halo_jobs.training.trainer import Trainer
+from halo_training.batches import BatchCursor
+from halo_training.models import write_shape
+from halo_training.objectives import NextTokenObjective
+from halo_training.optimizer import build_optimizer
+from halo_training.trainer import Trainer
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape

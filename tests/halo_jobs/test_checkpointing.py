@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from durable_files import FolderManifest, read_json, sha256_file, write_json
-from halo_jobs.checkpointing import BackgroundSaver, TrainingCheckpoints
-from halo_jobs.checkpointing.random_states import random_states, restore_random_states
-from halo_jobs.checkpointing.state import flat_boxes, training_shards
-from halo_jobs.checkpointing.storage import write_safetensors
 from halo_jobs.recipe import TrainingSection
-from halo_jobs.training.objectives import NextTokenObjective
-from halo_jobs.training.optimizer import build_optimizer
+from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
+from halo_training.checkpointing.random_states import random_states, restore_random_states
+from halo_training.checkpointing.state import flat_boxes, training_shards
+from halo_training.checkpointing.storage import write_safetensors
+from halo_training.objectives import NextTokenObjective
+from halo_training.optimizer import build_optimizer
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, model_parallel, reset_seeds
-from tests.resume_grid import checkpoint_tensors
+from tests.support.resume_grid import checkpoint_tensors
 
 SHAPE = ModelShape("tiny", 2, 32, 48, 4, 2, 8, 64, tied_embeddings=True)
 SECTION = TrainingSection(steps=4, context_length=16, global_batch=4, micro_batch=2, learning_rate=1e-3)

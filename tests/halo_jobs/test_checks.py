@@ -36,8 +36,8 @@ def test_good_recipes_pass(tiny_recipe):
         (["corpus.recall_episodes=0"], "corpus.recall_episodes: ", "or set align.recall_share to 0"),
         (["select.context_length=40"], "select.context_length: niah_single_1 ", "lengthen it"),
         (
-            ["distil.context_length=70"],
-            "distil.context_length, at which models are evaluated: niah_single_1 ",
+            ["distill.context_length=70"],
+            "distill.context_length, at which models are evaluated: niah_single_1 ",
             "lengthen it",
         ),
         (["evaluate.contexts=[512, 50]"], "evaluate.contexts: niah_single_1 ", "not 50; lengthen it"),

@@ -120,7 +120,7 @@ def test_weights_of_a_stage_say_how_they_came_about(finished, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     facts = read_json(tmp_path / "facts.json")
     steps = [step["step"] for step in facts["provenance"]]
-    assert steps == ["convert", "students", "align", "distil.hybrid", "finetune.hybrid"]
+    assert steps == ["convert", "students", "align", "distill.hybrid", "finetune.hybrid"]
     assert facts["files_not_matching_their_checksum"] == []
 
 
@@ -133,7 +133,7 @@ def test_interrupted_run_goes_on_to_the_same_weights(finished, tmp_path, number)
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     # By stage, not by the clock: on a fast machine all of the run is over in four seconds.
-    stage = rng.choice(["init", "align", "select", "distil.hybrid", "finetune.hybrid"])
+    stage = rng.choice(["init", "align", "select", "distill.hybrid", "finetune.hybrid"])
     while not (tmp_path / "tiny" / stage).exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)

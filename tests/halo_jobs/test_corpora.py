@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from durable_files import read_json, sha256_file
-from halo_jobs.corpora.debian_docs import build_debian_docs, file_text, licence_summary, listed_packages
-from halo_jobs.corpora.packing import HELD_OUT_FILE, is_held_out, pack_prose, unpack_prose
-from halo_jobs.corpora.prose import (
+from examples.teacher_small.debian_docs import build_debian_docs, file_text, licence_summary, listed_packages
+from examples.teacher_small.packing import HELD_OUT_FILE, is_held_out, pack_prose, unpack_prose
+from examples.teacher_small.prose import (
     DOCUMENT_SEPARATOR,
     ParagraphFilter,
     as_documents,
@@ -30,13 +30,13 @@ from halo_jobs.corpora.prose import (
     manual_page_text,
     read_documents,
 )
-from halo_jobs.corpora.public_domain import (
+from examples.teacher_small.public_domain import (
     build_jane_austen,
     build_moby_dick,
     build_state_of_the_union,
     spread_selection,
 )
-from halo_jobs.corpora.words import common_words
+from examples.teacher_small.words import common_words
 from halo_jobs.recipe import ASSETS
 
 SENTENCE = "The editor keeps a copy of the file that it was given, and you can go back to it at any time."

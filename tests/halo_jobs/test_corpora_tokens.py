@@ -13,10 +13,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from durable_files import sha256_file
-from halo_jobs.corpora import ngram
-from halo_jobs.corpora.bpe import train_bpe
-from halo_jobs.corpora.ngram import NGramBaseline
-from halo_jobs.corpora.prose import DOCUMENT_SEPARATOR
+from examples.teacher_small.bpe import train_bpe
+from examples.teacher_small.prose import DOCUMENT_SEPARATOR
+from halo_evaluation import ngram
+from halo_evaluation.ngram import NGramBaseline
 from halo_jobs.recipe import ASSETS
 
 # ---- tokenizer

@@ -10,18 +10,18 @@ from random import Random
 import numpy as np
 import pytest
 
-from halo_jobs.evaluation.interface import ScoreBatch, Task, TokenScores
-from halo_jobs.evaluation.key_values import key_value_task
-from halo_jobs.evaluation.last_word import last_word_task
-from halo_jobs.evaluation.next_sentence import next_sentence_task
-from halo_jobs.evaluation.niah import VARIANTS, NeedleVariant, needle_task
-from halo_jobs.evaluation.passages import is_prose, split_sentences
-from halo_jobs.evaluation.perplexity import perplexity_task
-from halo_jobs.evaluation.rows import Row, batches_of, scores_of
-from halo_jobs.evaluation.runner import evaluate, evaluate_models, niah_grid
-from halo_jobs.evaluation.suites import HeldOut, evaluation_suite, group_score, selection_suite
-from halo_jobs.recall.materials import Materials
-from tests.halo_jobs.proxy_corpus import EOS_ID, WORDS, ArrayStore, Corpus
+from halo_evaluation.interface import ScoreBatch, Task, TokenScores
+from halo_evaluation.key_values import key_value_task
+from halo_evaluation.last_word import last_word_task
+from halo_evaluation.next_sentence import next_sentence_task
+from halo_evaluation.niah import VARIANTS, NeedleVariant, needle_task
+from halo_evaluation.passages import is_prose, split_sentences
+from halo_evaluation.perplexity import perplexity_task
+from halo_evaluation.recall.materials import Materials
+from halo_evaluation.rows import Row, batches_of, scores_of
+from halo_evaluation.runner import evaluate, evaluate_models, niah_grid
+from halo_evaluation.suites import HeldOut, evaluation_suite, group_score, selection_suite
+from tests.support.proxy_corpus import EOS_ID, WORDS, ArrayStore, Corpus
 
 VOCABULARY = 500
 
@@ -107,7 +107,7 @@ def test_log_probability_tells_scorers_apart_that_never_hit(held_out: HeldOut) -
 def test_suites_are_the_same_in_another_process(corpus: Corpus, held_out: HeldOut, tmp_path: object) -> None:
     script = f"""
 from pathlib import Path
-from tests.halo_jobs.proxy_corpus import WORDS, Corpus
+from tests.support.proxy_corpus import WORDS, Corpus
 from tests.halo_jobs.test_evaluation import HeldOut, digest, evaluation_suite
 corpus = Corpus.build(Path({str(tmp_path)!r}))
 held_out = HeldOut(corpus.store, corpus.materials(WORDS.held_out))

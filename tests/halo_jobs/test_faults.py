@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from durable_files import FolderManifest, read_json
-from halo_jobs.checkpointing import TrainingCheckpoints
-from halo_jobs.supervision.stop import STOP_FILE
 from halo_jobs.terminal import STOPPED_EXIT_CODE
+from halo_training.checkpointing import TrainingCheckpoints
+from halo_training.supervision.stop import STOP_FILE
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.model_weights import read_weights
-from tests.small_ranks import EVERY, SAVED, STEPS, Ranks, World, server
+from tests.support.small_ranks import EVERY, SAVED, STEPS, Ranks, World, server
 
 pytestmark = [
     pytest.mark.slow,

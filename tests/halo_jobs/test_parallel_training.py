@@ -14,7 +14,7 @@ import torch
 
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.model_weights import read_weights
-from tests.training_grid import (
+from tests.support.training_grid import (
     FRESH,
     KINDS,
     LAYOUTS,

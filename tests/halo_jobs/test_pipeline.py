@@ -23,14 +23,14 @@ MAIN_STAGES = [
     "init",
     "align",
     "select",
-    "distil.hybrid",
+    "distill.hybrid",
     "finetune.hybrid",
     "calibrate.hybrid",
     "evaluate.hybrid",
     "evaluate.teacher",
     "export",
 ]
-BASELINE_STAGES = ["distil.uniform", "finetune.uniform", "calibrate.uniform", "evaluate.uniform"]
+BASELINE_STAGES = ["distill.uniform", "finetune.uniform", "calibrate.uniform", "evaluate.uniform"]
 
 
 def _halo(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
@@ -95,7 +95,7 @@ def test_exported_model_equals_the_trained_one(finished):
     """Logits of the Hugging Face folder against the Megatron weights that the run trained, through transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from halo_jobs.models import ModelBuilder, read_shape
+    from halo_training.models import ModelBuilder, read_shape
     from hypenet_megatron.runtime import model_parallel
 
     _, run = finished
@@ -127,7 +127,7 @@ def test_kill_9_at_five_random_moments_changes_nothing(finished, tmp_path):
     command = [sys.executable, "-m", "halo_jobs.cli", "run", str(recipe), "--runs", str(tmp_path)]
     rng = random.Random(os.environ.get("HALO_TEST_SEED", "11"))
     # By stage, not by the clock: on a quiet machine the whole tiny run takes a few seconds.
-    for stage in ("align", "select", "distil.hybrid", "finetune.hybrid", "distil.uniform"):
+    for stage in ("align", "select", "distill.hybrid", "finetune.hybrid", "distill.uniform"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (tmp_path / "tiny" / stage).exists():
             assert process.poll() is None, f"ended before {stage} began"
@@ -138,7 +138,7 @@ def test_kill_9_at_five_random_moments_changes_nothing(finished, tmp_path):
     final = _halo("run", recipe, "--runs", tmp_path)
     assert final.returncode == 0, final.stdout + final.stderr
     assert _weight_checksum(tmp_path / "tiny") == _weight_checksum(whole)
-    for stage in ("distil.uniform", "finetune.hybrid"):
+    for stage in ("distill.uniform", "finetune.hybrid"):
         theirs, ours = (
             read_json(_stage_folder(run, stage) / "DONE.json") for run in (whole, tmp_path / "tiny")
         )
@@ -149,9 +149,9 @@ def test_kill_9_at_five_random_moments_changes_nothing(finished, tmp_path):
 
 def test_changed_recipe_is_refused(finished, tmp_path):
     recipe, run = finished
-    refused = _halo("run", recipe, "--runs", run.parent, "--set", "distil.steps=9")
+    refused = _halo("run", recipe, "--runs", run.parent, "--set", "distill.steps=9")
     assert refused.returncode == 2
-    assert "another recipe" in refused.stderr and "distil.steps" in refused.stderr
+    assert "another recipe" in refused.stderr and "distill.steps" in refused.stderr
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny_recipe_file, tmp_path):

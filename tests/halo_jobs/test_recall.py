@@ -7,14 +7,14 @@ from random import Random
 import numpy as np
 import pytest
 
-import halo_jobs.recall.store as recall_store
-from halo_jobs.recall import EpisodeGenerator, Materials, load_words, write_recall_store
-from halo_jobs.recall.key_values import CANONICAL as CANONICAL_LIST
-from halo_jobs.recall.key_values import key_value_episode
-from halo_jobs.recall.materials import Segment, join, segment, total_length
-from halo_jobs.recall.needles import CANONICAL, Needle, needle_episode
-from halo_jobs.recall.span_copies import span_copy_episode
-from tests.halo_jobs.proxy_corpus import EOS_ID, WORDS, ArrayStore, Corpus, encode_documents
+import halo_evaluation.recall.store as recall_store
+from halo_evaluation.recall import EpisodeGenerator, Materials, load_words, write_recall_store
+from halo_evaluation.recall.key_values import CANONICAL as CANONICAL_LIST
+from halo_evaluation.recall.key_values import key_value_episode
+from halo_evaluation.recall.materials import Segment, join, segment, total_length
+from halo_evaluation.recall.needles import CANONICAL, Needle, needle_episode
+from halo_evaluation.recall.span_copies import span_copy_episode
+from tests.support.proxy_corpus import EOS_ID, WORDS, ArrayStore, Corpus, encode_documents
 from tokenized_data import TokenizerIdentity, TokenStore, TokenStoreWriter
 
 

@@ -7,7 +7,7 @@ import yaml
 
 from halo_jobs.graph import input_hashes, stage_nodes
 from halo_jobs.recipe import SHIPPED_RECIPES, ConversionRecipe, PretrainRecipe, load_recipe, recipe_yaml
-from halo_jobs.training.schedule import learning_rate
+from halo_training.schedule import learning_rate
 from hypenet_megatron.presets import HYPENET_PRESETS
 
 
@@ -50,8 +50,8 @@ def test_misspelt_key_is_named_with_the_nearest(tiny_recipe_content, tmp_path):
 
 
 def test_misspelt_section_is_named_with_the_nearest(tiny_recipe_content, tmp_path):
-    tiny_recipe_content["distill"] = tiny_recipe_content["distil"]
-    with pytest.raises(ValueError, match="unknown key 'distill'; did you mean 'distil'"):
+    tiny_recipe_content["distill"] = tiny_recipe_content["distill"]
+    with pytest.raises(ValueError, match="unknown key 'distill'; did you mean 'distill'"):
         _load(tiny_recipe_content, tmp_path)
 
 
@@ -62,8 +62,8 @@ def test_missing_key_is_named(tiny_recipe_content, tmp_path):
 
 
 def test_wrong_value_is_shown(tiny_recipe_content, tmp_path):
-    tiny_recipe_content["distil"] = {**tiny_recipe_content["distil"], "steps": "many"}
-    with pytest.raises(ValueError, match=r"'distil.steps' is not valid.*'many'"):
+    tiny_recipe_content["distill"] = {**tiny_recipe_content["distill"], "steps": "many"}
+    with pytest.raises(ValueError, match=r"'distill.steps' is not valid.*'many'"):
         _load(tiny_recipe_content, tmp_path)
 
 
@@ -87,13 +87,13 @@ def test_broken_yaml_is_one_sentence(tmp_path):
 
 
 def test_override_changes_one_key(tiny_recipe_file):
-    assert "align: &" in tiny_recipe_file.read_text() and "distil: *" in tiny_recipe_file.read_text()
+    assert "align: &" in tiny_recipe_file.read_text() and "distill: *" in tiny_recipe_file.read_text()
     before = load_recipe(tiny_recipe_file)
-    recipe = load_recipe(tiny_recipe_file, ["distil.steps=77", "corpus.train=[a, b]"])
-    assert recipe.distil.steps == 77 and recipe.align == before.align
+    recipe = load_recipe(tiny_recipe_file, ["distill.steps=77", "corpus.train=[a, b]"])
+    assert recipe.distill.steps == 77 and recipe.align == before.align
     assert recipe.corpus.train == ["a", "b"]
     with pytest.raises(ValueError, match=r"section\.key=value"):
-        load_recipe(tiny_recipe_file, ["distil.steps"])
+        load_recipe(tiny_recipe_file, ["distill.steps"])
 
 
 def test_cosine_schedule_warms_up_and_ends_low(tiny_recipe):
@@ -116,6 +116,6 @@ def test_published_recipe_has_the_published_layers():
     assert isinstance(recipe, ConversionRecipe)
     assert tuple(recipe.select.attention_layers or ()) == preset.attention_layers
     tokens = [
-        section.steps * section.tokens_per_step for section in (recipe.align, recipe.distil, recipe.finetune)
+        section.steps * section.tokens_per_step for section in (recipe.align, recipe.distill, recipe.finetune)
     ]
     assert [round(count / 1e9, 2) for count in tokens] == [0.33, 0.98, 1.05]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from halo_jobs.model_card import DataSource, hybrid_model_card, teacher_model_card
-from halo_jobs.report import build_report, load_run
-from halo_jobs.report.formatting import count, duration
-from halo_jobs.selection.scores import LayerScore, LayerSweep, all_choices, layer_importance
+from halo_evaluation.selection.scores import LayerScore, LayerSweep, all_choices, layer_importance
+from halo_reports import build_report, load_run
+from halo_reports.formatting import count, duration
+from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
 
 NUM_LAYERS = 10
 HOSTILE = "<script>alert('&')</script>"
@@ -138,9 +138,9 @@ def write_synthetic_run(run_folder: Path) -> dict[str, Path]:
     add("select", 37.5, {"selection.json": selection_file()})
     for variant in ("hybrid", "uniform", "last_half", "all_rnn"):
         worse = 20 * (MODELS[variant][3] / 18 - 1)
-        distil = metrics_lines(300, 4.0, 0.05 * (1 + worse), noise)
+        distill = metrics_lines(300, 4.0, 0.05 * (1 + worse), noise)
         finetune = metrics_lines(120, 3.4, math.log(MODELS[variant][3]), noise)
-        add(f"distil.{variant}", 152.0, {"metrics.jsonl": distil})
+        add(f"distill.{variant}", 152.0, {"metrics.jsonl": distill})
         add(f"finetune.{variant}", 64.0, {"metrics.jsonl": finetune})
         candidates = [
             {"base": base, "loss": 3 + 0.02 * math.log(base / 600) ** 2} for base in (100, 300, 600, 900)
@@ -315,7 +315,7 @@ def test_hybrid_card_says_what_the_run_says(stage_folders: dict[str, Path]) -> N
     assert "| Held-out perplexity (lower is better) | 17.31 | 18.04 | 18.40 | 18.95 | 20.77 |" in card
     assert "| Union \\| addresses | public domain | 3.7M | held-out documents apart |" in card
     assert "| align | 2 min 11 s | 400 steps, 1.64M tokens, final loss" in card
-    assert "distil.uniform" not in card
+    assert "distill.uniform" not in card
     assert "base a = 600" in card
     assert "local proxies" in card
 

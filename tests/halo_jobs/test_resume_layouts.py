@@ -13,8 +13,8 @@ import torch
 
 from hypenet_megatron.runtime import ParallelLayout, model_parallel
 from hypenet_tools.model_weights import read_weights
-from tests.resume_grid import SAVED_STEP, Task, World, checkpoint_tensors, losses, run
-from tests.training_grid import SECTION, save_whole_weights
+from tests.support.resume_grid import SAVED_STEP, Task, World, checkpoint_tensors, losses, run
+from tests.support.training_grid import SECTION, save_whole_weights
 
 TOLERANCE = 1e-6  # relative for losses, absolute for weights, which are of order one
 ALIGNED = [  # checkpoints of students alone

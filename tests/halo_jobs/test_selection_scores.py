@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from halo_jobs.selection.scores import (
+from halo_evaluation.selection.scores import (
     HALO_CAP,
     LayerScore,
     LayerSweep,

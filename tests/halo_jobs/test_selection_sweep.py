@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halo_jobs.evaluation.interface import ScoreBatch
-from halo_jobs.selection.sweep import LayerSwitch, layer_groups
+from halo_evaluation.interface import ScoreBatch
+from halo_evaluation.selection.sweep import LayerSwitch, layer_groups
 from hypenet_megatron.alignment import Route
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel

@@ -23,8 +23,8 @@ import yaml
 
 from durable_files import read_json, write_json
 from halo_cluster.slurm.queue import live_jobs
-from tests.fault_table import FaultRow
-from tests.slurm_runs import ON_SLURM, TOGETHER, SlurmRun, halo, run_command, slowed, trained_weights
+from tests.support.fault_table import FaultRow
+from tests.support.slurm_runs import ON_SLURM, TOGETHER, SlurmRun, halo, run_command, slowed, trained_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 SETTINGS = (*TOGETHER, "align.steps=120", "align.checkpoint_every=10", "align.watchdog_seconds=20")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from halo_cluster.slurm.queue import live_jobs
-from tests.slurm_runs import ON_SLURM, TOGETHER, SlurmRun, run_command, trained_weights
+from tests.support.slurm_runs import ON_SLURM, TOGETHER, SlurmRun, run_command, trained_weights
 
 SETTINGS = (*TOGETHER, "align.steps=30")
 

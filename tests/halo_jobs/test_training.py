@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from halo_jobs.checkpointing import TrainingCheckpoints, saver
-from halo_jobs.models import is_student_key
 from halo_jobs.recipe import TrainingSection
-from halo_jobs.training.batches import BatchCursor
-from halo_jobs.training.guard import DivergenceGuard, TrainingDiverged
-from halo_jobs.training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
-from halo_jobs.training.trainer import Trainer
+from halo_training.batches import BatchCursor
+from halo_training.checkpointing import TrainingCheckpoints, saver
+from halo_training.guard import DivergenceGuard, TrainingDiverged
+from halo_training.models import is_student_key
+from halo_training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
+from halo_training.trainer import Trainer
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
@@ -58,7 +58,7 @@ def _objective(kind: str, dtype: torch.dtype):
     hybrid = HypeNetConfig.from_shape(SHAPE, SHAPE.hybrid_mixers((1,)), hybrid=True, dtype=dtype)
     if kind == "align":
         return AlignmentObjective(HypeNetModel(teacher, aligned=True))
-    if kind == "distil":
+    if kind == "distill":
         return DistillationObjective(HypeNetModel(hybrid), HypeNetModel(teacher))
     return NextTokenObjective(HypeNetModel(teacher if kind == "pretrain" else hybrid))
 
@@ -82,7 +82,7 @@ def world():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["align", "distil", "finetune", "pretrain"])
+@pytest.mark.parametrize("kind", ["align", "distill", "finetune", "pretrain"])
 def test_resume_is_bit_exact(world, tmp_path, kind, dtype):
     whole = _trainer(tmp_path / "whole", kind, dtype)
     whole.run()
@@ -115,7 +115,7 @@ def _stop_after(accumulate, steps: int):
     return wrapped
 
 
-@pytest.mark.parametrize("kind", ["align", "distil", "finetune"])
+@pytest.mark.parametrize("kind", ["align", "distill", "finetune"])
 def test_micro_batches_do_not_change_the_step(world, tmp_path, kind):
     """Also with loss weights that differ between micro-batches."""
     losses = {}
@@ -190,7 +190,7 @@ def test_long_waits_for_a_save_are_spoken_of(world, tmp_path, monkeypatch):
         return write(path, tensors)
 
     monkeypatch.setattr(saver, "write_safetensors", slowly)
-    monkeypatch.setattr("halo_jobs.training.trainer._WAIT_TO_SPEAK_OF_SECONDS", 0.1)
+    monkeypatch.setattr("halo_training.trainer._WAIT_TO_SPEAK_OF_SECONDS", 0.1)
     section = SECTION.model_copy(update={"checkpoint_every": 1})  # every step but the last waits for its save
     trainer = _trainer(tmp_path, "finetune", section=section)
     trainer.console = Console(file=io.StringIO(), width=200)

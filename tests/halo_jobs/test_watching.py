@@ -22,10 +22,10 @@ import yaml
 from prometheus_client.utils import floatToGoString
 
 from halo_cluster import StageRecord
-from halo_jobs.monitoring.exporter import MetricsServer, exposition, read_or_make_token
-from halo_jobs.monitoring.families import ALL_METRICS, EXTRA_LABELS
-from halo_jobs.monitoring.readings import last_metrics, read_run
-from halo_jobs.training.progress import peak_memory
+from halo_reports.monitoring.exporter import MetricsServer, exposition, read_or_make_token
+from halo_reports.monitoring.families import ALL_METRICS, EXTRA_LABELS
+from halo_reports.monitoring.readings import last_metrics, read_run
+from halo_training.progress import peak_memory
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "watching.md"

@@ -15,9 +15,9 @@ from rich.console import Console
 from durable_files import read_json
 from halo_cluster import StageRecord
 from halo_cluster.jobs import StageJob
-from halo_jobs.monitoring.exporter import exposition
-from halo_jobs.monitoring.readings import read_run
-from halo_jobs.training.progress import ProgressReporter
+from halo_reports.monitoring.exporter import exposition
+from halo_reports.monitoring.readings import read_run
+from halo_training.progress import ProgressReporter
 
 
 def _command(*arguments: object) -> list[str]:
@@ -127,7 +127,7 @@ def test_status_of_a_stage_on_a_node_that_is_gone(submitted_run):
 def test_tasks_of_an_earlier_attempt_count_as_done_and_not_as_speed(tmp_path, monkeypatch):
     """Nine were there, the tenth takes forty seconds: ten more such are left."""
     now = 100.0
-    monkeypatch.setattr("halo_jobs.training.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("halo_training.progress.time.monotonic", lambda: now)
     reporter = ProgressReporter("select", 20, Console(quiet=True), tmp_path)
     assert read_json(tmp_path / "progress.json")["done"] == 0
     for done in range(1, 10):

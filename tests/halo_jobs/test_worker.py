@@ -59,7 +59,7 @@ def test_two_processes_train_what_one_trains(recipe, tmp_path):
         process = _start(recipe, runs, *changes)
         _, stderr = process.communicate(timeout=250)
         assert process.returncode == 0, stderr
-    for stage in ("align", "distil.hybrid", "finetune.hybrid"):
+    for stage in ("align", "distill.hybrid", "finetune.hybrid"):
         # Each stage begins where the one before ended, so rounding adds up.
         assert _losses(together, stage) == pytest.approx(_losses(alone, stage), rel=1e-3), stage
 

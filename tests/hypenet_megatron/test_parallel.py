@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-from halo_jobs.training.batches import TokenBatch
-from halo_jobs.training.objectives import NextTokenObjective
+from halo_training.batches import TokenBatch
+from halo_training.objectives import NextTokenObjective
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape

@@ -12,7 +12,7 @@ from hypenet_megatron.model import HypeNetModel, count_parameters
 from hypenet_megatron.presets import HYPENET_PRESETS, QWEN3_SHAPES, ModelShape
 from hypenet_tools import to_hugging_face, to_megatron
 from hypenet_tools.model_weights import load_weights
-from tests.reference_model import hypenet_forward
+from tests.support.reference_model import hypenet_forward
 
 TIED = ModelShape("tied", 3, 48, 80, 4, 2, 16, 97, tied_embeddings=True)
 UNTIED = dataclasses.replace(TIED, name="untied", tied_embeddings=False)

@@ -14,7 +14,7 @@ import torch
 from hypenet_kernels import triton_kernels
 from hypenet_kernels.tiles import TILES, DeviceLimits, choose_tile
 
-SCRIPT = Path(__file__).parent / "compile_kernels.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "compile_kernels.py"
 CAPABILITIES = (80, 90)
 # Bytes that a thread may spill, by kernel and capability; 0 for all others. Measured and rounded up: the backward pass
 # with states keeps three of them alive for a few instructions, and fp32 dots hold their operands in registers.

@@ -20,7 +20,7 @@ from hypenet_tools.mapping import megatron_shapes
 from hypenet_tools.opened import open_model
 from hypenet_tools.verify import compare_tensors
 from hypenet_tools.weights_folder import WeightsFolder
-from tests.tools.tiny_models import HYBRID, TINY, tiny
+from tests.support.tiny_models import HYBRID, TINY, tiny
 
 ONE = Layout()
 

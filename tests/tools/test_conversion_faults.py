@@ -22,7 +22,7 @@ from hypenet_tools.jobs import keep_or_write, run_job
 from hypenet_tools.layout import Layout
 from hypenet_tools.opened import open_model
 from hypenet_tools.weights_folder import WeightsFolder
-from tests.tools.tiny_models import TINY
+from tests.support.tiny_models import TINY
 
 KILLS = int(os.environ.get("HALO_CONVERT_KILLS", "3"))
 SLOW_SHAPE = replace(TINY, num_layers=12, hidden_size=512, ffn_hidden_size=1024, vocab_size=4096)

@@ -21,7 +21,7 @@ from hypenet_tools.logits import logits
 from hypenet_tools.model_weights import load_weights
 from hypenet_tools.opened import open_model
 from hypenet_tools.verify import verify
-from tests.tools.tiny_models import TINY, tiny
+from tests.support.tiny_models import TINY, tiny
 
 SETTINGS = {
     "vocab_size": 96,

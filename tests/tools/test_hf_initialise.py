@@ -7,7 +7,7 @@ import torch
 
 from hypenet_tools.initialise import gate_rows, hybrid_tensors, student_tensors
 from hypenet_tools.mapping import to_hugging_face
-from tests.tools.tiny_models import TINY
+from tests.support.tiny_models import TINY
 
 GROUPED = replace(TINY, query_heads=6, kv_groups=2)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hypenet_tools.mapping import conversion_plan, megatron_shapes, to_hugging_face, to_megatron
-from tests.tools.tiny_models import HYBRID, TINY
+from tests.support.tiny_models import HYBRID, TINY
 
 TEACHER = TINY.teacher_mixers()
 

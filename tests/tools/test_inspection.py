@@ -10,7 +10,7 @@ from hypenet_tools.jobs import run_job
 from hypenet_tools.layout import Layout
 from hypenet_tools.opened import open_model
 from hypenet_tools.verify import verify
-from tests.tools.tiny_models import TINY
+from tests.support.tiny_models import TINY
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

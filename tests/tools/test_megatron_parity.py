@@ -15,8 +15,8 @@ from hypenet_tools.hf_folder import read_model_folder
 from hypenet_tools.initialise import STUDENT, hybrid_tensors, student_tensors
 from hypenet_tools.release import write_hf_folder
 from hypenet_tools.weights import SafetensorsWeights
-from tests.reference_model import hypenet_forward
-from tests.tools.tiny_models import HYBRID, TINY
+from tests.support.reference_model import hypenet_forward
+from tests.support.tiny_models import HYBRID, TINY
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from hypenet_tools.hf_folder import read_model_folder
 from hypenet_tools.mapping import to_hugging_face
 from hypenet_tools.release import special_token_ids, write_hf_folder, write_qwen3_folder
-from tests.tools.tiny_models import HYBRID, TINY
+from tests.support.tiny_models import HYBRID, TINY
 
 
 @pytest.fixture

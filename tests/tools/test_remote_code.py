@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from hypenet_tools.release import write_hf_folder
 from hypenet_tools.weights import SafetensorsWeights
-from tests.reference_model import hypenet_forward
-from tests.tools.tiny_models import HYBRID, TINY
+from tests.support.reference_model import hypenet_forward
+from tests.support.tiny_models import HYBRID, TINY
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 

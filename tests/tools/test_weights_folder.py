@@ -9,7 +9,7 @@ from hypenet_tools.jobs import run_job
 from hypenet_tools.layout import Layout
 from hypenet_tools.opened import open_model
 from hypenet_tools.weights_folder import INDEX_FILE, WeightsFolder
-from tests.tools.tiny_models import TINY
+from tests.support.tiny_models import TINY
 
 KEY = "decoder.layers.1.mlp.linear_fc2.weight"
 

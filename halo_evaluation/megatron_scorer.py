@@ -1,0 +1,48 @@
+"""Scores evaluation batches with a Megatron model: one forward pass, logits only at the scored positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halo_evaluation.interface import ScoreBatch, TokenScores
+from hypenet_megatron.model import HypeNetModel
+
+_ROWS_AT_ONCE = 1024
+
+
+def to_device(batch: ScoreBatch, device: torch.device) -> Tensor:
+    """input_ids [items, length] of a batch as an int64 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(batch.input_ids)).to(device)
+
+
+def score_hidden(model: HypeNetModel, hidden: Tensor, batch: ScoreBatch) -> TokenScores:
+    """Scores from final hidden states [length, items, d]: token t is predicted from position t - 1."""
+    items, positions = np.nonzero(batch.target_mask)
+    rows = hidden[torch.from_numpy(positions - 1), torch.from_numpy(items)]
+    targets = torch.from_numpy(batch.input_ids[items, positions]).to(hidden.device)
+    log_probability = np.zeros(batch.target_mask.shape, np.float32)
+    is_greedy = np.zeros(batch.target_mask.shape, bool)
+    for start in range(0, len(items), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        logits = model.logits(rows[part]).float()
+        chosen = logits.log_softmax(-1).gather(-1, targets[part, None])[:, 0]
+        log_probability[items[part], positions[part]] = chosen.cpu().numpy()
+        is_greedy[items[part], positions[part]] = (logits.argmax(-1) == targets[part]).cpu().numpy()
+    return TokenScores(log_probability, is_greedy)
+
+
+@dataclass(frozen=True)
+class MegatronScorer:
+    """A Scorer (see interface.py) over a teacher or hybrid held whole by this process."""
+
+    model: HypeNetModel
+    device: torch.device
+
+    def __call__(self, batch: ScoreBatch) -> TokenScores:
+        self.model.eval()
+        with torch.no_grad():
+            return score_hidden(self.model, self.model(to_device(batch, self.device)), batch)

@@ -1,0 +1,103 @@
+"""The three kinds of task, as rows plus a way to count: an exact answer, a choice, a text's perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from halo_evaluation.interface import Group, ScoreBatch, TokenScores
+from halo_evaluation.rows import Row, batches_of, scores_of
+
+
+@dataclass(frozen=True)
+class AnswerTask:
+    """Answers that greedy generation must hit exactly; one row per item, its targets the answer."""
+
+    name: str
+    group: Group
+    rows: Sequence[Row]
+
+    def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
+        return batches_of(self.rows, tokens_per_batch)
+
+    def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
+        """score: share of exact answers; token_accuracy; answer_log_probability: mean nats per answer token; items."""
+        answers = scores_of(self.rows, scores)
+        return {
+            "score": float(np.mean([answer.is_greedy.all() for answer in answers])),
+            "token_accuracy": float(np.concatenate([answer.is_greedy for answer in answers]).mean()),
+            "answer_log_probability": float(
+                np.concatenate([answer.log_probability for answer in answers]).mean()
+            ),
+            "items": float(len(answers)),
+        }
+
+
+@dataclass(frozen=True)
+class ChoiceItem:
+    """One context with several continuations: rows [choices] whose targets are the continuation."""
+
+    rows: tuple[Row, ...]
+    sizes: tuple[int, ...]  # bytes of each continuation, by which its log-probability is divided
+    correct: int
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """The continuation with the highest log-probability per byte is the model's choice (the first one on a tie)."""
+
+    name: str
+    group: Group
+    items: Sequence[ChoiceItem]
+
+    @property
+    def _rows(self) -> list[Row]:
+        return [row for item in self.items for row in item.rows]
+
+    def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
+        return batches_of(self._rows, tokens_per_batch)
+
+    def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
+        """score: share of right choices; probability: mean of exp(per-byte log p) shares of the right choice;
+        answer_log_probability: mean nats per token of the right continuations; items."""
+        continuations = iter(scores_of(self._rows, scores))
+        right, shares, correct_tokens = [], [], []
+        for item in self.items:
+            choices = [next(continuations) for _ in item.rows]
+            sums = np.array([choice.log_probability.sum(dtype=np.float64) for choice in choices])
+            per_byte = sums / np.array(item.sizes)
+            weights = np.exp(per_byte - per_byte.max())
+            right.append(int(per_byte.argmax()) == item.correct)
+            shares.append(weights[item.correct] / weights.sum())
+            correct_tokens.append(choices[item.correct].log_probability)
+        return {
+            "score": float(np.mean(right)),
+            "probability": float(np.mean(shares)),
+            "answer_log_probability": float(np.concatenate(correct_tokens).mean()),
+            "items": float(len(self.items)),
+        }
+
+
+@dataclass(frozen=True)
+class PerplexityTask:
+    """Every token of every row but the first is a target."""
+
+    name: str
+    group: Group
+    rows: Sequence[Row]
+
+    def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
+        return batches_of(self.rows, tokens_per_batch)
+
+    def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
+        """perplexity = exp(loss), loss in nats per token; score = 1 / perplexity, a mean probability per token."""
+        rows = scores_of(self.rows, scores)
+        loss = -float(np.concatenate([row.log_probability for row in rows]).mean(dtype=np.float64))
+        return {
+            "score": float(np.exp(-loss)),
+            "perplexity": float(np.exp(loss)),
+            "loss": loss,
+            "items": float(len(self.rows)),
+        }

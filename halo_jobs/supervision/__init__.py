@@ -1,7 +1,0 @@
-"""What ends a training run before its last step: a request to stop, a rank that hangs, a rank that is gone."""
-
-from halo_jobs.supervision.peers import PeerLost, is_lost_peer
-from halo_jobs.supervision.stop import StopRequests
-from halo_jobs.supervision.watchdog import Watchdog
-
-__all__ = ["PeerLost", "StopRequests", "Watchdog", "is_lost_peer"]

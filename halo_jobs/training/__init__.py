@@ -1,1 +1,0 @@
-"""The one trainer for pretrain, align, distil and finetune."""

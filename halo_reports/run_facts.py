@@ -1,0 +1,308 @@
+"""Everything a report or a model card says about a run, read from the files its stages published.
+
+Only metrics.jsonl, selection.json, evaluation.json, calibration.json and DONE.json of each stage folder and
+the run's frozen recipe.yaml are read. A file that is not there leaves its part empty; one that is there but
+broken raises ValueError naming it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from durable_files import read_json
+from halo_evaluation.selection.scores import LayerScore, LayerSweep
+
+STAGE_ORDER = (
+    "tokenize",
+    "pretrain",
+    "init",
+    "align",
+    "select",
+    "distill",
+    "finetune",
+    "calibrate",
+    "evaluate",
+    "export",
+    "report",
+)
+MODEL_ORDER = ("teacher", "hybrid", "uniform", "last_half", "all_rnn")
+MAIN_VARIANTS = ("", "teacher", "hybrid")
+
+
+def model_rank(model: str) -> int:
+    """Teacher first, then the hybrid, then the baselines in the order used everywhere."""
+    return MODEL_ORDER.index(model) if model in MODEL_ORDER else len(MODEL_ORDER)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """DONE.json of one stage; `seconds` is wall time summed over all attempts."""
+
+    name: str
+    folder: Path
+    attempt: str
+    seconds: float
+    started: datetime
+    finished: datetime
+    input_hash: str
+    outputs: tuple[str, ...]
+    summary: Mapping[str, Any]
+
+    @property
+    def family(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def variant(self) -> str:
+        return self.name.partition(".")[2]
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.variant not in MAIN_VARIANTS
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """metrics.jsonl of one training stage, one entry per step, ascending."""
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    tokens_per_second: tuple[float, ...]
+    consumed_tokens: int
+
+    @property
+    def final_loss(self) -> float:
+        """Mean loss of the last twentieth of the steps: one batch alone is noise."""
+        tail = self.losses[-max(1, len(self.losses) // 20) :]
+        return sum(tail) / len(tail)
+
+    @property
+    def median_tokens_per_second(self) -> float:
+        return sorted(self.tokens_per_second)[len(self.tokens_per_second) // 2]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """selection.json. `importance` has one entry per layer; None where the method does not rank layers."""
+
+    method: str
+    attention_layers: tuple[int, ...]
+    sweep: LayerSweep
+    importance: tuple[float | None, ...]
+    choices: Mapping[str, tuple[int, ...]]
+
+    @property
+    def attention_share(self) -> float:
+        return len(self.attention_layers) / self.sweep.num_layers
+
+
+@dataclass(frozen=True)
+class NeedleCell:
+    """Score in [0, 1] of `items` needle-in-a-haystack items; depth 0 is the start of the context."""
+
+    task: str
+    context_length: int
+    depth: float
+    score: float
+    items: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """evaluation.json of one model."""
+
+    model: str
+    training_context: int
+    tasks: Mapping[str, Mapping[str, Any]]
+    niah: tuple[NeedleCell, ...]
+    perplexity: float | None
+
+    def needle_recall(self, shortest: int, longest: int) -> float | None:
+        """Share of needle items answered, over contexts in [shortest, longest] tokens; None without any."""
+        cells = [cell for cell in self.niah if shortest <= cell.context_length <= longest]
+        items = sum(cell.items for cell in cells)
+        return sum(cell.score * cell.items for cell in cells) / items if items else None
+
+    @property
+    def niah_contexts(self) -> tuple[int, ...]:
+        return tuple(sorted({cell.context_length for cell in self.niah}))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """calibration.json: loss in nats per token for each candidate base; base None means no logits scaling."""
+
+    base: float | None
+    candidates: tuple[tuple[float | None, float], ...]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run so far. Dictionaries are keyed by stage name, or by model for the last two."""
+
+    name: str
+    recipe: str | None
+    stages: tuple[StageRecord, ...]
+    curves: Mapping[str, TrainingCurve]
+    selection: Selection | None
+    evaluations: Mapping[str, Evaluation]
+    calibrations: Mapping[str, Calibration]
+
+    def stage(self, name: str) -> StageRecord | None:
+        return next((record for record in self.stages if record.name == name), None)
+
+    @property
+    def seconds(self) -> float:
+        return sum(record.seconds for record in self.stages)
+
+    @property
+    def fair_context(self) -> int | None:
+        """The longest context that every evaluated model was trained on, in tokens."""
+        return min((evaluation.training_context for evaluation in self.evaluations.values()), default=None)
+
+    @property
+    def export_folder(self) -> Path | None:
+        """The folder of the exported model: where the export stage's outputs have their config.json."""
+        record = self.stage("export")
+        if record is None:
+            return None
+        configs = [record.folder / name for name in record.outputs if Path(name).name == "config.json"]
+        return min(configs, key=lambda path: len(path.parts)).parent if configs else record.folder
+
+
+def load_run(run_folder: Path, stage_folders: Mapping[str, Path]) -> RunFacts:
+    """Read a run. `stage_folders` maps a stage name such as "distill.hybrid" to its <input hash> folder.
+
+    Raises ValueError naming the file when one is present but not as the stages write it.
+    """
+    ordered = sorted(stage_folders.items(), key=lambda item: _stage_rank(item[0]))
+    selections = _of_stages("selection.json", ordered, _selection)
+    evaluations = _of_stages("evaluation.json", ordered, _evaluation)
+    recipe = run_folder / "recipe.yaml"
+    return RunFacts(
+        name=run_folder.resolve().name,
+        recipe=recipe.read_text() if recipe.is_file() else None,
+        stages=tuple(
+            _parse(folder / "DONE.json", partial(_stage, name, folder))
+            for name, folder in ordered
+            if (folder / "DONE.json").is_file()
+        ),
+        curves={name: curve for name, folder in ordered if (curve := _curve(folder / "metrics.jsonl"))},
+        selection=next(iter(selections.values()), None),
+        evaluations=dict(
+            sorted(
+                ((evaluation.model, evaluation) for evaluation in evaluations.values()),
+                key=lambda item: model_rank(item[0]),
+            )
+        ),
+        calibrations={
+            name.partition(".")[2] or "hybrid": calibration
+            for name, calibration in _of_stages("calibration.json", ordered, _calibration).items()
+        },
+    )
+
+
+def _stage_rank(name: str) -> tuple[bool, int, int, str]:
+    family, _, variant = name.partition(".")
+    order = STAGE_ORDER.index(family) if family in STAGE_ORDER else len(STAGE_ORDER)
+    return (variant not in MAIN_VARIANTS, order, model_rank(variant), name)
+
+
+def _parse[T](path: Path, convert: Callable[[Any], T]) -> T:
+    content = read_json(path)
+    try:
+        return convert(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not as its stage writes it ({type(error).__name__}: {error}); rerun the stage"
+        ) from None
+
+
+def _of_stages[T](file: str, ordered: list[tuple[str, Path]], convert: Callable[[Any], T]) -> dict[str, T]:
+    return {name: _parse(folder / file, convert) for name, folder in ordered if (folder / file).is_file()}
+
+
+def _stage(name: str, folder: Path, content: Mapping[str, Any]) -> StageRecord:
+    return StageRecord(
+        name=name,
+        folder=folder,
+        attempt=str(content["attempt"]),
+        seconds=float(content["seconds"]),
+        started=datetime.fromisoformat(content["started"]),
+        finished=datetime.fromisoformat(content["finished"]),
+        input_hash=str(content["input_hash"]),
+        outputs=tuple(content["outputs"]),
+        summary=dict(content["summary"]),
+    )
+
+
+def _selection(content: Mapping[str, Any]) -> Selection:
+    rows = content["layers"]
+    teacher = content["teacher"]
+    return Selection(
+        method=str(content["method"]),
+        attention_layers=tuple(content["attention_layers"]),
+        sweep=LayerSweep(
+            tuple(LayerScore(row["layer"], row["recall"], row["commonsense"], row.get("kl")) for row in rows),
+            teacher["recall"],
+            teacher["commonsense"],
+        ),
+        importance=tuple(row.get("importance") for row in rows),
+        choices={method: tuple(layers) for method, layers in content["choices"].items()},
+    )
+
+
+def _evaluation(content: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(
+        model=str(content["model"]),
+        training_context=int(content["training_context"]),
+        tasks={name: dict(metrics) for name, metrics in content["tasks"].items()},
+        niah=tuple(NeedleCell(**cell) for cell in content["niah"]),
+        perplexity=content["perplexity"],
+    )
+
+
+def _calibration(content: Mapping[str, Any]) -> Calibration:
+    return Calibration(
+        base=content["base"],
+        candidates=tuple(
+            (candidate["base"], float(candidate["loss"])) for candidate in content["candidates"]
+        ),
+    )
+
+
+def _curve(path: Path) -> TrainingCurve | None:
+    """The curve of a metrics.jsonl; None when it is missing or has no whole line.
+
+    A killed attempt leaves steps that its successor trains again, and perhaps half a last line: of a repeated
+    step the later line counts, and a last line that does not parse is passed over.
+    """
+    if not path.is_file():
+        return None
+    by_step: dict[int, Mapping[str, Any]] = {}
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            by_step[int(entry["step"])] = {key: float(entry[key]) for key in _CURVE_KEYS}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not a metrics line ({error}); remove it") from None
+    if not by_step:
+        return None
+    entries = sorted(by_step.items())
+    return TrainingCurve(
+        steps=tuple(step for step, _ in entries),
+        losses=tuple(entry["loss"] for _, entry in entries),
+        tokens_per_second=tuple(entry["tokens_per_second"] for _, entry in entries),
+        consumed_tokens=int(entries[-1][1]["consumed_tokens"]),
+    )
+
+
+_CURVE_KEYS = ("loss", "tokens_per_second", "consumed_tokens")

@@ -1,0 +1,1 @@
+"""The one trainer for pretrain, align, distill and finetune."""

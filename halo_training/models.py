@@ -1,0 +1,134 @@
+"""Teacher, aligned pair and hybrid as built by the stages: shape, weights folders, device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from durable_files import read_json, write_json
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import HypeNetModel, LocalModel, build_model, model_chunks
+from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
+from hypenet_tools.initialise import hybrid_of
+from hypenet_tools.model_weights import load_weights, read_weights, sharded_tensors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPE_FILE = "shape.json"
+
+
+def write_shape(folder: Path, shape: ModelShape) -> Path:
+    write_json(folder / SHAPE_FILE, asdict(shape))
+    return folder / SHAPE_FILE
+
+
+def read_shape(folder: Path) -> ModelShape:
+    return ModelShape(**read_json(folder / SHAPE_FILE))
+
+
+def is_student_key(key: str) -> bool:
+    return ".self_attention.student." in key
+
+
+def _teacher_key(key: str) -> str:
+    """Where a key of the aligned model lies in the teacher's weights; "" for students."""
+    return "" if is_student_key(key) else key.replace(".self_attention.teacher.", ".self_attention.")
+
+
+def _student_key(key: str) -> str:
+    return key if is_student_key(key) else ""
+
+
+def whole(model: LocalModel) -> HypeNetModel:
+    """A model built without a layout, as the one process holds it that selects and evaluates."""
+    assert isinstance(model, HypeNetModel)
+    return model
+
+
+@torch.no_grad()
+def _initialise(model: LocalModel, seed: int) -> None:
+    """Draw every matrix anew with Megatron's initialisers, from (seed, name) alone: Megatron draws them one after the
+    other as the modules are made, which is another sequence in every pipeline stage."""
+    config = model_chunks(model)[0].config
+    for piece in sharded_tensors(model):
+        if len(piece.global_shape) < 2:
+            continue  # norms are ones
+        into_the_stream = "linear_proj" in piece.key or "linear_fc2" in piece.key
+        whole = torch.empty(piece.global_shape)
+        digest = hashlib.sha256(f"initial {seed} {piece.key}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            (config.output_layer_init_method if into_the_stream else config.init_method)(whole)
+        piece.data.copy_(whole[piece.global_slice()])
+
+
+@dataclass(frozen=True)
+class ModelBuilder:
+    """Builds the models of a run in one dtype on one device: of each, this rank's part in `layout`."""
+
+    shape: ModelShape
+    dtype: torch.dtype
+    device: torch.device
+    layout: ParallelLayout = ONE_PROCESS
+    transformer_impl: str = "local"
+
+    def _config(self, mixers: tuple[MixerType, ...], **options: Any) -> HypeNetConfig:
+        return HypeNetConfig.from_shape(
+            self.shape,
+            mixers,
+            dtype=self.dtype,
+            transformer_impl=self.transformer_impl,
+            **options,
+            **self.layout.megatron_options(),
+        )
+
+    def _build(self, config: HypeNetConfig, *, aligned: bool = False) -> LocalModel:
+        return build_model(config, aligned=aligned).to(self.device)
+
+    def _teacher_config(self) -> HypeNetConfig:
+        return self._config(self.shape.teacher_mixers(), hybrid=False)
+
+    def fresh_teacher(self, seed: int) -> LocalModel:
+        """A randomly initialised Qwen3-architecture model (pretraining), the same in every layout."""
+        model = self._build(self._teacher_config())
+        _initialise(model, seed)
+        return model
+
+    def teacher(self, weights: Path) -> LocalModel:
+        model = self._build(self._teacher_config())
+        load_weights(weights, model)
+        return model
+
+    def aligned(self, teacher_weights: Path, student_weights: Path) -> LocalModel:
+        """Teacher with a student mixer in every layer, from the two weights folders."""
+        model = self._build(self._teacher_config(), aligned=True)
+        load_weights(teacher_weights, model, rename=_teacher_key)
+        load_weights(student_weights, model, rename=_student_key)
+        return model
+
+    def _hybrid(self, attention_layers: Collection[int], logits_scaling_base: float | None) -> LocalModel:
+        mixers = self.shape.hybrid_mixers(tuple(attention_layers))
+        return self._build(self._config(mixers, hybrid=True, logits_scaling_base=logits_scaling_base))
+
+    def hybrid(
+        self, weights: Path, attention_layers: Collection[int], logits_scaling_base: float | None = None
+    ) -> LocalModel:
+        model = self._hybrid(attention_layers, logits_scaling_base)
+        load_weights(weights, model)
+        return model
+
+    def hybrid_from_parts(
+        self, teacher_weights: Path, student_weights: Path, attention_layers: Collection[int], seed: int
+    ) -> LocalModel:
+        """The hybrid that distillation starts from: teacher, aligned students, fresh gates in attention layers."""
+        model = self._hybrid(attention_layers, None)
+        hybrid = hybrid_of(
+            read_weights(teacher_weights), read_weights(student_weights), self.shape, attention_layers, seed
+        )
+        load_weights(hybrid, model)
+        return model

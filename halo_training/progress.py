@@ -1,0 +1,161 @@
+"""What a stage shows while it runs: a progress bar, its log, TensorBoard, and files that the monitoring reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from durable_files import write_json, write_text
+from halo_training.files import METRICS_FILE, PROGRESS_FILE
+
+PLAIN_LINE_SECONDS = 10.0
+EARLIER_SECONDS = 1.0
+
+_log = logging.getLogger("halo_training.progress")
+_log.setLevel(logging.INFO)  # for the attempt's log; a terminal has the bar
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl; `step` counts finished steps. Memory is the peak so far of the process that writes."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    elapsed_seconds: float
+    consumed_samples: int
+    consumed_tokens: int
+    host_memory_bytes: int
+    gpu_memory_bytes: int | None
+    """None without CUDA."""
+
+
+def peak_memory() -> tuple[int, int | None]:
+    """Most bytes that this process has had resident, and most that its tensors have had on its GPU, if it has one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events of one stage. Lines after the step resumed from are dropped.
+
+    Of the processes that train together one `writes`; in the others nothing happens.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int, writes: bool = True):
+        self.path = folder / METRICS_FILE
+        self.elapsed_before = 0.0
+        self._writes = writes
+        if writes:
+            self._open(folder, resume_step)
+
+    def _open(self, folder: Path, resume_step: int) -> None:
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break  # a line that a kill cut short; everything after it is gone too
+            if entry["step"] <= resume_step:
+                kept.append(line)
+                self.elapsed_before = entry["elapsed_seconds"]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        if not self._writes:
+            return
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
+            self._events.add_scalar(name, getattr(metrics, name), metrics.step)
+
+    def close(self) -> None:
+        if self._writes:
+            self._file.close()
+            self._events.close()
+
+
+class ProgressReporter:
+    """A live bar on a terminal; elsewhere (log files, CI) one plain line every few seconds, which the attempt's log has
+    in any case.
+
+    With `folder`, where a stage of tasks has got to is kept in its progress.json; a training's metrics.jsonl says that
+    already.
+    """
+
+    def __init__(self, title: str, total: int, console: Console, folder: Path | None = None):
+        self._title, self._total, self._console = title, total, console
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=total, numbers="")
+        self._started = self._last_line = time.monotonic()
+        self._measured_from: tuple[float, int] | None = None
+        self._file = folder / PROGRESS_FILE if folder else None
+        self._write_file(0, None)
+
+    @contextmanager
+    def live(self) -> Iterator[ProgressReporter]:
+        with self._bar:
+            yield self
+
+    def update(self, done: int, numbers: str) -> None:
+        self._bar.update(self._task, completed=done, numbers=numbers)
+        now = time.monotonic()
+        left = self._seconds_left(now, done)
+        self._write_file(done, left)
+        if now - self._last_line >= PLAIN_LINE_SECONDS or done >= self._total:
+            self._last_line = now
+            line = f"{self._title}: {done}/{self._total}  {numbers}  about {left or 0.0:.0f} s left"
+            _log.info(line)
+            if not self._console.is_terminal:
+                self._console.print(line, highlight=False)
+
+    def _seconds_left(self, now: float, done: int) -> float | None:
+        """By the speed since the start; what comes in the first moments was there before, and says nothing of speed."""
+        if self._measured_from is None:
+            self._measured_from = (self._started, done - 1)
+        if done >= self._total:
+            return 0.0
+        if now - self._started < EARLIER_SECONDS:
+            self._measured_from = (now, done)
+            return None
+        since, before = self._measured_from
+        return (now - since) / (done - before) * (self._total - done)
+
+    def _write_file(self, done: int, seconds_left: float | None) -> None:
+        if self._file is not None:
+            content = {"title": self._title, "done": done, "total": self._total, "seconds_left": seconds_left}
+            with suppress(OSError):  # a full disk is for the stage to report, where it loses something
+                write_json(self._file, content)

@@ -1,0 +1,87 @@
+"""Which ranks live and what they are at, told through the store that the process group was made with."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from halo_cluster import ProcessIdentity
+from halo_training.checkpointing.ranks import from_all_ranks
+
+SILENCE_SECONDS = 30.0
+_STORE_PATIENCE = timedelta(seconds=10)
+_LOST_PEER = re.compile(
+    r"gloo/|[Cc]onnection (?:was )?(?:closed|reset|refused)|[Bb]roken pipe|remote process exited|"
+    r"Failed to recv|NCCL communicator was aborted"
+)
+
+
+class PeerLost(RuntimeError):
+    """Another process of this stage is gone, and with it what it held of the model."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether this is how torch says that the other end of a connection is gone."""
+    return isinstance(error, dist.DistNetworkError) or (
+        isinstance(error, (RuntimeError, dist.DistError)) and _LOST_PEER.search(str(error)) is not None
+    )
+
+
+@dataclass
+class Peer:
+    """Another rank as seen from here. `silent` counts seconds in which this process ran and that one said nothing."""
+
+    rank: int
+    process: ProcessIdentity
+    beats: int = -1
+    step: int = 0
+    silent: float = 0.0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.process.pid} on {self.process.host})"
+
+
+@dataclass
+class PeerBoard:
+    """Every rank writes a counter, and reads those of the others. All ranks make one at the same time. Methods raise
+    RuntimeError once the store, which lives in the first rank or its launcher, is gone."""
+
+    rank: int
+    peers: list[Peer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A connection of its own: the process group's may be waiting for somebody who will never come.
+        self._store = dist.PrefixStore("halo-peers", _get_default_store().clone())  # type: ignore[attr-defined]
+        self._store.set_timeout(_STORE_PATIENCE)
+        self._beats = 0
+        self.beat(0)
+        processes = from_all_ranks(ProcessIdentity.current())
+        self.peers = [Peer(rank, process) for rank, process in enumerate(processes) if rank != self.rank]
+
+    def beat(self, step: int) -> None:
+        self._beats += 1
+        self._store.set(f"beat-{self.rank}", f"{self._beats} {step}")
+
+    def look(self, seconds: float) -> None:
+        """Read every peer's counter; `seconds` have passed for this process since the last look."""
+        told = self._store.multi_get([f"beat-{peer.rank}" for peer in self.peers])
+        for peer, text in zip(self.peers, told, strict=True):
+            beats, peer.step = map(int, text.decode().split())
+            peer.silent = 0.0 if beats != peer.beats else peer.silent + seconds
+            peer.beats = beats
+
+    def lost(self) -> list[Peer]:
+        """Peers that have ended, as far as that can be seen from this machine, or have been silent for too long."""
+        return [p for p in self.peers if p.process.has_ended() or p.silent >= SILENCE_SECONDS]
+
+    def announce(self, verdict: str) -> str:
+        """Give the reason to end to all ranks; returns the one that stands, which is the first."""
+        standing = self._store.compare_set("verdict", "", verdict)
+        return str(standing.decode())
+
+    def verdict(self) -> str | None:
+        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None

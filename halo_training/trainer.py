@@ -1,0 +1,300 @@
+"""The training loop of every stage: batches in, checkpoints and metrics out, exact resume."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from rich.console import Console
+from rich.text import Text
+
+from durable_files import write_json
+from halo_cluster import StageRecord, StopRequested
+from halo_training.batches import BatchCursor
+from halo_training.checkpointing import BackgroundSaver, KeyFilter, TrainingCheckpoints
+from halo_training.checkpointing.code_version import code_version
+from halo_training.checkpointing.layout import current_layout
+from halo_training.checkpointing.ranks import highest
+from halo_training.guard import DivergenceGuard, TrainingDiverged
+from halo_training.objectives import Objective, gather_weights
+from halo_training.optimizer import build_optimizer, set_learning_rate
+from halo_training.progress import MetricsLog, ProgressReporter, StepMetrics, peak_memory
+from halo_training.schedule import learning_rate
+from halo_training.settings import TrainingSection
+from halo_training.supervision import PeerLost, StopRequests, Watchdog, is_lost_peer
+
+# What a step depends on, besides the data: a checkpoint of other values is of another training.
+_SCHEDULE = (
+    "steps",
+    "context_length",
+    "global_batch",
+    "learning_rate",
+    "final_learning_rate",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "clip_gradient",
+    "recall_share",
+)
+_WAIT_TO_SPEAK_OF_SECONDS = 10.0
+
+
+class AttemptInProgress(Protocol):
+    """What a trainer needs of its attempt: where it leaves things, what it is about, and to say why it ends."""
+
+    @property
+    def record(self) -> StageRecord: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    def fail(self, reason: str) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Trains `objective` for `section.steps` steps in `folder`, from the newest valid checkpoint there.
+
+    Every rank runs one, in step. `keep_keys` restricts checkpoints to the tensors that are trained (alignment leaves
+    the teacher out). `attempt` gets the stacks and the reason if the watchdog ends the run; without it, `folder` does.
+    """
+
+    title: str
+    section: TrainingSection
+    objective: Objective
+    cursor: BatchCursor
+    folder: Path
+    console: Console
+    keep_keys: KeyFilter | None = None
+    attempt: AttemptInProgress | None = None
+
+    def __post_init__(self) -> None:
+        self.model = self.objective.model
+        self.checkpoints = TrainingCheckpoints(
+            self.folder / "checkpoints", self.section.keep_checkpoints, self.section.keep_checkpoint_every
+        )
+        self.saver = BackgroundSaver(self.checkpoints, self.keep_keys)
+        self.stop = StopRequests(self.folder)
+        self.guard = DivergenceGuard(self.section.spike_factor)
+        self._is_first = dist.get_rank() == 0
+        if not self._is_first:
+            self.console = Console(quiet=True)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns a summary (steps, tokens, final loss, tokens per second).
+
+        Raises TrainingDiverged, StopRequested after saving, PeerLost when another rank is gone.
+        """
+        # A scheduler that ends the rest when one rank is gone must not keep us from saying that it is.
+        with self.stop.heeded(), self._watched() as watchdog:
+            optimizer = build_optimizer(self.objective.chunks, self.section)
+            first_step = self._resume(optimizer)
+            log = MetricsLog(self.folder, resume_step=first_step, writes=self._is_first)
+            return self._run_from(first_step, optimizer, log, watchdog)
+
+    def _run_from(
+        self, first_step: int, optimizer: MegatronOptimizer, log: MetricsLog, watchdog: Watchdog
+    ) -> dict[str, Any]:
+        reporter = ProgressReporter(self.title, self.section.steps, self.console)
+        self.model.train()
+        try:
+            with reporter.live():
+                return self._loop(optimizer, first_step, log, reporter, watchdog)
+        except TrainingDiverged as problem:
+            self.saver.finish()
+            if self._is_first:
+                self._save_bad_batch(problem)
+            raise
+        finally:
+            log.close()
+            self.saver.wait_for_removal()  # who comes next may begin with tidying up the same folder
+
+    @contextmanager
+    def _watched(self) -> Iterator[Watchdog]:
+        """Under the watchdog, with the errors that a vanished rank causes in a sentence."""
+        with Watchdog(
+            self.title,
+            self.section.watchdog_seconds,
+            self.attempt.folder if self.attempt else self.folder,
+            self.attempt.fail if self.attempt else None,
+        ) as watchdog:
+            try:
+                yield watchdog
+            except RuntimeError as error:
+                if not is_lost_peer(error):
+                    raise
+                raise PeerLost(
+                    f"{watchdog.lost_peers() or 'another rank'} has ended; its own message says why, or the system's "
+                    "log if memory ran out; the same command resumes from the last checkpoint"
+                ) from error
+
+    def _resume(self, optimizer: MegatronOptimizer) -> int:
+        step, damage = self.checkpoints.newest_valid()
+        for sentence in damage:
+            remark = Text(f"{self.title}: skipping a damaged checkpoint: {sentence}", "yellow")
+            self.console.print(remark, soft_wrap=True)
+        self.checkpoints.set_damaged_aside(step)
+        if step is None:
+            return 0
+        restored = self.checkpoints.load(step, self.model, optimizer, self.keep_keys)
+        self.saver.published = step
+        self._check_same_training(step, restored)
+        self.guard.recent = deque(restored["recent_losses"])
+        self.console.print(
+            f"{self.title}: resuming after step {step} of {self.section.steps}", highlight=False
+        )
+        if restored["code_version"] != code_version():
+            self.console.print(
+                f"{self.title}: the checkpoint was saved by code {restored['code_version']}, this is "
+                f"{code_version()}; numbers may differ from here on",
+                highlight=False,
+            )
+        return step
+
+    def _check_same_training(self, step: int, restored: dict[str, Any]) -> None:
+        place = self.checkpoints.path(step)
+        for key in _SCHEDULE:
+            saved, now = restored["section"][key], getattr(self.section, key)
+            if saved != now:
+                raise ValueError(
+                    f"{place} was saved with {key} {saved}, the recipe says {now}; restore the recipe, or "
+                    f"remove {self.checkpoints.folder} to train anew"
+                )
+        now = self._recipe_hash()
+        if now and restored["recipe_hash"] not in ("", now):
+            raise ValueError(
+                f"{place} was saved for stage inputs {restored['recipe_hash']}, these are {now}; "
+                f"remove {self.checkpoints.folder} to train anew"
+            )
+
+    def _recipe_hash(self) -> str:
+        return self.attempt.record.input_hash if self.attempt else ""
+
+    def _loop(
+        self,
+        optimizer: MegatronOptimizer,
+        first_step: int,
+        log: MetricsLog,
+        reporter: ProgressReporter,
+        watchdog: Watchdog,
+    ) -> dict[str, Any]:
+        started = time.monotonic()
+        watchdog.progress(first_step)
+        loss = self.guard.recent[-1] if self.guard.recent else float("nan")
+        for step in range(first_step, self.section.steps):
+            loss, gradient_norm = self._step(optimizer, step)
+            elapsed = time.monotonic() - started
+            done = step + 1
+            host_memory, gpu_memory = peak_memory()
+            metrics = StepMetrics(
+                step=done,
+                loss=loss,
+                learning_rate=learning_rate(self.section, step),
+                gradient_norm=gradient_norm,
+                tokens_per_second=(done - first_step) * self.section.tokens_per_step / elapsed,
+                elapsed_seconds=log.elapsed_before + elapsed,
+                consumed_samples=done * self.section.global_batch,
+                consumed_tokens=done * self.section.tokens_per_step,
+                host_memory_bytes=host_memory,
+                gpu_memory_bytes=gpu_memory,
+            )
+            log.write(metrics)
+            reporter.update(done, f"loss {loss:.4g}  {metrics.tokens_per_second:,.0f} tokens/s")
+            watchdog.progress(done)
+            self._between_steps(done, optimizer, watchdog)
+        self.saver.finish(watchdog.progress)
+        gather_weights(self.objective.chunks)
+        return {
+            "steps": self.section.steps,
+            "tokens": self.section.steps * self.section.tokens_per_step,
+            "final_loss": loss,
+            "train_seconds": log.elapsed_before + time.monotonic() - started,
+        }
+
+    def _step(self, optimizer: MegatronOptimizer, step: int) -> tuple[float, float]:
+        """One optimizer step; returns (loss, gradient norm before clipping)."""
+        batches = self.cursor.batches(step)
+        samples = tuple(self.cursor.global_samples(step))
+        set_learning_rate(optimizer, learning_rate(self.section, step))
+        for chunk in self.objective.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss = float(self.objective.accumulate(batches))
+        self.guard.check_loss(loss, step=step, samples=samples)
+        self.saver.before_update()
+        _, gradient_norm, _ = optimizer.step()
+        self.guard.check_gradient(float(gradient_norm), step=step, samples=samples)
+        return loss, float(gradient_norm)
+
+    def _between_steps(self, done: int, optimizer: MegatronOptimizer, watchdog: Watchdog) -> None:
+        """What all ranks agree on after a step: publish the save that is written, begin the next, stop."""
+        stop, busy = highest([self.stop.code(), self.saver.busy])
+        if self.saver.in_flight and not busy:
+            self.saver.publish_written()
+        if self._save_is_due(done) or stop:
+            self._wait_for_save(watchdog)
+            gather_weights(self.objective.chunks)
+            self.saver.begin(done, self.model, optimizer, self._training_state(done))
+        if done - self.saver.published >= self.section.checkpoint_every:
+            self._wait_for_save(watchdog)  # killed in the next step, training would lose one more than it may
+        if stop:
+            self.saver.finish(watchdog.progress)
+            if self._is_first:
+                self.stop.forget_file()
+            raise StopRequested(
+                f"{self.title}: stopped by {self.stop.reason(stop)} after step {done} of {self.section.steps}, "
+                f"which is saved in {self.checkpoints.path(done)}",
+                by_user=self.stop.is_by_file(stop),
+            )
+
+    def _save_is_due(self, done: int) -> bool:
+        """Twice in `checkpoint_every` steps, so that one save is written by the time when it has to be; and where a
+        checkpoint is to be kept for good."""
+        often, kept = -(-self.section.checkpoint_every // 2), self.section.keep_checkpoint_every
+        return done < self.section.steps and (done % often == 0 or bool(kept and done % kept == 0))
+
+    def _wait_for_save(self, watchdog: Watchdog) -> None:
+        started = time.monotonic()
+        self.saver.finish(watchdog.progress)
+        waited = time.monotonic() - started
+        if waited > _WAIT_TO_SPEAK_OF_SECONDS:
+            self.console.print(
+                f"{self.title}: waited {waited:.0f} s for checkpoint {self.saver.published} to be written; with a "
+                "larger checkpoint_every training goes on meanwhile",
+                highlight=False,
+            )
+
+    def _training_state(self, done: int) -> dict[str, Any]:
+        """What a checkpoint says besides tensors. The data order and the learning rate are functions of the step."""
+        return {
+            "step": done,
+            "optimizer_step": done,
+            "consumed_samples": done * self.section.global_batch,
+            "consumed_tokens": done * self.section.tokens_per_step,
+            "section": self.section.model_dump(mode="json"),
+            "recipe_hash": self._recipe_hash(),
+            "code_version": code_version(),
+            "layout": current_layout(),
+            "recent_losses": list(self.guard.recent),
+        }
+
+    def _save_bad_batch(self, problem: TrainingDiverged) -> None:
+        windows = [self.cursor.sampler.window(sample) for sample in problem.samples]
+        write_json(
+            self.folder / "bad_batch.json",
+            {
+                "step": problem.step + 1,
+                "problem": str(problem),
+                "windows": [
+                    {"sample": sample, "source": window.source, "position": window.position}
+                    for sample, window in zip(problem.samples, windows, strict=True)
+                ],
+            },
+        )

@@ -1,0 +1,130 @@
+"""The body of each process of tests/support/small_ranks.py: a two-layer training, with the errors that `halo` shows."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from rich.console import Console
+from torch import Tensor
+
+from halo_cluster import StopRequested
+from halo_jobs.recipe import TrainingSection
+from halo_jobs.terminal import STOPPED_EXIT_CODE, sentence
+from halo_training.batches import BatchCursor, TokenBatch
+from halo_training.checkpointing import saver
+from halo_training.objectives import NextTokenObjective
+from halo_training.trainer import Trainer
+from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.model import build_model
+from hypenet_megatron.presets import ModelShape
+from hypenet_megatron.runtime import ParallelLayout, cpu_backend, model_parallel, reset_seeds
+from hypenet_tools.model_weights import save_weights
+from tests.support.small_ranks import EVERY, STEPS, Job
+from tokenized_data import Window
+
+cpu_backend.install()
+SHAPE = ModelShape("tiny", 2, 32, 48, 4, 2, 8, 64, tied_embeddings=True)
+CONTEXT = 16
+
+
+class _Windows:
+    def window(self, sample: int) -> Window:
+        rng = np.random.default_rng(sample)
+        return Window(rng.integers(0, 64, CONTEXT + 1), np.ones(CONTEXT, np.float32), "random", sample)
+
+
+class _Objective(NextTokenObjective):
+    """Next token, at the pace of the job."""
+
+    def __init__(self, job: Job, rank: int, layout: ParallelLayout) -> None:
+        reset_seeds(3)
+        config = HypeNetConfig.from_shape(
+            SHAPE, SHAPE.hybrid_mixers((1,)), hybrid=True, **layout.megatron_options()
+        )
+        super().__init__(build_model(config), layout)
+        self._job, self._rank = job, rank
+
+    def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
+        time.sleep(self._job.step_seconds)
+        if self._rank == 0 and self._job.stall_at == batches[0].samples[0] // 8:
+            while True:
+                time.sleep(0.1)
+        return super().accumulate(batches)
+
+
+def _train(job: Job, rank: int) -> None:
+    layout = ParallelLayout(**job.layout)
+    with model_parallel(layout, seed=7) as device:
+        section = TrainingSection(
+            steps=STEPS,
+            context_length=CONTEXT,
+            global_batch=8,
+            micro_batch=2,
+            learning_rate=1e-3,
+            warmup_steps=2,
+            checkpoint_every=EVERY,
+            watchdog_seconds=job.watchdog_seconds,
+        )
+        cursor = BatchCursor(
+            _Windows(),
+            8,
+            2,
+            device,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+        folder = Path(job.folder)
+        objective = _Objective(job, rank, layout)
+        trainer = Trainer("small", section, objective, cursor, folder, Console(quiet=True))
+        trainer.run()
+        save_weights(folder / "final", trainer.model)
+
+
+def _stretch_writes(job: Job, rank: int) -> None:
+    write = saver.write_safetensors
+    full = f"step-{job.unwritable_step:08d}" if job.unwritable_step and rank == job.ranks - 1 else None
+
+    def slowly(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+        if full and path.parent.name.startswith(full):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        time.sleep(job.write_seconds / 2)
+        written = write(path, tensors)
+        time.sleep(job.write_seconds / 2)
+        return written
+
+    saver.write_safetensors = slowly
+
+
+def main(job: Job, rank: int) -> NoReturn:
+    """Never returns to the server that was forked."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(job.ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(job.port),
+    }
+    os.dup2(os.open(f"{job.folder}/stderr.{os.getpid()}", os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    _stretch_writes(job, rank)
+    code = 1
+    try:
+        _train(job, rank)
+        code = 0
+    except StopRequested as request:
+        os.write(2, f"error: {sentence(request)}\n".encode())
+        code = STOPPED_EXIT_CODE
+    except BaseException as problem:
+        os.write(2, f"error: {sentence(problem)}\n".encode())
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    finally:
+        os._exit(code)
