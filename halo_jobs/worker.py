@@ -20,7 +20,6 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -42,12 +41,13 @@ from halo_cluster import (
 from halo_cluster.attempts import use_room
 from halo_cluster.record import DONE_FILE
 from halo_cluster.storage import storage_sentence
+from halo_jobs.attempt import FAILURE, JoinedAttempt
 from halo_jobs.terminal import STOPPED_EXIT_CODE, quieten_libraries, sentence
 
 if TYPE_CHECKING:
     from halo_training.trainer import AttemptInProgress
 
-WORK, RESULT, FAILURE, ENDED = "work.json", "result.json", "failure.json", "ended.json"
+WORK, RESULT, ENDED = "work.json", "result.json", "ended.json"
 EXIT = "exit.json"
 _RESUMES = "the same command goes on from the last checkpoint"
 _LOOK_SECONDS = 0.2
@@ -117,21 +117,6 @@ def _what_it_said(attempt: Path, failed: RankFailed) -> Exception:
         error = RankFailed(failure["sentence"], failed.code, failure["host"])
     error.add_note(f"in process {failure['rank']}:\n{failure['traceback']}")
     return error
-
-
-@dataclass(frozen=True)
-class JoinedAttempt:
-    """The driver's attempt as one of its processes knows it."""
-
-    record: StageRecord
-    folder: Path
-    rank: int
-
-    def fail(self, reason: str) -> None:
-        """Leave the reason for the driver, who records how the attempt ended. The first process to speak is heard."""
-        # Who ends the others for one that hangs or is gone is not where it went wrong.
-        content = {"rank": self.rank, "host": "", "sentence": reason, "final": False, "traceback": ""}
-        publish_once(self.folder / FAILURE, content)
 
 
 def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console) -> StageResult:

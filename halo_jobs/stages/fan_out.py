@@ -23,9 +23,9 @@ from halo_cluster.fan_out import (
     fan_out,
 )
 from halo_cluster.slurm import SlurmSettings
+from halo_jobs.attempt import JoinedAttempt
 from halo_jobs.recipe import ConversionRecipe, Recipe, recipe_class
 from halo_jobs.stages.context import StageContext, tokenizer_folder
-from halo_jobs.worker import JoinedAttempt
 from halo_training.progress import ProgressReporter
 from hypenet_megatron.runtime import model_parallel
 
