@@ -27,12 +27,12 @@ from torch import Tensor
 
 from durable_files import write_json, write_text
 from hypenet_megatron.presets import QWEN3_SHAPES, ModelShape
-from hypenet_tools.hf_config import ModelDescription, qwen3_config
-from hypenet_tools.mapping import hugging_face_shapes
-from hypenet_tools.opened import open_model
-from hypenet_tools.shards import Shard, ShardTensor, fill_shards
-from hypenet_tools.tensors import TensorInfo, TensorView, blocks
+from hypenet_tools.hugging_face.config import ModelDescription, qwen3_config
+from hypenet_tools.hugging_face.mapping import hugging_face_shapes
+from hypenet_tools.open_model import open_model
 from hypenet_tools.verify import compare_tensors
+from sharded_tensors.views import TensorInfo, TensorView, blocks
+from sharded_tensors.writer import Shard, ShardTensor, fill_shards
 
 HALO = [sys.executable, "-m", "halo_jobs.cli"]
 ANON_LIMIT_BYTES = 1.5 * 2**30

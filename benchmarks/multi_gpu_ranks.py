@@ -31,7 +31,6 @@ from halo_jobs.recipe import TrainingSection
 from halo_training.batches import BatchCursor, TokenBatch
 from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
 from halo_training.checkpointing.layout import current_layout
-from halo_training.checkpointing.ranks import highest
 from halo_training.models import is_student_key
 from halo_training.objectives import (
     AlignmentObjective,
@@ -46,6 +45,7 @@ from hypenet_megatron.model import LocalModel, build_model, model_chunks
 from hypenet_megatron.presets import HYPENET_PRESETS, HypeNetPreset, ModelShape
 from hypenet_megatron.runtime import ParallelLayout, joined_world, model_parallel
 from hypenet_tools.model_weights import sharded_tensors
+from sharded_tensors.ranks import highest
 from tokenized_data import Window
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

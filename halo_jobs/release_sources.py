@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from halo_cluster.run_folder import RECIPE_FILE
-from hypenet_tools.opened import OpenedModel, open_model
+from hypenet_tools.open_model import OpenedModel, open_model
 
 CHECKPOINT_INDEX = "INDEX.json"  # of halo_training/checkpointing, which takes seconds to import
 

@@ -14,12 +14,12 @@ from durable_files import FolderManifest, read_json, sha256_file, write_json
 from halo_training.checkpoint_weights import shape_of, stored_tensors
 from halo_training.checkpointing.folder import TRAINING_FILE
 from halo_training.checkpointing.storage import FORMAT, INDEX_FILE, chunk_name, rank_file
-from hypenet_tools.companions import fingerprint
-from hypenet_tools.jobs import Job, Sums
+from hypenet_tools.folder_job import Job, Sums
+from hypenet_tools.hugging_face.aux_files import fingerprint
 from hypenet_tools.layout import Layout
-from hypenet_tools.opened import manifest_digest
-from hypenet_tools.shards import Shard, ShardTensor
-from hypenet_tools.weights import DTYPE_CODES
+from hypenet_tools.open_model import manifest_digest
+from sharded_tensors.safetensors_format import DTYPE_CODES
+from sharded_tensors.writer import Shard, ShardTensor
 
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
 

@@ -11,13 +11,13 @@ from halo_training.checkpointing.state import KeyFilter
 from halo_training.checkpointing.storage import INDEX_FILE, SafetensorsReader, chunk_name
 from halo_training.models import SHAPE_FILE, is_student_key, read_shape
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools.chunks import Chunk
-from hypenet_tools.hf_config import ModelDescription
-from hypenet_tools.mapping import mixers_of
-from hypenet_tools.opened import TRAINING, OpenedModel, manifest_digest
-from hypenet_tools.stored_chunks import ChunkedTensors, StoredChunk
-from hypenet_tools.tensors import TensorInfo
-from hypenet_tools.weights import DTYPES
+from hypenet_tools.hugging_face.config import ModelDescription
+from hypenet_tools.hugging_face.mapping import mixers_of
+from hypenet_tools.open_model import TRAINING, OpenedModel, manifest_digest
+from sharded_tensors.reader import ChunkedTensors, StoredChunk
+from sharded_tensors.rectangles import Chunk
+from sharded_tensors.safetensors_format import DTYPES
+from sharded_tensors.views import TensorInfo
 
 OPTIMIZER_PREFIX = "optimizer."
 

@@ -15,7 +15,7 @@ from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel, LocalModel, build_model, model_chunks
 from hypenet_megatron.presets import MixerType, ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
-from hypenet_tools.initialise import hybrid_of
+from hypenet_tools.hugging_face.initialise import hybrid_of
 from hypenet_tools.model_weights import load_weights, read_weights, sharded_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -21,7 +21,6 @@ from halo_training.batches import BatchCursor
 from halo_training.checkpointing import BackgroundSaver, KeyFilter, TrainingCheckpoints
 from halo_training.checkpointing.code_version import code_version
 from halo_training.checkpointing.layout import current_layout
-from halo_training.checkpointing.ranks import highest
 from halo_training.guard import DivergenceGuard, TrainingDiverged
 from halo_training.objectives import Objective, gather_weights
 from halo_training.optimizer import build_optimizer, set_learning_rate
@@ -29,6 +28,7 @@ from halo_training.progress import MetricsLog, ProgressReporter, StepMetrics, pe
 from halo_training.schedule import learning_rate
 from halo_training.settings import TrainingSection
 from halo_training.supervision import PeerLost, StopRequests, Watchdog, is_lost_peer
+from sharded_tensors.ranks import highest
 
 # What a step depends on, besides the data: a checkpoint of other values is of another training.
 _SCHEDULE = (

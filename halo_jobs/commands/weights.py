@@ -22,7 +22,7 @@ from rich.progress import (
 from halo_jobs.commands.consoles import console
 
 if TYPE_CHECKING:
-    from hypenet_tools.jobs import Job, Part
+    from hypenet_tools.folder_job import Job, Part
 
 GIGABYTE = 10**9
 _SIZES = "Size in the target layout; has to divide"
@@ -254,7 +254,7 @@ def _dtype(name: str | None) -> Any:
 
 
 def _parse_part(text: str) -> Part:
-    from hypenet_tools.jobs import Part
+    from hypenet_tools.folder_job import Part
 
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
@@ -263,7 +263,7 @@ def _parse_part(text: str) -> Part:
 
 
 def _do(job: Job, workers: int | None, part_text: str, dry_run: bool) -> None:
-    from hypenet_tools.jobs import run_job
+    from hypenet_tools.folder_job import run_job
     from hypenet_tools.workers import default_workers
 
     part = _parse_part(part_text)

@@ -17,8 +17,8 @@ from halo_reports import load_run
 from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
 from halo_training.models import DTYPES
 from hypenet_tools import write_hf_folder, write_qwen3_folder
-from hypenet_tools.companions import licence_of
-from hypenet_tools.hf_config import hypenet_config, qwen3_config
+from hypenet_tools.hugging_face.aux_files import licence_of
+from hypenet_tools.hugging_face.config import hypenet_config, qwen3_config
 from hypenet_tools.model_weights import read_weights
 
 EXPORT_FOLDER = "hypenet"

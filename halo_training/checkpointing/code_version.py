@@ -8,7 +8,15 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("halo_jobs", "halo_training", "halo_evaluation", "hypenet_megatron", "hypenet_kernels", "tokenized_data")
+_PACKAGES = (
+    "halo_jobs",
+    "halo_training",
+    "halo_evaluation",
+    "hypenet_megatron",
+    "hypenet_kernels",
+    "sharded_tensors",
+    "tokenized_data",
+)
 
 
 @cache

@@ -29,7 +29,6 @@ from durable_files import (
 )
 from halo_training.checkpointing.layout import current_layout
 from halo_training.checkpointing.random_states import restore_random_states
-from halo_training.checkpointing.ranks import from_all_ranks, on_first_rank
 from halo_training.checkpointing.state import KeyFilter, set_optimizer_step, training_shards
 from halo_training.checkpointing.storage import (
     INDEX_FILE,
@@ -39,6 +38,7 @@ from halo_training.checkpointing.storage import (
     read_rank_tensors,
 )
 from hypenet_megatron.model import LocalModel
+from sharded_tensors.ranks import from_all_ranks, on_first_rank
 
 TRAINING_FILE = "TRAINING.json"
 RANDOM_PREFIX = "random/"

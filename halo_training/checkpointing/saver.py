@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from halo_training.checkpointing.copies import HeldCopies
 from halo_training.checkpointing.folder import RANDOM_PREFIX, TrainingCheckpoints
 from halo_training.checkpointing.random_states import random_states
-from halo_training.checkpointing.ranks import from_all_ranks, highest, on_first_rank
 from halo_training.checkpointing.state import KeyFilter, training_shards
 from halo_training.checkpointing.storage import (
     WrittenFile,
@@ -33,6 +32,7 @@ from halo_training.checkpointing.storage import (
     write_safetensors,
 )
 from hypenet_megatron.model import LocalModel
+from sharded_tensors.ranks import from_all_ranks, highest, on_first_rank
 
 _PATIENCE_SECONDS = 0.5
 

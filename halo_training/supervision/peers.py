@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from halo_cluster import ProcessIdentity
-from halo_training.checkpointing.ranks import from_all_ranks
+from sharded_tensors.ranks import from_all_ranks
 
 SILENCE_SECONDS = 30.0
 _STORE_PATIENCE = timedelta(seconds=10)

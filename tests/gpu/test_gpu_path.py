@@ -32,9 +32,9 @@ from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import MixerType
 from hypenet_megatron.runtime import model_parallel, reset_seeds
 from hypenet_tools import write_hf_folder, write_qwen3_folder
-from hypenet_tools.mapping import conversion_plan, megatron_shapes
+from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
+from hypenet_tools.hugging_face.weights import SafetensorsWeights
 from hypenet_tools.model_weights import load_weights
-from hypenet_tools.weights import SafetensorsWeights
 from tests.support.reference_model import hypenet_forward
 from tests.support.tiny_models import HYBRID, TINY
 from tokenized_data import Window

@@ -13,7 +13,7 @@ from halo_jobs.recipe import load_recipe
 from halo_jobs.stages.data import WORDS_FILE
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools import write_qwen3_folder
-from hypenet_tools.mapping import conversion_plan, megatron_shapes
+from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
 
 NOUNS = ["river", "council", "harbour", "winter", "letter", "engine", "garden", "signal", "market", "bridge"]
 VERBS = ["crosses", "feeds", "answers", "opens", "follows", "carries", "guards", "moves", "hides", "repeats"]

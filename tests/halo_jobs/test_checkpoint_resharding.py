@@ -15,7 +15,7 @@ from halo_training.checkpoint_resharding import reshard_checkpoint_job
 from halo_training.checkpointing import TrainingCheckpoints
 from halo_training.models import write_shape
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools.jobs import run_job
+from hypenet_tools.folder_job import run_job
 from hypenet_tools.layout import Layout
 from tests.support.resume_grid import checkpoint_tensors
 from tests.support.small_ranks import Ranks, server

@@ -17,8 +17,8 @@ from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.convert import reshard_job
+from hypenet_tools.folder_job import run_job
 from hypenet_tools.inspection import inspect_model
-from hypenet_tools.jobs import run_job
 from hypenet_tools.layout import Layout
 from hypenet_tools.weights_folder import WeightsFolder
 from tokenized_data import Window

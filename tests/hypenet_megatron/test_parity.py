@@ -93,7 +93,7 @@ def test_hybrid_equals_the_recurrence(megatron_cpu, shape, scaling_base):
 
 
 def _reference_config(shape, mixers, scaling_base):
-    from hypenet_tools.hf_config import hypenet_config
+    from hypenet_tools.hugging_face.config import hypenet_config
 
     return hypenet_config(shape, mixers, scaling_base, "float32")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hypenet_megatron.presets import MixerType, ModelShape
-from hypenet_tools.mapping import conversion_plan, megatron_shapes
+from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
 from hypenet_tools.release import write_hf_folder
 
 RandomTensors = Callable[..., dict[str, Tensor]]

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from hypenet_megatron.presets import HYPENET_PRESETS, QWEN3_SHAPES
 from hypenet_tools.convert import attention_layers_from, convert_job, import_job, reshard_job
 from hypenet_tools.export import export_job
-from hypenet_tools.hf_config import ModelDescription
-from hypenet_tools.hf_folder import read_model_folder
-from hypenet_tools.initialise import hybrid_tensors, student_tensors
-from hypenet_tools.jobs import Part, run_job
+from hypenet_tools.folder_job import Part, run_job
+from hypenet_tools.hugging_face.config import ModelDescription
+from hypenet_tools.hugging_face.folder import read_model_folder
+from hypenet_tools.hugging_face.initialise import hybrid_tensors, student_tensors
+from hypenet_tools.hugging_face.mapping import megatron_shapes
 from hypenet_tools.layout import Layout
-from hypenet_tools.mapping import megatron_shapes
-from hypenet_tools.opened import open_model
+from hypenet_tools.open_model import open_model
 from hypenet_tools.verify import compare_tensors
 from hypenet_tools.weights_folder import WeightsFolder
 from tests.support.tiny_models import HYBRID, TINY, tiny

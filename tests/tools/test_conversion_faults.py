@@ -18,9 +18,9 @@ import torch
 from halo_jobs.cli import app
 from hypenet_tools.convert import convert_job, reshard_job
 from hypenet_tools.export import export_job
-from hypenet_tools.jobs import keep_or_write, run_job
+from hypenet_tools.folder_job import keep_or_write, run_job
 from hypenet_tools.layout import Layout
-from hypenet_tools.opened import open_model
+from hypenet_tools.open_model import open_model
 from hypenet_tools.weights_folder import WeightsFolder
 from tests.support.tiny_models import TINY
 
@@ -175,7 +175,7 @@ def test_killed_between_rename_and_tidying_up(hf_folder, tmp_path):
 def test_too_little_room_is_seen_before_writing(hf_folder, tmp_path, monkeypatch):
     job = convert_job(hf_folder("source", TINY), tmp_path / "out", LAYOUT)
     monkeypatch.setattr(
-        "hypenet_tools.jobs.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0)
+        "hypenet_tools.folder_job.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0)
     )
     with pytest.raises(
         ValueError, match=r"out needs 0\.00 GB more but its disk has 0\.00 GB free; make room"

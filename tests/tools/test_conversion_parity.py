@@ -15,11 +15,11 @@ from hypenet_megatron.presets import QWEN3_SHAPES
 from hypenet_megatron.runtime import ParallelLayout, model_parallel
 from hypenet_tools.convert import convert_job
 from hypenet_tools.export import export_job
-from hypenet_tools.jobs import run_job
+from hypenet_tools.folder_job import run_job
 from hypenet_tools.layout import Layout
 from hypenet_tools.logits import logits
 from hypenet_tools.model_weights import load_weights
-from hypenet_tools.opened import open_model
+from hypenet_tools.open_model import open_model
 from hypenet_tools.verify import verify
 from tests.support.tiny_models import TINY, tiny
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from hypenet_tools.direct_file import BUFFER_BYTES, DirectFile
+from sharded_tensors.direct_file import BUFFER_BYTES, DirectFile
 
 
 def test_a_part_that_is_no_block_leaves_the_direct_path(tmp_path, monkeypatch):
@@ -22,7 +22,7 @@ def test_a_part_that_is_no_block_leaves_the_direct_path(tmp_path, monkeypatch):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return write(descriptor, data[: BUFFER_BYTES // 2])
 
-    monkeypatch.setattr("hypenet_tools.direct_file.os.write", write_in_parts)
+    monkeypatch.setattr("sharded_tensors.direct_file.os.write", write_in_parts)
     content = os.urandom(2 * BUFFER_BYTES + 1000)
     with DirectFile(tmp_path / "file") as file:
         if not fcntl.fcntl(file._descriptor, fcntl.F_GETFL) & os.O_DIRECT:
@@ -38,7 +38,7 @@ def test_other_invalid_arguments_are_errors(tmp_path, monkeypatch):
     def refuse(descriptor, data):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr("hypenet_tools.direct_file.os.write", refuse)
+    monkeypatch.setattr("sharded_tensors.direct_file.os.write", refuse)
     with DirectFile(tmp_path / "file") as file:
         file.write(bytes(10))
         with pytest.raises(OSError, match="Invalid argument"):

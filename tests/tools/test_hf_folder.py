@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hypenet_megatron.presets import QWEN3_SHAPES
-from hypenet_tools.hf_config import hypenet_config, qwen3_config, read_config
-from hypenet_tools.hf_folder import read_model_folder
+from hypenet_tools.hugging_face.config import hypenet_config, qwen3_config, read_config
+from hypenet_tools.hugging_face.folder import read_model_folder
 from hypenet_tools.release import write_hf_folder, write_qwen3_folder
 from tests.support.tiny_models import HYBRID, TINY, tiny
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hypenet_tools.initialise import gate_rows, hybrid_tensors, student_tensors
-from hypenet_tools.mapping import to_hugging_face
+from hypenet_tools.hugging_face.initialise import gate_rows, hybrid_tensors, student_tensors
+from hypenet_tools.hugging_face.mapping import to_hugging_face
 from tests.support.tiny_models import TINY
 
 GROUPED = replace(TINY, query_heads=6, kv_groups=2)

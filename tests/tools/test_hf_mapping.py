@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hypenet_tools.mapping import conversion_plan, megatron_shapes, to_hugging_face, to_megatron
+from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes, to_hugging_face, to_megatron
 from tests.support.tiny_models import HYBRID, TINY
 
 TEACHER = TINY.teacher_mixers()

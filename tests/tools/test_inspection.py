@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hypenet_tools.convert import convert_job, reshard_job
+from hypenet_tools.folder_job import run_job
 from hypenet_tools.inspection import inspect_model
-from hypenet_tools.jobs import run_job
 from hypenet_tools.layout import Layout
-from hypenet_tools.opened import open_model
+from hypenet_tools.open_model import open_model
 from hypenet_tools.verify import verify
 from tests.support.tiny_models import TINY
 

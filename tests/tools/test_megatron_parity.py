@@ -11,10 +11,10 @@ from hypenet_megatron.alignment import Route
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.runtime import model_parallel
-from hypenet_tools.hf_folder import read_model_folder
-from hypenet_tools.initialise import STUDENT, hybrid_tensors, student_tensors
+from hypenet_tools.hugging_face.folder import read_model_folder
+from hypenet_tools.hugging_face.initialise import STUDENT, hybrid_tensors, student_tensors
+from hypenet_tools.hugging_face.weights import SafetensorsWeights
 from hypenet_tools.release import write_hf_folder
-from hypenet_tools.weights import SafetensorsWeights
 from tests.support.reference_model import hypenet_forward
 from tests.support.tiny_models import HYBRID, TINY
 

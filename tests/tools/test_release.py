@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from hypenet_tools.hf_folder import read_model_folder
-from hypenet_tools.mapping import to_hugging_face
+from hypenet_tools.hugging_face.folder import read_model_folder
+from hypenet_tools.hugging_face.mapping import to_hugging_face
 from hypenet_tools.release import special_token_ids, write_hf_folder, write_qwen3_folder
 from tests.support.tiny_models import HYBRID, TINY
 
@@ -122,7 +122,7 @@ def test_a_failed_export_leaves_nothing(export, tmp_path, monkeypatch):
     def full_disk(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hypenet_tools.direct_file.os.fsync", full_disk)
+    monkeypatch.setattr("sharded_tensors.direct_file.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export()
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from hypenet_tools.hugging_face.weights import SafetensorsWeights
 from hypenet_tools.release import write_hf_folder
-from hypenet_tools.weights import SafetensorsWeights
 from tests.support.reference_model import hypenet_forward
 from tests.support.tiny_models import HYBRID, TINY
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from hypenet_tools.convert import convert_job
-from hypenet_tools.jobs import run_job
+from hypenet_tools.folder_job import run_job
 from hypenet_tools.layout import Layout
-from hypenet_tools.opened import open_model
+from hypenet_tools.open_model import open_model
 from hypenet_tools.weights_folder import INDEX_FILE, WeightsFolder
 from tests.support.tiny_models import TINY
 

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from hypenet_megatron.presets import HYPENET_PRESETS, ModelShape
-from hypenet_tools.companions import copy_companions, fingerprint, source_digest
-from hypenet_tools.hf_config import ModelDescription
-from hypenet_tools.hf_folder import read_model_folder
-from hypenet_tools.initialise import initial_hybrid
-from hypenet_tools.jobs import Job, Sums
+from hypenet_tools.folder_job import Job, Sums
+from hypenet_tools.hugging_face.aux_files import copy_companions, fingerprint, source_digest
+from hypenet_tools.hugging_face.config import ModelDescription
+from hypenet_tools.hugging_face.folder import read_model_folder
+from hypenet_tools.hugging_face.initialise import initial_hybrid
+from hypenet_tools.hugging_face.reference import read_reference_folder
 from hypenet_tools.layout import Layout, Rank
-from hypenet_tools.opened import HUGGING_FACE, OpenedModel, manifest_digest
-from hypenet_tools.reference import read_reference_folder
-from hypenet_tools.shards import Shard, ShardTensor, fill_shards
-from hypenet_tools.tensors import TensorView
-from hypenet_tools.weights import DTYPE_CODES
+from hypenet_tools.open_model import HUGGING_FACE, OpenedModel, manifest_digest
 from hypenet_tools.weights_folder import SOURCE_FOLDER, Index, close_folder
+from sharded_tensors.safetensors_format import DTYPE_CODES
+from sharded_tensors.views import TensorView
+from sharded_tensors.writer import Shard, ShardTensor, fill_shards
 
 SHARD_BYTES = 10**9
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from hypenet_tools.companions import MODEL_CARD, fingerprint, licence_of
-from hypenet_tools.hf_config import ModelDescription
-from hypenet_tools.jobs import Job
-from hypenet_tools.opened import OpenedModel
+from hypenet_tools.folder_job import Job
+from hypenet_tools.hugging_face.aux_files import MODEL_CARD, fingerprint, licence_of
+from hypenet_tools.hugging_face.config import ModelDescription
+from hypenet_tools.open_model import OpenedModel
 from hypenet_tools.release import SHARD_BYTES, release_job
-from hypenet_tools.weights import DTYPE_CODES
+from sharded_tensors.safetensors_format import DTYPE_CODES
 
 _UNCHANGED_BY = {"convert", "import", "reshard"}
 

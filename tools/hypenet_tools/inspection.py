@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from hypenet_tools.opened import OpenedModel
-from hypenet_tools.shards import Advance
-from hypenet_tools.weights import DTYPE_CODES, count_nan_and_inf
+from hypenet_tools.hugging_face.weights import count_nan_and_inf
+from hypenet_tools.open_model import OpenedModel
+from sharded_tensors.safetensors_format import DTYPE_CODES
+from sharded_tensors.writer import Advance
 
 LISTED = 20
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hypenet_megatron.presets import MixerType, ModelShape
-from hypenet_tools.chunks import Chunk
-from hypenet_tools.mapping import key_value_groups, row_of
-from hypenet_tools.tensors import TensorInfo
+from hypenet_tools.hugging_face.mapping import key_value_groups, row_of
+from sharded_tensors.rectangles import Chunk
+from sharded_tensors.views import TensorInfo
 
 
 class Rank(NamedTuple):

@@ -20,11 +20,11 @@ from durable_files import write_json
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.runtime import model_parallel
-from hypenet_tools.hf_config import qwen3_config
+from hypenet_tools.hugging_face.config import qwen3_config
+from hypenet_tools.hugging_face.weights import SINGLE_FILE
 from hypenet_tools.model_weights import load_weights
-from hypenet_tools.opened import HUGGING_FACE, OpenedModel
-from hypenet_tools.shards import Shard, ShardTensor
-from hypenet_tools.weights import SINGLE_FILE
+from hypenet_tools.open_model import HUGGING_FACE, OpenedModel
+from sharded_tensors.writer import Shard, ShardTensor
 
 PROMPTS, PROMPT_LENGTH = 4, 48
 _ROOM_FACTOR = 1.3  # for activations and what loading holds for a moment

@@ -23,14 +23,14 @@ from durable_files import discard_leftovers, publish_folder, temporary_sibling
 from hypenet_megatron.config import HypeNetConfig
 from hypenet_megatron.model import LocalModel, model_chunks
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools.chunks import Chunk
 from hypenet_tools.convert import SHARD_BYTES, weights_job
-from hypenet_tools.hf_config import ModelDescription
-from hypenet_tools.jobs import Sums, run_afresh
+from hypenet_tools.folder_job import Sums, run_afresh
+from hypenet_tools.hugging_face.config import ModelDescription
 from hypenet_tools.layout import Layout
-from hypenet_tools.shards import Shard, ShardTensor, fill_shards
-from hypenet_tools.tensors import TensorInfo, TensorsInMemory, TensorView, as_view
 from hypenet_tools.weights_folder import Index, StoredChunk, WeightsFolder, close_folder
+from sharded_tensors.rectangles import Chunk
+from sharded_tensors.views import TensorInfo, TensorsInMemory, TensorView, as_view
+from sharded_tensors.writer import Shard, ShardTensor, fill_shards
 
 KeyFilter = Callable[[str], bool]
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from durable_files import read_json, sha256_file, write_json, write_text
 from hypenet_megatron.presets import MixerType, ModelShape
-from hypenet_tools.companions import CHECKSUM_FILE, GENERATION_CONFIG, MODEL_CARD, companions
-from hypenet_tools.hf_config import ModelDescription, hypenet_config, qwen3_config
-from hypenet_tools.jobs import Job, Sums, run_afresh
-from hypenet_tools.mapped import hugging_face_view
-from hypenet_tools.shards import Shard, ShardTensor, fill_shards
-from hypenet_tools.tensors import TensorView, as_view
-from hypenet_tools.weights import INDEX_FILE, SINGLE_FILE
+from hypenet_tools.folder_job import Job, Sums, run_afresh
+from hypenet_tools.hugging_face.aux_files import CHECKSUM_FILE, GENERATION_CONFIG, MODEL_CARD, companions
+from hypenet_tools.hugging_face.config import ModelDescription, hypenet_config, qwen3_config
+from hypenet_tools.hugging_face.mapping_views import hugging_face_view
+from hypenet_tools.hugging_face.weights import INDEX_FILE, SINGLE_FILE
+from sharded_tensors.views import TensorView, as_view
+from sharded_tensors.writer import Shard, ShardTensor, fill_shards
 
 REMOTE_CODE_FILES = ("configuration_hypenet.py", "cache_hypenet.py", "modeling_hypenet.py")
 SHARD_BYTES = 5 * 10**9

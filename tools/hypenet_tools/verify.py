@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from hypenet_tools.opened import OpenedModel
-from hypenet_tools.shards import Advance
-from hypenet_tools.tensors import BLOCK_BYTES, TensorView
+from hypenet_tools.open_model import OpenedModel
+from sharded_tensors.views import BLOCK_BYTES, TensorView
+from sharded_tensors.writer import Advance
 
 # Two implementations of one model round differently; a wrong weight or a swapped head is far above this.
 LOGIT_TOLERANCE = 1e-3  # of the largest logit

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import FolderManifest, read_json, sha256_file, write_text
-from hypenet_tools.chunks import Chunk
-from hypenet_tools.hf_config import ModelDescription
+from hypenet_tools.hugging_face.config import ModelDescription
 from hypenet_tools.layout import Layout
-from hypenet_tools.shards import Shard
-from hypenet_tools.stored_chunks import ChunkedTensors, StoredChunk
-from hypenet_tools.tensors import TensorInfo
-from hypenet_tools.weights import DTYPE_CODES, DTYPES
+from sharded_tensors.reader import ChunkedTensors, StoredChunk
+from sharded_tensors.rectangles import Chunk
+from sharded_tensors.safetensors_format import DTYPE_CODES, DTYPES
+from sharded_tensors.views import TensorInfo
+from sharded_tensors.writer import Shard
 
 INDEX_FILE = "weights.json"
 SOURCE_FOLDER = "source"

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from hypenet_tools.shards import Advance
+from sharded_tensors.writer import Advance
 
 BYTES_WORTH_A_WORKER = 256 * 2**20
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hypenet_tools.chunks import Chunk
-from hypenet_tools.tensors import BLOCK_BYTES, TensorInfo, TensorView, blocks
-from hypenet_tools.weights import DTYPE_CODES, SafetensorsFiles, read_header
+from sharded_tensors.rectangles import Chunk
+from sharded_tensors.safetensors_format import DTYPE_CODES, SafetensorsFiles, read_header
+from sharded_tensors.views import BLOCK_BYTES, TensorInfo, TensorView, blocks
 
 
 @dataclass(frozen=True)

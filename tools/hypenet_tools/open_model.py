@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import FolderManifest, sha256_file
-from hypenet_tools.companions import CHECKSUM_FILE
-from hypenet_tools.hf_config import ModelDescription
-from hypenet_tools.hf_folder import read_model_folder
-from hypenet_tools.jobs import require_no_job
+from hypenet_tools.folder_job import require_no_job
+from hypenet_tools.hugging_face.aux_files import CHECKSUM_FILE
+from hypenet_tools.hugging_face.config import ModelDescription
+from hypenet_tools.hugging_face.folder import read_model_folder
+from hypenet_tools.hugging_face.mapping_views import hugging_face_view, megatron_view
 from hypenet_tools.layout import Layout
-from hypenet_tools.mapped import hugging_face_view, megatron_view
-from hypenet_tools.shards import Advance
-from hypenet_tools.tensors import TensorView
 from hypenet_tools.weights_folder import SOURCE_FOLDER, WeightsFolder, is_weights_folder
+from sharded_tensors.views import TensorView
+from sharded_tensors.writer import Advance
 
 HUGGING_FACE, WEIGHTS, TRAINING = "Hugging Face folder", "weights folder", "training checkpoint"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hypenet_tools.tensors import TensorInfo, TensorView
+from sharded_tensors.views import TensorInfo, TensorView
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from durable_files import read_json
-from hypenet_tools.tensors import TensorInfo, TensorView, blocks
+from sharded_tensors.safetensors_format import DTYPES, Header, SafetensorsFiles, read_header
+from sharded_tensors.views import TensorInfo, TensorView, blocks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}  # as safetensors headers spell them
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
 # Per dtype: the integers of its bits, the bits of magnitude, and the magnitude of infinity (above it are NaNs).
 _BITS = {
     torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
@@ -41,22 +33,6 @@ def count_nan_and_inf(block: Tensor) -> tuple[int, int]:
     integers, mask, infinity = _BITS[block.dtype]
     magnitude = block.reshape(-1).view(integers) & mask
     return int((magnitude > infinity).sum()), int((magnitude == infinity).sum())
-
-
-class SafetensorsFiles:
-    """Open safetensors files, memory-mapped; opened again in a process that this is sent to."""
-
-    def __init__(self) -> None:
-        self._handles: dict[Path, Any] = {}
-
-    def tensor(self, path: Path, name: str) -> Tensor:
-        """A tensor whose elements are the pages of the file: nothing is read before it is used."""
-        if path not in self._handles:
-            self._handles[path] = safe_open(path, framework="pt", device="cpu")
-        return self._handles[path].get_tensor(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_handles": {}}
 
 
 class SafetensorsWeights(TensorView):
@@ -106,23 +82,6 @@ class SafetensorsWeights(TensorView):
                 self.rows(first, 0, info.rows), self.rows(second, 0, info.rows), strict=True
             )
         )
-
-
-Header = dict[str, tuple[str, tuple[int, ...]]]
-
-
-def read_header(path: Path) -> Header:
-    """Name -> (dtype as the header spells it, shape). Overlaps and gaps are refused, as is a file cut short."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: (str(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in slices.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); fetch or copy it again"
-        ) from None
 
 
 def _read_shards(folder: Path) -> tuple[Header, dict[str, Path]]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from durable_files import temporary_sibling
-from hypenet_tools.chunks import Chunk
-from hypenet_tools.direct_file import DirectFile
-from hypenet_tools.tensors import TensorView
-from hypenet_tools.weights import DTYPE_CODES
+from sharded_tensors.direct_file import DirectFile
+from sharded_tensors.rectangles import Chunk
+from sharded_tensors.safetensors_format import DTYPE_CODES
+from sharded_tensors.views import TensorView
 
 Advance = Callable[[int], None]
 

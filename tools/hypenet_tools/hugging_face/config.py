@@ -14,7 +14,7 @@ from typing import Any
 
 from durable_files import read_json
 from hypenet_megatron.presets import MixerType, ModelShape
-from hypenet_tools.mapping import TensorPlan, conversion_plan
+from hypenet_tools.hugging_face.mapping import TensorPlan, conversion_plan
 
 QWEN3, QWEN3_MOE, HYPENET = "qwen3", "qwen3_moe", "hypenet"
 MIXER_NAMES: dict[MixerType, str] = {"attn": "attn", "lightning": "lightning-attn"}

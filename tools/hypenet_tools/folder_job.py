@@ -32,8 +32,8 @@ from durable_files import (
     sha256_file,
     write_json,
 )
-from hypenet_tools.shards import Advance, Shard
 from hypenet_tools.workers import run_in_workers
+from sharded_tensors.writer import Advance, Shard
 
 UNFINISHED, JOB_FILE = ".unfinished", "job.json"
 LOCK_PATIENCE_SECONDS = 15.0

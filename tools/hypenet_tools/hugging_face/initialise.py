@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools.mapped import hugging_face_view, megatron_view
-from hypenet_tools.mapping import HF_LAYER, MEGATRON_LAYER, conversion_plan, megatron_shapes, require_names
-from hypenet_tools.tensors import AssembledTensors, Run, TensorInfo, TensorView, as_view, blocks
+from hypenet_tools.hugging_face.mapping import (
+    HF_LAYER,
+    MEGATRON_LAYER,
+    conversion_plan,
+    megatron_shapes,
+    require_names,
+)
+from hypenet_tools.hugging_face.mapping_views import hugging_face_view, megatron_view
+from sharded_tensors.views import AssembledTensors, Run, TensorInfo, TensorView, as_view, blocks
 
 GATE_STANDARD_DEVIATION = 0.02
 MIXER = "self_attention."

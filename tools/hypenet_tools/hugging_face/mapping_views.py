@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypenet_tools.mapping import TensorPlan, hugging_face_shapes, megatron_shapes, require_names
-from hypenet_tools.tensors import AssembledTensors, Run, TensorInfo, TensorView
+from hypenet_tools.hugging_face.mapping import TensorPlan, hugging_face_shapes, megatron_shapes, require_names
+from sharded_tensors.views import AssembledTensors, Run, TensorInfo, TensorView
 
 
 def _require_shapes(view: TensorView, expected: dict[str, tuple[int, ...]], holder: str) -> None:

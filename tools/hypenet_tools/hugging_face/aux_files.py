@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import sha256_file
-from hypenet_tools.hf_folder import TOKENIZER_FILES
+from hypenet_tools.hugging_face.folder import TOKENIZER_FILES
 
 GENERATION_CONFIG, MODEL_CARD, CHECKSUM_FILE = "generation_config.json", "README.md", "SHA256SUMS"
 COMPANIONS = (*TOKENIZER_FILES, "chat_template.json", GENERATION_CONFIG, MODEL_CARD, "LICENSE")

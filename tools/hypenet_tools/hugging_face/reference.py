@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hypenet_megatron.presets import MixerType
-from hypenet_tools.hf_config import ModelDescription, read_config
-from hypenet_tools.initialise import NewTensors
-from hypenet_tools.mapped import megatron_view
-from hypenet_tools.mapping import HF_LAYER
-from hypenet_tools.tensors import AssembledTensors, TensorView
-from hypenet_tools.weights import SafetensorsWeights
+from hypenet_tools.hugging_face.config import ModelDescription, read_config
+from hypenet_tools.hugging_face.initialise import NewTensors
+from hypenet_tools.hugging_face.mapping import HF_LAYER
+from hypenet_tools.hugging_face.mapping_views import megatron_view
+from hypenet_tools.hugging_face.weights import SafetensorsWeights
+from sharded_tensors.views import AssembledTensors, TensorView
 
 _TEACHER, _STUDENT = "teacher_layer.", "student_layer."
 

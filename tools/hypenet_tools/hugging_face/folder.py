@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from hypenet_megatron.presets import MixerType, ModelShape
-from hypenet_tools.hf_config import ModelDescription, read_config
-from hypenet_tools.mapped import megatron_view
-from hypenet_tools.mapping import hugging_face_shapes, require_names, to_megatron
-from hypenet_tools.tensors import TensorView
-from hypenet_tools.weights import SafetensorsWeights
+from hypenet_tools.hugging_face.config import ModelDescription, read_config
+from hypenet_tools.hugging_face.mapping import hugging_face_shapes, require_names, to_megatron
+from hypenet_tools.hugging_face.mapping_views import megatron_view
+from hypenet_tools.hugging_face.weights import SafetensorsWeights
+from sharded_tensors.views import TensorView
 
 TOKENIZER_FILES = (
     "tokenizer.json",

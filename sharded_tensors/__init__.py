@@ -1,0 +1,1 @@
+"""Rectangles of named global tensors in safetensors files, with a JSON index and a manifest of checksums."""
