@@ -12,9 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from durable_files import write_text
+from halo_evaluation.results import Evaluation
 from halo_reports import outcome, plots
 from halo_reports.formatting import count, decimals, duration, model_label, moment, percent
-from halo_reports.run_facts import Evaluation, RunFacts, StageRecord, TrainingCurve, load_run
+from halo_reports.run_facts import RunFacts, StageRecord, TrainingCurve, load_run
 
 _LOSSES = {
     "pretrain": ("Pre-training", "cross entropy, nats per token"),

@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from halo_evaluation.results import Evaluation, Selection
 from halo_reports.formatting import count, method_label, model_label, percent
-from halo_reports.run_facts import Calibration, Evaluation, RunFacts, Selection, TrainingCurve
+from halo_reports.run_facts import Calibration, RunFacts, TrainingCurve
 
 # Role -> (placeholder colour, CSS value). The placeholders are never seen.
 _ROLES = {

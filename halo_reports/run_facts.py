@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import read_json
-from halo_evaluation.selection.scores import LayerScore, LayerSweep
+from halo_evaluation.results import Evaluation, Selection
 
 STAGE_ORDER = (
     "tokenize",
@@ -88,53 +88,6 @@ class TrainingCurve:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """selection.json. `importance` has one entry per layer; None where the method does not rank layers."""
-
-    method: str
-    attention_layers: tuple[int, ...]
-    sweep: LayerSweep
-    importance: tuple[float | None, ...]
-    choices: Mapping[str, tuple[int, ...]]
-
-    @property
-    def attention_share(self) -> float:
-        return len(self.attention_layers) / self.sweep.num_layers
-
-
-@dataclass(frozen=True)
-class NeedleCell:
-    """Score in [0, 1] of `items` needle-in-a-haystack items; depth 0 is the start of the context."""
-
-    task: str
-    context_length: int
-    depth: float
-    score: float
-    items: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """evaluation.json of one model."""
-
-    model: str
-    training_context: int
-    tasks: Mapping[str, Mapping[str, Any]]
-    niah: tuple[NeedleCell, ...]
-    perplexity: float | None
-
-    def needle_recall(self, shortest: int, longest: int) -> float | None:
-        """Share of needle items answered, over contexts in [shortest, longest] tokens; None without any."""
-        cells = [cell for cell in self.niah if shortest <= cell.context_length <= longest]
-        items = sum(cell.items for cell in cells)
-        return sum(cell.score * cell.items for cell in cells) / items if items else None
-
-    @property
-    def niah_contexts(self) -> tuple[int, ...]:
-        return tuple(sorted({cell.context_length for cell in self.niah}))
-
-
-@dataclass(frozen=True)
 class Calibration:
     """calibration.json: loss in nats per token for each candidate base; base None means no logits scaling."""
 
@@ -182,8 +135,8 @@ def load_run(run_folder: Path, stage_folders: Mapping[str, Path]) -> RunFacts:
     Raises ValueError naming the file when one is present but not as the stages write it.
     """
     ordered = sorted(stage_folders.items(), key=lambda item: _stage_rank(item[0]))
-    selections = _of_stages("selection.json", ordered, _selection)
-    evaluations = _of_stages("evaluation.json", ordered, _evaluation)
+    selections = _of_stages(Selection.FILE, ordered, Selection.from_json)
+    evaluations = _of_stages(Evaluation.FILE, ordered, Evaluation.from_json)
     recipe = run_folder / "recipe.yaml"
     return RunFacts(
         name=run_folder.resolve().name,
@@ -239,32 +192,6 @@ def _stage(name: str, folder: Path, content: Mapping[str, Any]) -> StageRecord:
         input_hash=str(content["input_hash"]),
         outputs=tuple(content["outputs"]),
         summary=dict(content["summary"]),
-    )
-
-
-def _selection(content: Mapping[str, Any]) -> Selection:
-    rows = content["layers"]
-    teacher = content["teacher"]
-    return Selection(
-        method=str(content["method"]),
-        attention_layers=tuple(content["attention_layers"]),
-        sweep=LayerSweep(
-            tuple(LayerScore(row["layer"], row["recall"], row["commonsense"], row.get("kl")) for row in rows),
-            teacher["recall"],
-            teacher["commonsense"],
-        ),
-        importance=tuple(row.get("importance") for row in rows),
-        choices={method: tuple(layers) for method, layers in content["choices"].items()},
-    )
-
-
-def _evaluation(content: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(
-        model=str(content["model"]),
-        training_context=int(content["training_context"]),
-        tasks={name: dict(metrics) for name, metrics in content["tasks"].items()},
-        niah=tuple(NeedleCell(**cell) for cell in content["niah"]),
-        perplexity=content["perplexity"],
     )
 
 

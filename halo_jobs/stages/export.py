@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import read_json
+from halo_evaluation.results import Evaluation, Selection
 from halo_jobs.recipe import resolve_path
 from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.data import tokenizer_folder
@@ -61,8 +62,7 @@ def run_export(context: StageContext) -> StageResult:
     """The main hybrid in the released HypeNet layout, logits scaling on, modelling code beside the weights."""
     recipe = context.conversion
     shape = context.builder().shape
-    selection = read_json(context.inputs["select"] / "selection.json")
-    mixers = shape.hybrid_mixers(selection["attention_layers"])
+    mixers = shape.hybrid_mixers(Selection.read(context.inputs["select"]).attention_layers)
     base = logits_scaling_base_of(context.inputs[f"calibrate.{MAIN_VARIANT}"])
     tensors = read_weights(context.inputs[f"finetune.{MAIN_VARIANT}"] / HYBRID_WEIGHTS)
     dtype = DTYPES[recipe.precision]
@@ -99,7 +99,7 @@ def run_export_teacher(context: StageContext) -> StageResult:
     shape = context.builder().shape
     tensors = read_weights(context.inputs["pretrain"] / TEACHER_WEIGHTS)
     dtype = DTYPES[recipe.precision]
-    evaluation = read_json(context.inputs["evaluate.teacher"] / "evaluation.json")
+    evaluation = Evaluation.read(context.inputs["evaluate.teacher"])
     card = teacher_model_card(
         load_run(context.folder, context.inputs),
         title=recipe.name,
@@ -108,7 +108,7 @@ def run_export_teacher(context: StageContext) -> StageResult:
         licence="other",
         data=_data_sources(context),
         command=_command(context),
-        ngram_perplexity=evaluation.get("ngram_perplexity"),
+        ngram_perplexity=evaluation.ngram_perplexity,
     )
     write_qwen3_folder(
         context.folder / TEACHER_FOLDER,

@@ -17,6 +17,7 @@ from halo_evaluation.interface import Task as EvaluationTask
 from halo_evaluation.megatron_scorer import MegatronScorer
 from halo_evaluation.ngram import NGramBaseline
 from halo_evaluation.niah import VARIANTS
+from halo_evaluation.results import Evaluation, NeedleCell
 from halo_evaluation.runner import TaskMetrics, evaluate, niah_grid
 from halo_evaluation.suites import evaluation_suite
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe
@@ -119,8 +120,8 @@ def make_evaluation_worker(setup: Any) -> Worker:
     return run
 
 
-def _measure(context: StageContext) -> tuple[TaskMetrics, list[dict[str, Any]]]:
-    """Metrics of the suite, and rows of the needle grid; each result is kept in a file for a killed run."""
+def _measure(context: StageContext) -> tuple[TaskMetrics, tuple[NeedleCell, ...]]:
+    """Metrics of the suite, and cells of the needle grid; each result is kept in a file for a killed run."""
     section = context.recipe.evaluate
     suite = {name: Task(name, {"task": name}) for name in (task.name for task in _suite(context))}
     needles = {
@@ -135,32 +136,30 @@ def _measure(context: StageContext) -> tuple[TaskMetrics, list[dict[str, Any]]]:
         "halo_jobs.stages.measure:make_evaluation_worker",
         [*longest_first, *suite.values()],
     )
-    # A cell has a row for every variant.
-    rows = [
-        found[needles[length, depth].name][variant]
+    # A task has a cell for every variant.
+    cells = tuple(
+        NeedleCell(**found[needles[length, depth].name][variant])
         for length in section.contexts
         for variant in range(len(VARIANTS))
         for depth in section.depths
-    ]
-    return {name: found[task.name] for name, task in suite.items()}, rows
+    )
+    return {name: found[task.name] for name, task in suite.items()}, cells
 
 
 def run_evaluate(context: StageContext) -> StageResult:
     """Local proxy tasks for one model: needle grid, key-value recall, last word, next sentence, perplexity."""
     tasks, grid = _measure(context)
     perplexity = next((m["perplexity"] for m in tasks.values() if "perplexity" in m), None)
-    result = {
-        "model": variant_of(context),
-        "training_context": _training_context(context.recipe),
-        "tasks": tasks,
-        "niah": grid,
-        "perplexity": perplexity,
-    }
-    if isinstance(context.recipe, PretrainRecipe):
-        result["ngram_perplexity"] = _ngram_perplexity(context)
-    write_json(context.folder / "evaluation.json", result)
-    summary = {"needles": float(np.mean([row["score"] for row in grid])), "perplexity": perplexity}
-    return StageResult([context.folder / "evaluation.json"], summary)
+    result = Evaluation(
+        model=variant_of(context),
+        training_context=_training_context(context.recipe),
+        tasks=tasks,
+        niah=grid,
+        perplexity=perplexity,
+        ngram_perplexity=_ngram_perplexity(context) if isinstance(context.recipe, PretrainRecipe) else None,
+    )
+    summary = {"needles": float(np.mean([cell.score for cell in grid])), "perplexity": perplexity}
+    return StageResult([result.write(context.folder)], summary)
 
 
 def _ngram_perplexity(context: StageContext) -> float:

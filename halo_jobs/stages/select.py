@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from durable_files import publish_once, read_json, write_json
+from durable_files import publish_once, read_json
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import Worker
 from halo_evaluation.interface import Task as EvaluationTask
 from halo_evaluation.recall import load_words
+from halo_evaluation.results import Selection
 from halo_evaluation.runner import TaskMetrics, evaluate_models
 from halo_evaluation.selection.scores import (
     LayerScore,
@@ -131,17 +131,12 @@ def run_select(context: StageContext) -> StageResult:
         chosen = tuple(sorted(section.attention_layers))
     else:
         chosen = choose_attention_layers(section.method, sweep)
-    selection = {
-        "method": "given" if section.attention_layers is not None else section.method,
-        "attention_layers": list(chosen),
-        "layers": [
-            {**asdict(score), "importance": importance[score.layer] if importance else None}
-            for score in sweep.layers
-        ],
-        "teacher": {"recall": sweep.teacher_recall, "commonsense": sweep.teacher_commonsense},
-        "commonsense_error": sweep.commonsense_error,
-        "choices": {method: list(layers) for method, layers in all_choices(sweep).items()},
-        "tasks": {"teacher": per_model[0], "replaced": per_model[1:]},
-    }
-    write_json(context.folder / "selection.json", selection)
-    return StageResult([context.folder / "selection.json"], {"attention_layers": list(chosen)})
+    selection = Selection(
+        method="given" if section.attention_layers is not None else section.method,
+        attention_layers=chosen,
+        sweep=sweep,
+        importance=importance or (None,) * sweep.num_layers,
+        choices={**all_choices(sweep)},
+        tasks=tuple(per_model),
+    )
+    return StageResult([selection.write(context.folder)], {"attention_layers": list(chosen)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from durable_files import read_json
+from halo_evaluation.results import Selection
 from halo_jobs.stages.context import StageContext
 
 MAIN_VARIANT = "hybrid"
@@ -15,7 +15,6 @@ def variant_of(context: StageContext) -> str:
 
 def attention_layers_of(context: StageContext) -> tuple[int, ...]:
     """0-based attention layers of this stage's variant, as the select stage decided."""
-    selection = read_json(context.inputs["select"] / "selection.json")
     variant = variant_of(context)
-    layers = selection["attention_layers"] if variant == MAIN_VARIANT else selection["choices"][variant]
-    return tuple(layers)
+    selection = Selection.read(context.inputs["select"])
+    return selection.layers_of(None if variant == MAIN_VARIANT else variant)

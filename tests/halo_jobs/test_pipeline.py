@@ -79,8 +79,9 @@ def test_every_stage_is_done_once_and_reported(finished):
     assert "NIAH" in html or "needle" in html.lower()
     selection = read_json(_stage_folder(run, "select") / "selection.json")
     assert len(selection["attention_layers"]) == 1
-    assert len(selection["layers"]) == 4
-    assert all(score["kl"] > 0 for score in selection["layers"])
+    layers = selection["sweep"]["layers"]
+    assert len(layers) == 4
+    assert all(score["kl"] > 0 for score in layers)
 
 
 def test_finished_run_is_left_alone(finished):

@@ -6,12 +6,14 @@ import json
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from halo_evaluation.results import Selection
 from halo_evaluation.selection.scores import LayerScore, LayerSweep, all_choices, layer_importance
 from halo_reports import build_report, load_run
 from halo_reports.formatting import count, duration
@@ -77,14 +79,8 @@ def selection_file() -> dict[str, Any]:
     importance = layer_importance("halo", sweep)
     assert importance is not None
     choices = all_choices(sweep)
-    rows = [vars(score) | {"importance": importance[score.layer]} for score in layers]
-    return {
-        "method": "halo",
-        "attention_layers": choices["halo"],
-        "layers": rows,
-        "teacher": {"recall": 0.96, "commonsense": 0.61},
-        "choices": choices,
-    }
+    selection = Selection("halo", choices["halo"], sweep, importance, choices)
+    return asdict(selection)
 
 
 def evaluation_file(model: str) -> dict[str, Any]:
