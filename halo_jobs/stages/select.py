@@ -136,7 +136,7 @@ def run_select(context: StageContext) -> StageResult:
         attention_layers=chosen,
         sweep=sweep,
         importance=importance or (None,) * sweep.num_layers,
-        choices={**all_choices(sweep)},
+        choices={str(method): layers for method, layers in all_choices(sweep).items()},
         tasks=tuple(per_model),
     )
     return StageResult([selection.write(context.folder)], {"attention_layers": list(chosen)})
