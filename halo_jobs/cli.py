@@ -22,7 +22,6 @@ app = typer.Typer(
 _COMMANDS: tuple[Callable[..., None], ...] = (
     run.demo,
     run.run,
-    run.pretrain,
     run.cancel,
     look.status,
     look.logs,
@@ -37,7 +36,6 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 )
 for command in _COMMANDS:
     app.command()(command)
-app.add_typer(data.corpus, name="corpus")
 app.add_typer(kernels.kernels, name="kernels")
 
 

@@ -54,7 +54,7 @@ def teacher_model_card(
     command: str,
     ngram_perplexity: float | None = None,
 ) -> str:
-    """Card of a teacher trained from scratch by `halo pretrain`.
+    """Card of a teacher trained from scratch.
 
     `config` is its Hugging Face config.json, `command` the line that trains it again, `ngram_perplexity` that
     of an n-gram model on the same held-out text. Raises ValueError when `config` lacks a dimension.

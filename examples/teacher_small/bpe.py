@@ -1,8 +1,7 @@
-"""A small byte-level BPE tokenizer that splits text as Qwen's does, written as a Hugging Face tokenizer folder."""
+"""A small byte-level BPE tokenizer that splits text as Qwen's does, saved as a Hugging Face tokenizer folder."""
 
 from __future__ import annotations
 
-import lzma
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,16 +20,15 @@ _SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PIECE_CHARACTERS = 4000
-_LONGEST_TOKEN = 24  # characters; longer merges are boilerplate learnt by heart
+_LONGEST_TOKEN = 24  # characters; longer merges only memorise boilerplate
 
 
 def _read_text(path: Path) -> str:
-    content = path.read_bytes()
-    return (lzma.decompress(content) if path.suffix == ".xz" else content).decode().replace("\x00", "")
+    return path.read_text().replace("\x00", "")
 
 
 def _sample(text_files: Sequence[Path], characters: int, seed: int) -> Iterator[str]:
-    """Random pieces of the files, in order, about `characters` in all. Reads the files twice, one at a time."""
+    """Random pieces of the files in file order, about `characters` in total. Reads each file twice."""
     share = characters / max(sum(len(_read_text(path)) for path in text_files), 1)
     chooser = random.Random(seed)
     for path in text_files:
@@ -64,10 +62,10 @@ def train_bpe(
     sample_characters: int = 40_000_000,
     seed: int = 2,
 ) -> None:
-    """Train on a sample of `text_files` (.txt or .txt.xz, UTF-8) and publish `out_folder` for AutoTokenizer.
+    """Train on a sample of `text_files` (UTF-8) and publish `out_folder` for AutoTokenizer.
 
-    Ids 0 and 1 are <|endoftext|> (end and padding) and <|im_end|>. ValueError when the text is too little to
-    fill `vocab_size`.
+    Id 0 is <|endoftext|>, which also pads; id 1 is <|im_end|>. Raises ValueError when the text yields fewer than
+    `vocab_size` tokens.
     """
     tokenizer = _untrained_tokenizer()
     trainer = trainers.BpeTrainer(
@@ -80,8 +78,8 @@ def train_bpe(
     tokenizer.train_from_iterator(_sample(text_files, sample_characters, seed), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"{len(text_files)} text files gave {tokenizer.get_vocab_size()} tokens instead of {vocab_size}; "
-            "give more text or ask for fewer tokens."
+            f"{len(text_files)} text files yield {tokenizer.get_vocab_size()} tokens, not {vocab_size}; "
+            "add text or lower the vocabulary size"
         )
     folder = temporary_sibling(out_folder)
     folder.mkdir(parents=True)

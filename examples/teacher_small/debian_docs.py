@@ -1,4 +1,4 @@
-"""Documentation packages of Debian as training prose: download by name, unpack, keep what is prose."""
+"""Training prose from Debian documentation packages: download, unpack, keep paragraphs of English."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from examples.teacher_small.prose import (
 )
 
 PACKAGE_LIST = Path(__file__).with_name("debian_docs.txt")
-LARGEST_FILE = 60_000_000  # bytes; larger ones are data, not documentation
+MANIFEST = "debian_docs.json"
+LARGEST_FILE = 60_000_000  # bytes; larger files are data, not documentation
 
 _LANGUAGES = """
     ar as bg ca cs da de el eo es et eu fa fi fr gl gu he hi hr hu id is it ja kn ko lt lv mk ml mr nb nl nn or
@@ -33,7 +34,7 @@ _LANGUAGES = """
 """
 _OTHER_LANGUAGE = re.compile(rf"({'|'.join(_LANGUAGES.split())})([_-][A-Za-z]{{2,4}})?(@\w+)?")
 _SKIPPED_FILES = re.compile(rf"(copyright|changelog.*|NEWS.*|.*\.{_OTHER_LANGUAGE.pattern}\.html)(\.gz)?")
-# Some keep the sources beside the pages: the same prose again with markup in it.
+# Some packages ship page sources too: the same prose again, with markup.
 _SKIPPED_FOLDERS = re.compile(rf"_sources|_static|markdown|translations|off|{_OTHER_LANGUAGE.pattern}")
 _MARKUP_SUFFIXES = frozenset(("html", "htm", "xhtml", "page", "docbook", "xml"))
 _TEXT_SUFFIXES = frozenset(("txt", "rst", "md", "adoc", "pod"))
@@ -57,7 +58,7 @@ _LICENCE_PHRASES = (
 
 @dataclass(frozen=True)
 class PackageText:
-    """What one package gave, and the licences that its copyright file names."""
+    """The text extracted from one package, and the licences that its copyright file names."""
 
     package: str
     version: str
@@ -71,7 +72,7 @@ def listed_packages() -> list[str]:
 
 
 def download_package(package: str, folder: Path) -> Path:
-    """The .deb of `package` in `folder`, downloaded unless it is there. RuntimeError names the package."""
+    """Path of the package's .deb in `folder`; downloads it when it is missing. Raises RuntimeError on failure."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (found := sorted(folder.glob(f"{package}_*.deb"))):
         done = subprocess.run(
@@ -83,7 +84,7 @@ def download_package(package: str, folder: Path) -> Path:
         )
         found = sorted(folder.glob(f"{package}_*.deb"))
         if done.returncode != 0 or not found:
-            reason = done.stderr.strip().splitlines()[-1:] or ["no .deb arrived"]
+            reason = done.stderr.strip().splitlines()[-1:] or ["apt-get wrote no .deb file"]
             raise RuntimeError(f"package {package} could not be downloaded: {reason[0]}")
     return found[-1]
 
@@ -101,7 +102,7 @@ def _read(path: Path) -> str:
 
 
 def _sword_module_text(index_file: Path) -> str:
-    """A SWORD zText module: .bzs lists (offset, size, unpacked size) of zlib blocks in the .bzz beside it."""
+    """Text of a SWORD zText module: .bzs lists (offset, size, unpacked size) of the zlib blocks in .bzz."""
     blocks = index_file.with_suffix(".bzz").read_bytes()
     records = struct.iter_unpack("<III", index_file.read_bytes())
     return html_text(
@@ -110,13 +111,13 @@ def _sword_module_text(index_file: Path) -> str:
 
 
 def _dictionary_text(source: str) -> str:
-    """A dictd database: a line at the margin after an indented one begins an entry; cross-references are in braces."""
+    """Text of a dictd database. An unindented line after an indented one starts an entry; braces mark references."""
     source = re.sub(r"\[(?:1913 Webster|PJC|WordNet)[^\]]*\]|[{}]", "", source)
     return re.sub(r"^([ \t]+\S.*\n)(?=\S)", r"\1\n", source, flags=re.MULTILINE)
 
 
 def file_text(path: Path) -> str | None:
-    """The text of one unpacked file, paragraphs apart by blank lines; None when it is no documentation."""
+    """Text of one unpacked file, paragraphs separated by blank lines; None if the file is not documentation."""
     name = path.name.removesuffix(".gz").lower()
     suffix = name.rpartition(".")[2] if "." in name else ""
     if suffix in _MARKUP_SUFFIXES:
@@ -135,10 +136,10 @@ def file_text(path: Path) -> str | None:
 
 
 def documentation_files(root: Path) -> Iterator[Path]:
-    """Regular files below `root` in a fixed order, without other languages, changelogs and page sources."""
+    """Regular files below `root` in a fixed order, without translations, changelogs and page sources."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not _SKIPPED_FOLDERS.fullmatch(name))
-        if {"html", "Documentation"} <= set(subfolders):  # the kernel's pages and what they are made from
+        if {"html", "Documentation"} <= set(subfolders):  # the kernel ships pages and their sources
             subfolders.remove("Documentation")
         for name in sorted(names):
             path = Path(folder) / name
@@ -151,26 +152,26 @@ def documentation_files(root: Path) -> Iterator[Path]:
 
 
 def package_documents(root: Path) -> Iterator[str]:
-    """The prose of an unpacked package: one document a file, a paragraph only the first time it occurs."""
+    """The prose of an unpacked package: one document per file, repeated paragraphs dropped."""
     unseen = ParagraphFilter()
     for path in documentation_files(root):
         try:
             text = file_text(path)
-        except (OSError, EOFError, zlib.error):  # .gz in name only
+        except (OSError, EOFError, zlib.error):  # not gzip despite its name
             continue
         if text is not None:
             yield from as_documents(unseen.unseen(filter(is_prose, clean_paragraphs(text))))
 
 
 def licence_summary(root: Path, package: str) -> str:
-    """The licences that the copyright file names, in its order; which package has the file when this one has not."""
+    """Licences named in the copyright file, in order; "as package X" when it is a link to another package's."""
     folder = root / "usr/share/doc" / package
     if folder.is_symlink():
         return f"as package {folder.readlink().name}"
     if not (folder / "copyright").is_file():
         return ""
     text = _decode((folder / "copyright").read_bytes())
-    # Machine-readable files name a licence in a word or a few; others begin its text there.
+    # Machine-readable files give a short name after "License:"; in other files the licence text starts there.
     named = [
         name for name in re.findall(r"^License: *(\S.*)$", text, flags=re.MULTILINE) if name.count(" ") < 8
     ]
@@ -196,9 +197,9 @@ def extract_package(archive: Path, package: str, out_file: Path) -> PackageText:
 def build_debian_docs(
     out_folder: Path, packages: Sequence[str], progress: Callable[[str], None] = print
 ) -> list[PackageText]:
-    """Write <package>.txt for each package, debian_docs.json for all; skip packages that cannot be had.
+    """Write <package>.txt for each package and debian_docs.json for all. Packages that fail to download are skipped.
 
-    Archives are kept in `out_folder`/archives, so a second run downloads nothing.
+    Archives are kept in `out_folder`/archives; a second run does not download them again.
     """
     results: list[PackageText] = []
     skipped: dict[str, str] = {}
@@ -215,7 +216,7 @@ def build_debian_docs(
             f"{package} {result.version}: {result.characters:,} characters, {result.documents:,} documents"
         )
     write_json(
-        out_folder / "debian_docs.json",
+        out_folder / MANIFEST,
         {"packages": [asdict(result) for result in results], "skipped": skipped},
     )
     return results

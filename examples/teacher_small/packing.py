@@ -1,30 +1,29 @@
-"""Many text files into one shuffled stream of whole documents, small enough to carry to another machine."""
+"""A training corpus from many text files: shuffled, each paragraph once, some documents held out."""
 
 from __future__ import annotations
 
 import hashlib
-import lzma
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from durable_files import read_json, sha256_file, write_bytes, write_json
+from durable_files import write_json, write_text
 from examples.teacher_small.prose import DOCUMENT_SEPARATOR, ParagraphFilter, read_documents
 
-MANIFEST = "corpus.json"
-HELD_OUT_FILE = "prose-heldout.txt.xz"
+MANIFEST = "corpus.json"  # `halo` copies the sources and licences in it into model cards
 SHORTEST_DOCUMENT = 200  # characters
 PART_CHARACTERS = 25_000_000
-# A dictionary as large as a part: the documents of one package lie anywhere in it.
-_COMPRESSION = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 32 << 20}]
 
-Document = tuple[str, str]  # name of the text file it came from, text
+Document = tuple[str, str]  # stem of its text file, text
 
 
 def collect_documents(text_files: Sequence[Path], caps: Mapping[str, int], seed: int) -> list[Document]:
-    """All documents, shuffled, each paragraph once over all files; `caps`: most characters of a file, by its stem."""
+    """All documents in random order, without paragraphs seen before.
+
+    `caps` limits the characters taken from a file, by the file's stem.
+    """
     unseen = ParagraphFilter()
     documents: list[Document] = []
     for path in sorted(text_files, key=lambda path: path.stem):
@@ -33,7 +32,7 @@ def collect_documents(text_files: Sequence[Path], caps: Mapping[str, int], seed:
             if len(text) >= SHORTEST_DOCUMENT:
                 documents.append((path.stem, text))
     random.Random(seed).shuffle(documents)
-    # Capped after shuffling: half a dictionary is every other page of it, not A to M.
+    # Caps apply after shuffling: half a dictionary should be every other page, not A to M.
     left = dict(caps)
     kept = []
     for name, text in documents:
@@ -45,23 +44,12 @@ def collect_documents(text_files: Sequence[Path], caps: Mapping[str, int], seed:
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Decided by the text alone, so that a document stays on its side whatever else is packed."""
+    """Depends on the text alone, so a document stays on its side whatever else is in the corpus."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
 
-def _write_part(path: Path, documents: Sequence[Document]) -> dict[str, Any]:
-    content = (DOCUMENT_SEPARATOR.join(text for _, text in documents) + "\n").encode()
-    write_bytes(path, lzma.compress(content, format=lzma.FORMAT_XZ, filters=_COMPRESSION))
-    return {
-        "bytes": path.stat().st_size,
-        "sha256": sha256_file(path),
-        "characters": sum(len(text) for _, text in documents),
-        "documents": len(documents),
-    }
-
-
-def _split(documents: Sequence[Document]) -> list[list[Document]]:
+def _parts(documents: Sequence[Document]) -> list[list[Document]]:
     parts: list[list[Document]] = [[]]
     length = 0
     for document in documents:
@@ -82,7 +70,11 @@ def _tally(documents: Sequence[Document]) -> dict[str, dict[str, int]]:
     return {name: {"characters": characters[name], "documents": counts[name]} for name in sorted(counts)}
 
 
-def pack_prose(
+def _write(path: Path, documents: Sequence[Document]) -> None:
+    write_text(path, DOCUMENT_SEPARATOR.join(text for _, text in documents) + "\n")
+
+
+def write_corpus(
     text_files: Sequence[Path],
     out_folder: Path,
     *,
@@ -91,12 +83,11 @@ def pack_prose(
     provenance: Mapping[str, Mapping[str, Any]],
     held_out_share: float = 0.01,
     seed: int = 1,
-    progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write prose-NN.txt.xz (at most `characters` in all), the held-out file and corpus.json; returns the latter.
+    """Write prose/prose-NN.txt, prose/corpus.json and held_out/prose.txt; return what corpus.json holds.
 
-    Whole documents are shuffled and the stream is cut after `characters`, so every source shrinks alike.
-    `provenance`: by stem of a text file what is known of its origin (package, version, licence).
+    Training text is cut after `characters`. It is shuffled first, so every source shrinks alike. `provenance` gives
+    what is known about a source (package, version, licence), by the stem of its text file.
     """
     documents = collect_documents(text_files, caps, seed)
     held_out = [document for document in documents if is_held_out(document[1], held_out_share)]
@@ -108,34 +99,18 @@ def pack_prose(
             if left < 0:
                 break
             train.append(document)
-    files = {HELD_OUT_FILE: _write_part(out_folder / HELD_OUT_FILE, held_out)}
-    for number, part in enumerate(_split(train)):
-        name = f"prose-{number:02d}.txt.xz"
-        files[name] = _write_part(out_folder / name, part)
-        progress(f"{name}: {files[name]['characters']:,} characters in {files[name]['bytes']:,} bytes")
-    sources = {
-        name: {**provenance.get(name, {}), "train": tally, "held_out": _tally(held_out).get(name, {})}
-        for name, tally in _tally(train).items()
-    }
+    prose = out_folder / "prose"
+    _write(out_folder / "held_out" / "prose.txt", held_out)
+    for number, part in enumerate(_parts(train)):
+        _write(prose / f"prose-{number:02d}.txt", part)
+    held_out_tally = _tally(held_out)
     manifest = {
         "characters": sum(len(text) for _, text in train),
         "documents": len(train),
-        "files": files,
-        "sources": sources,
+        "sources": {
+            name: {**provenance.get(name, {}), "train": tally, "held_out": held_out_tally.get(name, {})}
+            for name, tally in _tally(train).items()
+        },
     }
-    write_json(out_folder / MANIFEST, manifest)
+    write_json(prose / MANIFEST, manifest)
     return manifest
-
-
-def unpack_prose(packed_folder: Path, out_folder: Path) -> list[Path]:
-    """Check and decompress what pack_prose wrote; returns the training files, the held-out file last."""
-    files: dict[str, dict[str, Any]] = read_json(packed_folder / MANIFEST)["files"]
-    unpacked = []
-    for name in sorted(files, key=lambda name: (name == HELD_OUT_FILE, name)):
-        packed = packed_folder / name
-        if not packed.is_file() or sha256_file(packed) != files[name]["sha256"]:
-            raise ValueError(f"{packed} is missing or differs from {MANIFEST}; pack the text again.")
-        target = out_folder / name.removesuffix(".xz")
-        write_bytes(target, lzma.decompress(packed.read_bytes()))
-        unpacked.append(target)
-    return unpacked

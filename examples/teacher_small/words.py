@@ -1,4 +1,4 @@
-"""Common English words, as names for needles and keys in recall tasks."""
+"""Common English words, used as keys in recall tasks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from examples.teacher_small.prose import COMMON_WORDS
 
 _WORD = re.compile(r"(?<![\w'’.@/-])[a-z]{4,9}(?![\w'’@/-])")
-_FEWEST = 5  # occurrences in either kind of text; rarer ones are names, slips and jargon
-# The first 8 hex digits of the SHA-256 of words that have no place in a demonstration.
+_FEWEST = 5  # occurrences in each kind of text; rarer words are names, typos and jargon
+# The first 8 hex digits of the SHA-256 of words that do not belong in a demonstration.
 _UNWANTED_TEXT = """
     01593d28 0508a634 05b3b66d 08234c94 0ebdc331 0ec52f57 0f28c496 110c6c5a 11cf8376 120f6e5b
     12a667c9 158869a9 167a79b5 183936b0 1b253a25 1b38e69c 1de83442 1e02eec4 2189c0ed 21ff590c
@@ -49,9 +49,9 @@ def _shares(text_files: Sequence[Path]) -> dict[str, float]:
 def common_words(
     literary: Sequence[Path], technical: Sequence[Path], count: int = 3000, seed: int = 3
 ) -> list[str]:
-    """The `count` most frequent lower-case words of 4 to 9 letters that both kinds of text use, shuffled.
+    """The `count` most frequent lower-case words of 4 to 9 letters that both kinds of text use, in random order.
 
-    Left out: function words, unwanted words, and plurals and the like of a word already chosen.
+    Excludes function words, unwanted words and inflections of words already chosen.
     """
     first, second = _shares(literary), _shares(technical)
     ranked = sorted(first.keys() & second.keys(), key=lambda word: (-min(first[word], second[word]), word))

@@ -1,4 +1,4 @@
-"""halo run, demo, pretrain."""
+"""halo run, demo, cancel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from halo_jobs.commands.consoles import console
 
 RecipeArgument = Annotated[
     Path,
-    typer.Argument(help="A recipe file, or the name of a shipped one (demo, teacher-small, halo-small)."),
+    typer.Argument(help="A recipe file, or the name of a shipped one (demo, hypenet-2b)."),
 ]
 RunsOption = Annotated[
     Path, typer.Option("--runs", help="Folder of all runs; a run is a folder of its own in it.")
@@ -134,14 +134,3 @@ def demo(runs: RunsOption = Path("runs"), settings: SetOption = None, dry_run: D
     Ctrl-C at any time; the same command resumes.
     """
     _run(Path("demo"), runs, None, settings, dry_run)
-
-
-def pretrain(
-    recipe: RecipeArgument = Path("teacher-small"),
-    runs: RunsOption = Path("runs"),
-    name: NameOption = None,
-    settings: SetOption = None,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Train a small Qwen3-architecture teacher from scratch and export it as a Hugging Face folder."""
-    _run(recipe, runs, name, settings, dry_run)

@@ -28,7 +28,7 @@ CORPUS_FACTS = "corpus.json"
 
 
 def _data_sources(context: StageContext) -> list[DataSource]:
-    """One line per corpus source, or per package where a corpus.json beside the text names them (see corpora/)."""
+    """One line per corpus source, or per package where a corpus.json beside the text names them."""
     tokens = context.store(TRAIN_STORE).num_tokens
     sources = []
     for source in context.recipe.corpus.train:

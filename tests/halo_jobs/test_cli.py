@@ -308,11 +308,7 @@ def test_tokenize_makes_a_store_once(tiny_corpus, tiny_tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     store = TokenStore.open(tmp_path / "store")
     assert f"{store.num_tokens:,} tokens in 60 documents" in made.stdout
-    assert "exists already" in _error(_halo(*arguments), 2)
-
-
-def test_corpus_command_refuses_before_it_downloads(tmp_path):
-    assert "does not end in .txt" in _error(_halo("corpus", "state-of-the-union", tmp_path / "sotu"), 2)
+    assert "already exists" in _error(_halo(*arguments), 2)
 
 
 def test_help_loads_nothing_heavy():
@@ -325,5 +321,5 @@ def test_help_loads_nothing_heavy():
     assert loaded.stdout.strip() == "[]"
     shown = _halo("--help")
     assert shown.returncode == 0
-    for command in ("demo", "run", "pretrain", "status", "logs", "metrics", "report", "tokenize", "corpus"):
+    for command in ("demo", "run", "status", "logs", "metrics", "report", "tokenize"):
         assert f"│ {command} " in shown.stdout

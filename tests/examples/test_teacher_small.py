@@ -1,25 +1,27 @@
-"""Text extraction, packing, the small tokenizer and the n-gram baseline; nothing here needs a network."""
+"""Text extraction and the training corpus of the embedded teacher. No test needs a network."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
+import os
 import random
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from durable_files import read_json, sha256_file
+from durable_files import read_json
+from examples.teacher_small import packing
 from examples.teacher_small.debian_docs import build_debian_docs, file_text, licence_summary, listed_packages
-from examples.teacher_small.packing import HELD_OUT_FILE, is_held_out, pack_prose, unpack_prose
+from examples.teacher_small.packing import is_held_out, write_corpus
 from examples.teacher_small.prose import (
     DOCUMENT_SEPARATOR,
     ParagraphFilter,
@@ -34,10 +36,10 @@ from examples.teacher_small.public_domain import (
     build_jane_austen,
     build_moby_dick,
     build_state_of_the_union,
-    spread_selection,
 )
-from examples.teacher_small.words import common_words
-from halo_jobs.recipe import ASSETS
+from halo_jobs.recipe import load_recipe
+
+RECIPES = Path(packing.__file__).parent
 
 SENTENCE = "The editor keeps a copy of the file that it was given, and you can go back to it at any time."
 OTHER = (
@@ -247,14 +249,6 @@ def test_data_sets_from_a_tarball(tmp_path: Path) -> None:
         build_state_of_the_union(tmp_path / "x.txt", make_datasets_tarball(tmp_path / "empty.tgz", {}))
 
 
-def test_spread_selection_takes_whole_documents_from_end_to_end() -> None:
-    documents = ["x" * (10 + index % 3) for index in range(100)]
-    chosen = spread_selection(documents, 120)
-    assert 100 < sum(len(documents[index]) for index in chosen) <= 120
-    assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1 and chosen[0] < 10 and chosen[-1] > 89
-    assert spread_selection(documents, 5) == []
-
-
 def r_serialised(strings: list[str], version: int) -> bytes:
     content = b"X\n" + struct.pack(">iii", version, 0x40202, 0x20300)
     if version == 3:
@@ -290,26 +284,28 @@ def random_documents(count: int, seed: int) -> list[str]:
     return [" ".join("".join(chooser.choices(letters, k=6)) for _ in range(60)) for _ in range(count)]
 
 
-def pack(tmp_path: Path, out: str, characters: int = 10**9) -> dict:
+def corpus(tmp_path: Path, out: str, characters: int = 10**9) -> dict:
     for name, seed in (("first", 1), ("second", 2)):
         (tmp_path / f"{name}.txt").write_text(DOCUMENT_SEPARATOR.join(random_documents(100, seed)))
     (tmp_path / "third.txt").write_text(random_documents(100, 1)[7])  # a page of "first" once more
-    return pack_prose(
+    return write_corpus(
         [tmp_path / f"{name}.txt" for name in ("third", "first", "second")],
         tmp_path / out,
         characters=characters,
         caps={"second": 5000},
         provenance={"first": {"licence": "GPL-2+"}},
         held_out_share=0.2,
-        progress=lambda line: None,
     )
 
 
-def test_packed_prose_round_trips_with_held_out_documents_apart(tmp_path: Path) -> None:
-    manifest = pack(tmp_path, "packed")
-    *train_files, held_out_file = unpack_prose(tmp_path / "packed", tmp_path / "unpacked")
-    train = [document for path in train_files for document in read_documents(path)]
-    held_out = read_documents(held_out_file)
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def test_corpus_is_shuffled_with_held_out_documents_apart(tmp_path: Path) -> None:
+    manifest = corpus(tmp_path, "corpus")
+    train = read_documents(tmp_path / "corpus" / "prose" / "prose-00.txt")
+    held_out = read_documents(tmp_path / "corpus" / "held_out" / "prose.txt")
     everything = random_documents(100, 1) + random_documents(100, 2)
     assert set(random_documents(100, 1)) <= set(train + held_out) <= set(everything)
     assert len(set(train + held_out)) == len(train) + len(held_out)
@@ -320,45 +316,60 @@ def test_packed_prose_round_trips_with_held_out_documents_apart(tmp_path: Path) 
     assert 4000 < second["train"]["characters"] + second["held_out"].get("characters", 0) <= 5000
     assert manifest["sources"]["first"]["licence"] == "GPL-2+" and "third" not in manifest["sources"]
     assert manifest["documents"] == len(train) and manifest["characters"] == sum(map(len, train))
-    assert pack(tmp_path, "again")["files"] == manifest["files"]
+    assert read_json(tmp_path / "corpus" / "prose" / "corpus.json") == manifest
+    corpus(tmp_path, "again")
+    assert content(tmp_path / "again") == content(tmp_path / "corpus")
 
 
-def test_packed_prose_is_cut_at_whole_documents(tmp_path: Path) -> None:
-    whole, cut = pack(tmp_path, "whole"), pack(tmp_path, "cut", characters=20_000)
+def test_corpus_is_cut_at_whole_documents(tmp_path: Path) -> None:
+    whole, cut = corpus(tmp_path, "whole"), corpus(tmp_path, "cut", characters=20_000)
     assert 19_000 < cut["characters"] <= 20_000 < whole["characters"]
-    assert cut["files"][HELD_OUT_FILE] == whole["files"][HELD_OUT_FILE]
+    assert content(tmp_path / "cut" / "held_out") == content(tmp_path / "whole" / "held_out")
 
 
-def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
-    pack(tmp_path, "packed")
-    part = tmp_path / "packed" / "prose-00.txt.xz"
-    part.write_bytes(part.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="prose-00"):
-        unpack_prose(tmp_path / "packed", tmp_path / "unpacked")
+def test_a_large_corpus_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus(tmp_path, "whole")
+    monkeypatch.setattr(packing, "PART_CHARACTERS", 20_000)
+    corpus(tmp_path, "parts")
+    (whole,) = (tmp_path / "whole" / "prose").glob("*.txt")
+    parts = sorted((tmp_path / "parts" / "prose").glob("*.txt"))
+    assert len(parts) > 1
+    assert [text for part in parts for text in read_documents(part)] == read_documents(whole)
 
 
-# ---- words
+# ---- the command
 
 
-def test_common_words_need_both_kinds_of_text(tmp_path: Path) -> None:
-    literary, technical = tmp_path / "l.txt", tmp_path / "t.txt"
-    literary.write_text(
-        "window window-pane Garden garden's the with carriage window garden " * 9 + "rarely " * 4
+def run_example(*arguments: object, path: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "examples.teacher_small", *map(str, arguments)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PATH": path or os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    technical.write_text("window windows garden kernel files.window with window rarely " * 9)
-    words = common_words([literary], [technical], 10)
-    assert sorted(words) == ["garden", "window"]
 
 
-# ---- assets
+def test_command_refuses_before_it_downloads(tmp_path: Path) -> None:
+    refused = run_example("state-of-the-union", tmp_path / "sotu", path=str(tmp_path))
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        f"error: {tmp_path / 'sotu'} must end in .txt, or recipes will not find it\n",
+    )
 
 
-def test_committed_assets_are_whole() -> None:
-    addresses = ASSETS / "sotu" / "addresses.jsonl"
-    assert sha256_file(addresses) in (ASSETS / "sotu" / "README.md").read_text()
-    years = [json.loads(line)["year"] for line in addresses.read_text().splitlines()]
-    assert years == sorted(years) and len(years) == 24
-
-    words = (ASSETS / "words.txt").read_text().split()
-    assert len(set(words)) == len(words) == 3000
-    assert all(re.fullmatch("[a-z]{4,9}", word) for word in words)
+def test_command_makes_a_corpus_that_the_recipes_name(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "abc-doc.txt").write_text(DOCUMENT_SEPARATOR.join(random_documents(300, 3)))
+    package = {"package": "abc-doc", "version": "1.5", "licence": "GPL-2+", "characters": 1, "documents": 1}
+    (text / "debian_docs.json").write_text(json.dumps({"packages": [package], "skipped": {}}))
+    made = run_example("corpus", text, tmp_path / "corpus")
+    assert made.returncode == 0, made.stderr
+    facts = read_json(tmp_path / "corpus" / "prose" / "corpus.json")
+    assert facts["sources"]["abc-doc"]["licence"] == "GPL-2+"
+    for recipe in ("teacher-small", "halo-small"):
+        sources = load_recipe(RECIPES / f"{recipe}.yaml").corpus
+        for source in (*sources.train, *sources.held_out):
+            assert list((tmp_path / source).glob("*.txt")), source

@@ -1,0 +1,1 @@
+"""Worked examples. The product imports nothing from here."""
