@@ -1,23 +1,24 @@
-"""The `halo` command. Every subcommand is thin: it calls a function that a notebook could call too."""
+"""The `halo` command. Its subcommands are thin: they call functions that a notebook can call too."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from halo_cluster import StopRequested
-from halo_jobs.commands import data, kernels, look, run, weights
+from halo_jobs.commands import data, doctor, generate, kernels, look, run, weights
 from halo_jobs.commands.consoles import errors
 from halo_jobs.terminal import STOPPED_EXIT_CODE, Interruption, quieten_libraries, sentence
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Turn Qwen3 models into HypeNet hybrids (a quarter softmax attention, three quarters recurrent) by HALO "
-    "distillation. Start with `halo demo`; then `halo run RECIPE --dry-run`.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
     run.demo,
@@ -33,21 +34,45 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     weights.export,
     weights.verify,
     weights.inspect,
+    generate.generate,
+    doctor.doctor,
 )
 for command in _COMMANDS:
     app.command()(command)
 app.add_typer(kernels.kernels, name="kernels")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"halo {version('hypenet-megatron')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Convert Qwen3 models into HypeNet hybrids with HALO distillation.
+
+    A quarter of the layers stay softmax attention; the others become recurrent. Start with `halo demo`, then look at
+    `halo run RECIPE --dry-run`. `halo --install-completion` sets up completion for your shell.
+    """
+
+
 def main() -> None:
-    """Entry point: 0, or one sentence on stderr and 2 for user errors, 1 for failures, 130 for Ctrl-C and SIGTERM,
-    75 for a training that was asked to stop and has saved."""
+    """Run the command and exit.
+
+    Exit code 0: success. 1: a failure. 2: something the user can correct. 75: a training stopped on request, with its
+    state saved. 130: Ctrl-C or SIGTERM. Every code but 0 comes with one sentence on stderr.
+    """
     interruption = Interruption()
     quieten_libraries()
     try:
         app()
     except BaseException as problem:
-        # Whatever libraries and typer have made of the KeyboardInterrupt by now.
+        # Libraries and typer may have turned the KeyboardInterrupt into another exception.
         if interruption.requested:
             interruption.end()
         if isinstance(problem, StopRequested):

@@ -23,14 +23,17 @@ def weights_source(folder: Path) -> OpenedModel:
     return open_checkpoint(folder)
 
 
-def release_source(folder: Path) -> OpenedModel:
-    """As `weights_source`, or a run's folder, which stands for what its export stage has published."""
+def model_folder(folder: Path) -> Path:
+    """The folder that a run's export stage has published, or `folder` itself if it is not a run."""
     if not (folder / RECIPE_FILE).is_file():
-        return weights_source(folder)
+        return folder
     published = sorted(folder.glob("export/*/DONE.json"), key=lambda path: path.stat().st_mtime)
     if not published:
-        raise ValueError(
-            f"{folder} has not come to its export; finish it with halo run, or name a checkpoint of it"
-        )
+        raise ValueError(f"{folder} has not exported its model yet; finish it with `halo run`")
     (config,) = published[-1].parent.glob("*/config.json")
-    return open_model(config.parent)
+    return config.parent
+
+
+def release_source(folder: Path) -> OpenedModel:
+    """As `weights_source`; a run's folder stands for what its export stage has published."""
+    return weights_source(model_folder(folder))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,17 +123,6 @@ def usage_snippet(model_folder: Path | str) -> str:
             "print(tokenizer.decode(tokens[0]))",
         )
     )
-
-
-def usage_command(model_folder: Path) -> str:
-    """A shell command that continues a prompt with an exported model, by the Python that runs now."""
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; d = sys.argv[1]; "
-        "t = T.from_pretrained(d, trust_remote_code=True); m = M.from_pretrained(d, trust_remote_code=True); "
-        'i = t(sys.argv[2], return_tensors="pt"); '
-        "print(t.decode(m.generate(**i, max_new_tokens=40, do_sample=False)[0]))"
-    )
-    return shlex.join([sys.executable, "-c", code, str(model_folder), "The state of the Union is"])
 
 
 def training_summary(run: RunFacts, stage: str) -> str:

@@ -1,1 +1,1 @@
-"""The subcommands of `halo`, each thin. What needs torch, zarr or matplotlib is imported when a command runs."""
+"""The subcommands of `halo`. Each imports torch, zarr or matplotlib only when it runs and needs them."""

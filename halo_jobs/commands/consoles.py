@@ -1,4 +1,4 @@
-"""Where commands write."""
+"""The consoles that commands write to."""
 
 from __future__ import annotations
 

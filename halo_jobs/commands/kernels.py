@@ -14,7 +14,7 @@ kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels on this mac
 
 @kernels.callback()
 def _group() -> None:
-    """Keeps `warmup` a subcommand while it is the only one."""
+    """Without a callback, typer would run the only subcommand as `halo kernels`."""
 
 
 @kernels.command("warmup")
@@ -22,19 +22,19 @@ def warmup(
     models: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", help="A Qwen3 size, such as qwen3-1.7b; may be given several times. Default: all."
+            "--model", help="A Qwen3 size, such as qwen3-1.7b; repeat for more. Default: all."
         ),
     ] = None,
     tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Ranks that share a layer; kernels depend on the heads of one rank.")
+        int, typer.Option(min=1, help="Ranks that share a layer. Kernels depend on the heads per rank.")
     ] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be compiled, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be compiled, and stop.")] = False,
 ) -> None:
-    """Compile the kernels for this machine's GPU ahead of a job, so that its first step does not.
+    """Compile the kernels for this machine's GPU, so that the first step of a job does not have to.
 
-    Run it once per kind of GPU on a node that has one, e.g. `srun --gpus 1 halo kernels warmup`. What is compiled lies
-    in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache); put that on a filesystem that the nodes share. Nothing
-    is tuned: tile sizes are fixed per card in a table. Heads must divide by --tensor-parallel.
+    Run it once per kind of GPU, on a node that has one, for example with `srun --gpus 1 halo kernels warmup`. Compiled
+    kernels go to Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache), which should be on a file system that the
+    nodes share. Nothing is tuned: a table fixes the tile sizes for each GPU.
     """
     import torch
 
@@ -43,8 +43,8 @@ def warmup(
 
     for name in models or []:
         if name not in QWEN3_SHAPES:
-            raise ValueError(f"there is no model {name}; choose from {', '.join(QWEN3_SHAPES)}")
-    # Kernels depend on heads and head_dim alone, so sizes with equal ones share them.
+            raise ValueError(f"--model {name} is not a known size; choose from {', '.join(QWEN3_SHAPES)}")
+    # Kernels depend on heads and head_dim only, so sizes with the same ones share them.
     chosen = {
         (shape.query_heads, shape.head_dim): shape
         for name, shape in QWEN3_SHAPES.items()
@@ -53,13 +53,13 @@ def warmup(
     for shape in chosen.values():
         if shape.query_heads % tensor_parallel:
             raise ValueError(
-                f"{shape.name} has {shape.query_heads} heads, which {tensor_parallel} ranks cannot share evenly; "
-                "choose a --tensor-parallel that divides them"
+                f"--tensor-parallel {tensor_parallel} does not divide the {shape.query_heads} heads of {shape.name}; "
+                "choose one that does"
             )
     if not dry_run and not torch.cuda.is_available():
         raise ValueError(
-            "kernels are compiled for the GPU of this machine, and torch sees none; run this on a node with one, e.g. "
-            "`srun --gpus 1 halo kernels warmup` (on CPU there is nothing to compile)"
+            "torch sees no GPU on this machine; run this on a node that has one, for example with "
+            "`srun --gpus 1 halo kernels warmup` (CPUs need no compiled kernels)"
         )
     device = torch.device("meta" if dry_run else "cuda")
     calls = [
@@ -81,4 +81,4 @@ def warmup(
             call()
             progress.advance(task)
         torch.cuda.synchronize()
-    console.print(f"{len(calls)} kernels are compiled for {torch.cuda.get_device_name()}", highlight=False)
+    console.print(f"Compiled {len(calls)} kernels for {torch.cuda.get_device_name()}", highlight=False)

@@ -1,4 +1,4 @@
-"""halo status, logs, metrics, report: what a run folder holds. They write no record and need no right to run."""
+"""halo status, logs, metrics, report: they read a run's folder, and take no lock on it."""
 
 from __future__ import annotations
 
@@ -37,20 +37,24 @@ _COLUMNS = ("stage", "state", "tries", "progress", "done", "loss", "tokens/s", "
 _NUMBERS = ("tries", "done", "loss", "tokens/s", "left", "time")
 _DROPPED_FIRST = ("progress", "node", "time", "tries")
 _UNBOUNDED = 10_000
-_SILENT_SECONDS = (
-    60.0  # a living stage shows itself every second; a network file system may hold that back for a while
-)
+# Heartbeats come every second, but a network file system may show them late.
+_SILENT_SECONDS = 60.0
 
 
 def status(
     run_folder: RunArgument,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object, for scripts: every number that there is.")
+        bool, typer.Option("--json", help="Print one JSON object, for scripts.")
     ] = False,
 ) -> None:
-    """Show every stage that was begun: state, attempts, progress, loss, speed, time left, node, why it failed.
+    """Show every stage that has started: state, attempts, progress, loss, speed, time left, node, why it failed.
 
-    Works beside a run in progress, from another terminal or another machine that sees the folder.
+    Works during a run, from another terminal or any machine that sees the folder.
+
+    --json prints an object with `run` (its name) and `stages`. Keys of a stage: stage, input_hash, folder, state,
+    attempts, attempt, job, started, seconds, node, reason, step, steps, loss, learning_rate, gradient_norm,
+    tokens_per_second, tasks_done, tasks, progress, seconds_left, checkpoint_step, checkpoint_age_seconds,
+    heartbeat_age_seconds, host_memory_bytes, gpu_memory_bytes, queue. A value that is not known is null.
     """
     stages = read_run(run_folder)
     queue = _queue(stages)
@@ -59,7 +63,7 @@ def status(
         content = {"run": run_folder.resolve().name, "stages": rows}
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return
-    # A file or a pipe gets everything, whatever width it is thought to have.
+    # Output to a file or a pipe is not cut to a terminal's width.
     sheet = console if console.is_terminal else Console(width=_UNBOUNDED)
     sheet.print(_widest_fitting(str(run_folder), [_row(stage) for stage in stages], sheet))
     for stage in stages:
@@ -68,14 +72,14 @@ def status(
 
 
 def _queue(stages: list[StageReading]) -> dict[str, LiveJob]:
-    """What Slurm, if it is here and answers, has in its queue for stages that are not done."""
+    """Slurm's jobs of the unfinished stages; empty if Slurm is not here or does not answer."""
     open_stages = [stage for stage in stages if stage.job and stage.state != "done"]
     if not open_stages or shutil.which("squeue") is None:
         return {}
     try:
         live = live_jobs()
     except SchedulerUnreachable as problem:
-        errors.print(f"{problem}; what the run's folder says follows", soft_wrap=True, highlight=False)
+        errors.print(f"{problem}; showing what the run's folder says", soft_wrap=True, highlight=False)
         return {}
     names = {
         stage.stage: StageJob(stage.stage, StageRecord(Path(stage.folder)), {}).job_name
@@ -93,7 +97,7 @@ def _remarks(stage: StageReading, job: LiveJob | None) -> Iterator[str]:
         yield f"{'restarted after' if stage.state == 'running' else stage.state}: {stage.reason}"
     age = stage.heartbeat_age_seconds
     if age is not None and age > _SILENT_SECONDS:
-        yield f"has shown no life for {_duration(age)}; {stage.node} may be gone, or the disk slow"
+        yield f"sent its last heartbeat {_duration(age)} ago; {stage.node} may be down, or the disk slow"
     if job is not None:
         where = f" on {job.nodes}" if job.nodes else f" ({job.reason})"
         yield f"is job {job.job}, {job.state}{where}"
@@ -115,7 +119,7 @@ def _row(stage: StageReading) -> dict[str, str | Text]:
 
 
 def _widest_fitting(title: str, rows: list[dict[str, str | Text]], sheet: Console) -> Table:
-    """The table with as many columns as `sheet` has room for."""
+    """The table with as many columns as fit on `sheet`."""
     for count in range(len(_DROPPED_FIRST) + 1):
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         shown = [column for column in _COLUMNS if column not in _DROPPED_FIRST[:count]]
@@ -134,7 +138,7 @@ def _bar(progress: float) -> str:
 
 
 def _done(stage: StageReading) -> str:
-    """Steps or tasks, of how many."""
+    """Steps or tasks done, of their total."""
     if stage.steps:
         return f"{stage.step or 0:,}/{stage.steps:,}"
     return f"{stage.tasks_done}/{stage.tasks}" if stage.tasks else ""
@@ -150,13 +154,13 @@ def _duration(seconds: float) -> str:
 
 def logs(
     run_folder: RunArgument,
-    stage: Annotated[str, typer.Argument(help="A stage, as `halo status` names it.")],
+    stage: Annotated[str, typer.Argument(help="A stage, as in `halo status`.")],
     follow: Annotated[
         bool,
-        typer.Option("--follow", "-f", help="Go on with what comes, across restarts, until it is done."),
+        typer.Option("--follow", "-f", help="Print new lines as they come, across restarts, until it is done."),
     ] = False,
 ) -> None:
-    """Print what a stage's newest attempt has logged, and its ranks; of a job that never began, the scheduler's log."""
+    """Print the log of a stage's newest attempt and of its ranks, or the scheduler's log if the job never started."""
     from halo_reports.monitoring.logs import StageLog, stage_record
 
     log = StageLog(stage_record(run_folder, stage))
@@ -170,17 +174,17 @@ def metrics(
     token_file: Annotated[
         Path | None,
         typer.Option(
-            "--token-file", help="Made at first start; by default halo/metrics.token in your configuration."
+            "--token-file", help="Bearer token, created if missing. Default: halo/metrics.token in your configuration."
         ),
     ] = None,
     once: Annotated[
-        bool, typer.Option("--once", help="Print the metrics and end; no port, no token.")
+        bool, typer.Option("--once", help="Print the metrics once and exit, without a server.")
     ] = False,
 ) -> None:
-    """Serve a run's metrics to Prometheus, or those of all runs in a folder, until Ctrl-C.
+    """Serve the metrics of a run, or of all runs in a folder, to Prometheus until Ctrl-C.
 
-    Reads run folders only: start it on any machine that sees them, whatever executes the stages. docs/watching.md has
-    the names of the metrics, the scrape configuration and the Grafana dashboard.
+    Reads run folders only, so it works on any machine that sees them. docs/watching.md lists the metrics and shows the
+    scrape configuration and the Grafana dashboard.
     """
     from halo_reports.monitoring.exporter import (
         MetricsServer,
@@ -190,7 +194,7 @@ def metrics(
     )
 
     if not run_folder.is_dir():
-        raise ValueError(f"{run_folder} is not a folder; give a run's folder, or that of all runs")
+        raise ValueError(f"{run_folder} is not a folder; give the folder of a run, or of all runs")
     if once:
         sys.stdout.write(exposition(run_folder))
         return
@@ -199,15 +203,15 @@ def metrics(
     try:
         server = MetricsServer(run_folder, token, port)
     except OSError as error:
-        raise ValueError(f"port {port} cannot be had: {error.strerror}; choose another with --port") from None
-    console.print(f"{server.url} serves {run_folder}, runs now: {len(find_runs(run_folder))}", soft_wrap=True)
+        raise ValueError(f"cannot listen on port {port}: {error.strerror}; choose another with --port") from None
+    console.print(f"{server.url} serves {run_folder}; runs found: {len(find_runs(run_folder))}", soft_wrap=True)
     console.print(f"Bearer token: {path}", soft_wrap=True, highlight=False)
     with server:
         server.serve_forever()
 
 
 def report(run_folder: RunArgument) -> None:
-    """Write report.html again, from whatever the stages have published so far."""
+    """Write report.html from what the stages have published so far."""
     check_run(run_folder)
     folders = {row.record.stage: row.record.folder for row in latest_of_each_stage(run_folder)}
     from halo_cluster import storage_errors
@@ -215,4 +219,4 @@ def report(run_folder: RunArgument) -> None:
 
     with storage_errors(run_folder):
         page = build_report(run_folder, folders, run_folder / "report.html")
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+    console.print(f"Report: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)

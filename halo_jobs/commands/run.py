@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -71,7 +74,6 @@ def _run(
     loaded = load_recipe(recipe, overrides)
     # Imported after the recipe is known to be good: torch and megatron take seconds to load.
     from halo_jobs.pipeline import print_batch_script, print_plan, run_recipe, run_recipe_on_slurm
-    from halo_reports import usage_command
 
     if detach and executor is not Executor.SLURM:
         raise ValueError("--detach leaves the stages to Slurm; add --executor slurm")
@@ -88,11 +90,16 @@ def _run(
         result = finished
     else:
         result = run_recipe(loaded, runs, console)
-    console.print(f"\nReport: {result.report}", soft_wrap=True, highlight=False)
-    for config in sorted(result.stage_folders["export"].glob("*/config.json")):
-        console.print(
-            f"Use the model:\n  {usage_command(config.parent)}", soft_wrap=True, highlight=False, markup=False
-        )
+    run_folder = result.report.parent
+    usage = shlex.join([_program(), "generate", str(run_folder), "The state of the Union is"])
+    console.print(f"\nReport: {result.report.resolve().as_uri()}", soft_wrap=True, highlight=False)
+    console.print(f"Use the model:\n  {usage}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _program() -> str:
+    """`halo`, or the path it was started by when the user's PATH has no such command."""
+    invoked = sys.argv[0]
+    return invoked if Path(invoked).name == "halo" and shutil.which("halo") != invoked else "halo"
 
 
 def run(
@@ -129,8 +136,8 @@ def cancel(
 
 
 def demo(runs: RunsOption = Path("runs"), settings: SetOption = None, dry_run: DryRunOption = False) -> None:
-    """Convert the embedded 8M-parameter teacher on this machine, about ten minutes on two CPU cores.
+    """Convert the embedded 8M-parameter teacher on this machine, in less than eight minutes on two CPU cores.
 
-    Ctrl-C at any time; the same command resumes.
+    Stop it with Ctrl-C at any time; the same command resumes it.
     """
     _run(Path("demo"), runs, None, settings, dry_run)

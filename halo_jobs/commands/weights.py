@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -19,7 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from halo_jobs.commands.consoles import console
+from halo_jobs.commands.consoles import console, errors
 
 if TYPE_CHECKING:
     from hypenet_tools.folder_job import Job, Part
@@ -54,7 +55,7 @@ SeedOption = Annotated[
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="bf16, fp16 or fp32. Default: every tensor stays as it is.")
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the report to this file too.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
 
 def convert(
@@ -205,12 +206,14 @@ def export(
 def verify(
     a: Annotated[Path, typer.Argument(help="A Hugging Face folder, weights folder or training checkpoint.")],
     b: Annotated[Path, typer.Argument(help="Another; kinds may differ.")],
-    report: JsonOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare two models: every tensor bit for bit through the mapping, checksums, and logits on fixed prompts.
 
     Exit code 0: the same model. 1: not; the report says what differs. Logits (largest difference, cosine, agreement of
     the most likely token) are computed in fp32, where the models fit into memory.
+
+    Keys of --json: match (true or false), a, b, model, tensors, logits, files_not_matching_their_checksum.
     """
     from halo_jobs.release_sources import weights_source
     from hypenet_tools.verify import verify as compare
@@ -218,7 +221,7 @@ def verify(
     one, other = weights_source(a), weights_source(b)
     with _bar("comparing", one.stored.nbytes) as advance:
         result = compare(one, other, advance=advance)
-    _tell(result, report)
+    _tell(result, as_json)
     if not result["match"]:
         raise RuntimeError(f"{a} and {b} are not the same model; the report above says what differs")
 
@@ -227,11 +230,14 @@ def inspect(
     folder: Annotated[
         Path, typer.Argument(help="A Hugging Face folder, weights folder or training checkpoint.")
     ],
-    report: JsonOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what is in a model folder: model, layout, sizes, dtypes, how it came about, NaN and infinite values.
 
     Reads everything, also to check it against the folder's checksums.
+
+    Keys of --json: folder, kind, model, layout, tensors, parameters, bytes, files, dtypes, nan, inf,
+    tensors_not_finite, files_not_matching_their_checksum, provenance.
     """
     from halo_jobs.release_sources import weights_source
     from hypenet_tools.inspection import inspect_model
@@ -239,7 +245,7 @@ def inspect(
     opened = weights_source(folder)
     with _bar("reading", opened.stored.nbytes) as advance:
         result = inspect_model(opened, advance=advance)
-    _tell(result, report)
+    _tell(result, as_json)
 
 
 def _dtype(name: str | None) -> Any:
@@ -298,7 +304,7 @@ def _existing(path: Path) -> Path:
 
 @contextmanager
 def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes; yields what to call with the number of bytes done."""
+    """A progress bar in bytes on stderr; yields the function to call with the number of bytes done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -306,12 +312,12 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
 
-def _tell(report: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    console.print_json(json.dumps(report))
+def _tell(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report as JSON for scripts, or as YAML for people."""
+    text = json.dumps(report, indent=2)
+    print(text if as_json else yaml.safe_dump(json.loads(text), sort_keys=False).rstrip())

@@ -88,5 +88,5 @@ def test_checkpoint_away_from_its_run(trained, tmp_path):
 
 def test_run_that_has_not_come_to_its_export(trained):
     checkpoints, _ = trained
-    with pytest.raises(ValueError, match="run has not come to its export; finish it with halo run"):
+    with pytest.raises(ValueError, match="run has not exported its model yet; finish it with `halo run`"):
         release_source(checkpoints.parent.parent.parent)

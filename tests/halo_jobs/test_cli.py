@@ -9,14 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from durable_files import read_json
+from halo_jobs.cli import app
+from halo_reports.monitoring.readings import StageReading
 from tokenized_data import TokenStore, tokenize_text
 
 
@@ -59,7 +64,7 @@ def test_nothing_but_progress_on_the_terminal(finished):
     _, run, done = finished
     assert done.stderr == ""
     assert "Warning" not in done.stdout
-    assert f"Report: {run / 'report.html'}" in done.stdout
+    assert f"Report: {(run / 'report.html').as_uri()}\n" in done.stdout
     (log,) = run.glob("align/*/attempt.1/log.txt")
     assert "UserWarning" in log.read_text(), "the attempt's log has what the terminal was spared"
 
@@ -83,19 +88,20 @@ def test_sweep_and_evaluations_on_ray(finished, tmp_path):
 
 def test_printed_command_uses_the_model_without_asking(finished):
     _, run, done = finished
-    (folder,) = run.glob("export/*/hypenet")
     command = done.stdout.splitlines()[-1].strip()
-    assert str(folder) in command
+    assert command == f"halo generate {run} 'The state of the Union is'"
     used = subprocess.run(
         command,
         shell=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert used.returncode == 0, used.stderr
+    assert (used.returncode, used.stderr) == (0, "")
+    assert len(used.stdout) > len("The state of the Union is\n")
     assert used.stdout.startswith("The state of the Union is")
 
 
@@ -109,16 +115,19 @@ def test_finished_run_to_a_folder_to_upload(finished, tmp_path):
     assert "## Scores" in card and "## Data" in card and "layer selection" in card
     assert 'license: "apache-2.0"' in card, "the teacher's"
     assert len(list((tmp_path / "release").glob("model-*.safetensors"))) > 2
-    same = _halo("verify", published, tmp_path / "release")
+    same = _halo("verify", published, tmp_path / "release", "--json")
     assert same.returncode == 0, same.stdout + same.stderr
+    assert json.loads(same.stdout)["match"] is True
+    assert json.loads(same.stdout).keys() <= words_of_help("verify")
 
 
-def test_weights_of_a_stage_say_how_they_came_about(finished, tmp_path):
+def test_weights_of_a_stage_say_how_they_came_about(finished):
     _, run, _ = finished
     (weights,) = run.glob("finetune.hybrid/*/hybrid")
-    done = _halo("inspect", weights, "--json", tmp_path / "facts.json")
+    done = _halo("inspect", weights, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    facts = read_json(tmp_path / "facts.json")
+    facts = json.loads(done.stdout)
+    assert facts.keys() <= words_of_help("inspect")
     steps = [step["step"] for step in facts["provenance"]]
     assert steps == ["convert", "students", "align", "distill.hybrid", "finetune.hybrid"]
     assert facts["files_not_matching_their_checksum"] == []
@@ -321,5 +330,33 @@ def test_help_loads_nothing_heavy():
     assert loaded.stdout.strip() == "[]"
     shown = _halo("--help")
     assert shown.returncode == 0
-    for command in ("demo", "run", "status", "logs", "metrics", "report", "tokenize"):
+    for command in ("demo", "run", "status", "logs", "metrics", "report", "tokenize", "generate", "doctor"):
         assert f"│ {command} " in shown.stdout
+
+
+def words_of_help(command: str) -> set[str]:
+    return set(re.findall(r"\w+", CliRunner().invoke(app, [command, "--help"]).output))
+
+
+def test_keys_of_status_are_in_its_help():
+    assert {field.name for field in fields(StageReading)} | {"queue"} <= words_of_help("status")
+
+
+def test_inspect_without_json_is_readable(finished):
+    _, run, _ = finished
+    (weights,) = run.glob("finetune.hybrid/*/hybrid")
+    shown = _halo("inspect", weights)
+    assert shown.returncode == 0, shown.stderr
+    assert f"folder: {weights}\nkind: " in shown.stdout and "\nlayout:\n  tensor: 1\n" in shown.stdout
+
+
+def test_version_and_short_help():
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"halo {version('hypenet-megatron')}\n")
+    assert CliRunner().invoke(app, ["status", "-h"]).output == CliRunner().invoke(app, ["status", "--help"]).output
+
+
+def test_shell_completion_knows_the_commands():
+    words = {"_HALO_COMPLETE": "complete_bash", "COMP_WORDS": "halo re", "COMP_CWORD": "1"}
+    completed = CliRunner().invoke(app, [], prog_name="halo", env=words)
+    assert completed.output.split() == ["report", "reshard"]

@@ -314,6 +314,7 @@ def test_hybrid_card_says_what_the_run_says(stage_folders: dict[str, Path]) -> N
     assert "distill.uniform" not in card
     assert "base a = 600" in card
     assert "local proxies" in card
+    assert "The modelling code in this folder is part of\nhypenet-megatron and has the Apache License 2.0." in card
 
 
 def test_teacher_card_of_a_pretraining_run(tmp_path: Path) -> None:

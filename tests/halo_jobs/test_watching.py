@@ -145,7 +145,7 @@ def _served(run: Path, token_file: Path, port: int) -> subprocess.Popen[str]:
         text=True,
     )
     assert server.stdout is not None
-    assert f"http://127.0.0.1:{port}/metrics serves {run}, runs now: 1" in server.stdout.readline()
+    assert f"http://127.0.0.1:{port}/metrics serves {run}; runs found: 1" in server.stdout.readline()
     assert str(token_file) in server.stdout.readline()
     return server
 

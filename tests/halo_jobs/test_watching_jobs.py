@@ -107,7 +107,7 @@ def test_status_asks_slurm_why_a_stage_waits(submitted_run, tmp_path_factory, mo
     )
     away = _halo("status", submitted_run)
     assert away.returncode == 0 and "pending" in away.stdout
-    assert "Unable to contact slurm controller; what the run's folder says follows" in away.stderr
+    assert "Unable to contact slurm controller; showing what the run's folder says" in away.stderr
 
 
 def test_status_of_a_stage_on_a_node_that_is_gone(submitted_run):
@@ -116,12 +116,12 @@ def test_status_of_a_stage_on_a_node_that_is_gone(submitted_run):
     begun = {"host": "node7", "pid": 5, "birth": "x", "started": "2026-01-01T00:00:00+00:00"}
     (attempt / "started.json").write_text(json.dumps(begun))
     (attempt / "heartbeat").write_text("         90.000\n")
-    assert "shown no life" not in _halo("status", submitted_run).stdout
+    assert "last heartbeat" not in _halo("status", submitted_run).stdout
     long_ago = time.time() - 600
     os.utime(attempt / "heartbeat", (long_ago, long_ago))
     shown = _halo("status", submitted_run).stdout
     assert re.search(r"align +running", shown)
-    assert re.search(r"align has shown no life for 10 min 0\d s; node7 may be gone, or the disk slow", shown)
+    assert re.search(r"align sent its last heartbeat 10 min 0\d s ago; node7 may be down, or the disk slow", shown)
 
 
 def test_tasks_of_an_earlier_attempt_count_as_done_and_not_as_speed(tmp_path, monkeypatch):

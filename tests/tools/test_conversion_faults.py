@@ -282,21 +282,21 @@ def test_commands_from_download_to_release(hf_folder, tmp_path):
     ):
         done = halo(*arguments)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    facts = halo("inspect", hybrid, "--json", tmp_path / "facts.json")
+    facts = halo("inspect", hybrid, "--json")
     assert facts.returncode == 0, facts.stderr
-    found = json.loads((tmp_path / "facts.json").read_text())
+    found = json.loads(facts.stdout)
     assert found["layout"] == {"tensor": 2, "pipeline": 1, "expert": 1}
     assert (found["nan"], found["inf"], found["files_not_matching_their_checksum"]) == (0, 0, [])
     assert set(found["dtypes"]) == {"BF16"}
     assert found["provenance"][0]["seed"] == 3
-    equal = halo("verify", hybrid, slim, "--json", tmp_path / "report.json")
+    equal = halo("verify", hybrid, slim, "--json")
     assert equal.returncode == 1, "other dtypes are other tensors"
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads(equal.stdout)
     assert report["tensors"]["equal"] == 0 and report["tensors"]["differing"][0]["max_difference"] == 0
     assert report["logits"]["top_1_agreement"] == 1 and not report["match"]
     assert equal.stderr.count("\n") == 1 and "are not the same model" in equal.stderr
-    equal = halo("verify", source, back, "--json", tmp_path / "report.json")
-    report = json.loads((tmp_path / "report.json").read_text())
+    equal = halo("verify", source, back, "--json")
+    report = json.loads(equal.stdout)
     assert equal.returncode == 1
     assert {entry["what"] for entry in report["model"]} == {"mixer_types", "logits_scaling_base"}
     assert len(report["tensors"]["only_in_b"]) == 6
