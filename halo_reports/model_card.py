@@ -30,7 +30,12 @@ HYBRID_LIMITATIONS = """## Limitations
 - It has every gap of its teacher, and its teacher's lack of safety tuning; conversion adds no knowledge.
 - Recurrent layers keep a state of constant size, so recall of many facts at once may fall sooner than in the
   teacher.
-- The folder holds its own modelling code, so loading it needs `trust_remote_code=True`; read it first."""
+- The folder contains its own modelling code, so loading it needs `trust_remote_code=True`; read it first."""
+
+CODE_LICENCE = """## Licence
+
+The weights have the licence that the front matter names. The modelling code in this folder is part of
+hypenet-megatron and has the Apache License 2.0."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def hybrid_model_card(
         *_data(data),
         *_scores(run),
         HYBRID_LIMITATIONS,
+        CODE_LICENCE,
     )
 
 

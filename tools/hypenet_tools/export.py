@@ -94,7 +94,8 @@ def _new_card(source: OpenedModel, model: ModelDescription, licence: str) -> str
         lines += [
             "",
             f"Softmax attention in layers {', '.join(attention) or 'none'} (from 0); the others are Lightning "
-            "Attention. The folder holds its own modelling code, so loading it needs `trust_remote_code=True`.",
+            "Attention. The folder contains its own modelling code (hypenet-megatron, Apache License 2.0), so "
+            "loading it needs `trust_remote_code=True`.",
         ]
     if any("hybrid" in step for step in source.provenance):
         lines += ["", "**Not trained**: mixers are copies of the teacher's, output gates are random."]
