@@ -1,4 +1,4 @@
-"""scripts/bootstrap.sh, with stand-ins for the interpreters and no network."""
+"""scripts/bootstrap.sh, with scripts in place of the interpreters and without a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bootstrap.sh"
 
-# Answers the version question, makes a .venv whose python is itself, and notes what pip was asked to do.
+# Reports whether its version is usable, copies itself into .venv, and records what pip was asked to do.
 INTERPRETER = """#!/bin/sh
 case "$1" in
     -c) exit {version_status} ;;
@@ -22,7 +22,7 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A repository folder with a space in its name and, beside it, a folder of the few commands on PATH."""
+    """A repository in a folder with a space in its name, and beside it `bin` with the only commands on PATH."""
     root = tmp_path / "my checkout"
     (root / "scripts").mkdir(parents=True)
     shutil.copy(SCRIPT, root / "scripts")
@@ -55,11 +55,11 @@ def installs(checkout: Path) -> int:
 
 
 def test_without_a_python_one_sentence_says_what_to_install(checkout: Path) -> None:
-    add_interpreter(checkout.parent / "bin" / "python3.12", usable=False)  # a shim of a version not selected
+    add_interpreter(checkout.parent / "bin" / "python3.12", usable=False)  # as a shim of a version that is not selected
     result = bootstrap(checkout)
     assert result.returncode == 1
     assert result.stderr.startswith(
-        "No Python >= 3.12 with the venv module was found (on PATH, in pyenv, in uv)"
+        "No Python >= 3.12 with the venv module was found on PATH, in pyenv or in uv; install one"
     )
     assert len(result.stderr.splitlines()) == 1
     assert not (checkout / ".venv").exists()
