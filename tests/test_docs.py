@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "ARCHITECTURE.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "docs" / "data.md",
     ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "watching.md",
