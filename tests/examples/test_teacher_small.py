@@ -17,9 +17,11 @@ import zlib
 from pathlib import Path
 
 import pytest
+import typer
 
 from durable_files import read_json
 from examples.teacher_small import packing
+from examples.teacher_small.__main__ import app
 from examples.teacher_small.debian_docs import build_debian_docs, file_text, licence_summary, listed_packages
 from examples.teacher_small.packing import is_held_out, write_corpus
 from examples.teacher_small.prose import (
@@ -357,6 +359,16 @@ def test_command_refuses_before_it_downloads(tmp_path: Path) -> None:
         1,
         f"error: {tmp_path / 'sotu'} must end in .txt, or recipes will not find it\n",
     )
+
+
+def test_commands_of_the_page_parse() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    lines = re.findall(r"^python -m examples\.teacher_small (.+)$", page, re.MULTILINE)
+    commands = typer.main.get_group(app).commands
+    assert {line.split()[0] for line in lines} == set(commands), "the page shows every command"
+    for line in lines:
+        name, *arguments = line.split()
+        commands[name].make_context(name, arguments)
 
 
 def test_command_makes_a_corpus_that_the_recipes_name(tmp_path: Path) -> None:
