@@ -33,7 +33,7 @@ from halo_jobs.graph import StageNode, input_hashes, stage_nodes
 from halo_jobs.recipe import Recipe, recipe_yaml
 from halo_jobs.stages.context import StageContext, layout_of
 from halo_jobs.worker import run_in_processes
-from halo_reports import build_report
+from halo_reports.build import build_report
 from hypenet_megatron.runtime import ONE_PROCESS, model_parallel, reset_seeds
 
 

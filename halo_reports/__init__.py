@@ -1,6 +1,4 @@
-"""The report of a run: one self-contained HTML page made from the files that the stages published."""
+"""What a run has done: its report, its model card, and its state while it runs.
 
-from halo_reports.build import build_report
-from halo_reports.run_facts import RunFacts, load_run
-
-__all__ = ["RunFacts", "build_report", "load_run"]
+Import from the modules: `monitoring` needs no plotting library, `build` does.
+"""

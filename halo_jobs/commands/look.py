@@ -215,7 +215,7 @@ def report(run_folder: RunArgument) -> None:
     check_run(run_folder)
     folders = {row.record.stage: row.record.folder for row in latest_of_each_stage(run_folder)}
     from halo_cluster import storage_errors
-    from halo_reports import build_report
+    from halo_reports.build import build_report
 
     with storage_errors(run_folder):
         page = build_report(run_folder, folders, run_folder / "report.html")

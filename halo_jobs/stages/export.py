@@ -14,8 +14,8 @@ from halo_jobs.stages.data import tokenizer_folder
 from halo_jobs.stages.measure import logits_scaling_base_of
 from halo_jobs.stages.selected import MAIN_VARIANT
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
-from halo_reports import load_run
 from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
+from halo_reports.run_facts import load_run
 from halo_training.models import DTYPES
 from hypenet_tools import write_hf_folder, write_qwen3_folder
 from hypenet_tools.hugging_face.aux_files import licence_of

@@ -15,9 +15,10 @@ import pytest
 
 from halo_evaluation.results import Selection
 from halo_evaluation.selection.scores import LayerScore, LayerSweep, all_choices, layer_importance
-from halo_reports import build_report, load_run
+from halo_reports.build import build_report
 from halo_reports.formatting import count, duration
 from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
+from halo_reports.run_facts import load_run
 
 NUM_LAYERS = 10
 HOSTILE = "<script>alert('&')</script>"
