@@ -56,6 +56,6 @@ def test_command_says_what_it_would_do_and_what_it_lacks():
         "equal heads are compiled once"
     )
     assert "choose from qwen3-0.6b" in str(run("--model", "qwen9").exception)
-    assert "16 heads, which 3 ranks cannot share" in str(run("--tensor-parallel", "3").exception)
+    assert "3 does not divide the 16 heads of qwen3-1.7b" in str(run("--tensor-parallel", "3").exception)
     if not torch.cuda.is_available():
         assert "torch sees no GPU" in str(run().exception)
