@@ -49,10 +49,6 @@ class Selection(_Published):
     choices: Mapping[str, tuple[int, ...]]
     tasks: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
-    @property
-    def attention_share(self) -> float:
-        return len(self.attention_layers) / self.sweep.num_layers
-
     def layers_of(self, variant: str | None) -> tuple[int, ...]:
         """Attention layers of the main hybrid (None), or of a baseline by its method's name."""
         return self.attention_layers if variant is None else self.choices[variant]

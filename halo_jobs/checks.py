@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a recipe before its first stage runs: paths, teacher, layers, context lengths."""
+"""Finds mistakes of a recipe before its first stage runs: paths, teacher, layers, context lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from halo_evaluation.recall.materials import Materials
 from halo_evaluation.suites import recall_tasks
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, resolve_path
 from halo_jobs.stages.context import layout_of
-from halo_jobs.stages.data import WORDS_FILE, tokenizer_folder, training_sections
+from halo_jobs.stages.data import WORDS_FILE
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools import read_model_folder
 from tokenized_data import TokenizerIdentity, load_tokenizer_identity
@@ -26,26 +26,28 @@ from tokenized_data.text import text_files
 
 
 @contextmanager
-def about(key: str) -> Iterator[None]:
-    """Put the recipe's key in front of what the body refuses."""
+def named_in_errors(key: str) -> Iterator[None]:
+    """Put the recipe's key in front of the message of a ValueError of the body."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 
 
-def check_recipe(recipe: Recipe) -> ModelShape:
-    """Refuse what no stage could make good; reads configs, tensor headers and the tokenizer, but no text.
+def check_recipe(recipe: Recipe, *, tokenized: bool = False) -> ModelShape:
+    """Refuse what would fail in a stage; reads configs, tensor headers and the tokenizer, but no text.
 
-    Returns the shape of the teacher, converted or to be trained. ValueError is one sentence with key and mend.
+    Returns the shape of the teacher, converted or to be trained. With `tokenized` the text may be gone. ValueError is
+    one sentence with the key and the fix.
     """
-    _check_corpus(recipe)
+    if not tokenized:
+        _check_corpus(recipe)
     shape = _teacher_shape(recipe) if isinstance(recipe, ConversionRecipe) else _planned_shape(recipe)
-    with about("teacher" if isinstance(recipe, ConversionRecipe) else "tokenizer"):
-        tokenizer = load_tokenizer_identity(tokenizer_folder(recipe))
+    with named_in_errors("teacher" if isinstance(recipe, ConversionRecipe) else "tokenizer"):
+        tokenizer = load_tokenizer_identity(recipe.tokenizer_folder)
         if tokenizer.vocab_size > shape.vocab_size:
             raise ValueError(
-                f"the tokenizer in {tokenizer_folder(recipe)} has {tokenizer.vocab_size} ids, the model only "
+                f"the tokenizer in {recipe.tokenizer_folder} has {tokenizer.vocab_size} ids, the model only "
                 f"{shape.vocab_size}; put the model's own tokenizer back"
             )
     if isinstance(recipe, ConversionRecipe):
@@ -61,13 +63,13 @@ def check_recipe(recipe: Recipe) -> ModelShape:
 
 def _check_corpus(recipe: Recipe) -> None:
     for key, sources in (("corpus.train", recipe.corpus.train), ("corpus.held_out", recipe.corpus.held_out)):
-        with about(key):
+        with named_in_errors(key):
             for source in sources:
                 text_files([resolve_path(source)])
 
 
 def _teacher_shape(recipe: ConversionRecipe) -> ModelShape:
-    with about("teacher"):
+    with named_in_errors("teacher"):
         teacher = read_model_folder(_folder(recipe.teacher))
         if teacher.mixer_types is not None:
             raise ValueError(f"{teacher.folder} is a HypeNet already; give a Qwen3 model as teacher")
@@ -75,9 +77,9 @@ def _teacher_shape(recipe: ConversionRecipe) -> ModelShape:
 
 
 def _planned_shape(recipe: PretrainRecipe) -> ModelShape:
-    with about("tokenizer"):
+    with named_in_errors("tokenizer"):
         vocabulary = load_tokenizer_identity(_folder(recipe.tokenizer)).vocab_size
-    with about("shape"):
+    with named_in_errors("shape"):
         return ModelShape(name=recipe.name, vocab_size=vocabulary, **recipe.shape.model_dump())
 
 
@@ -94,7 +96,7 @@ def _check_selection(recipe: ConversionRecipe, shape: ModelShape) -> None:
     layers = recipe.select.attention_layers
     if layers is None:
         return
-    with about("select.attention_layers"):
+    with named_in_errors("select.attention_layers"):
         if len(set(layers)) < len(layers):
             raise ValueError(f"{layers} names a layer twice; name each once")
         try:
@@ -105,20 +107,20 @@ def _check_selection(recipe: ConversionRecipe, shape: ModelShape) -> None:
 
 def _check_layout(recipe: Recipe, shape: ModelShape) -> None:
     layout, processes = layout_of(recipe), recipe.layout.processes
-    with about("layout"):
+    with named_in_errors("layout"):
         layout.check_model(shape)
         layout.data_ranks(processes)
         if torch.cuda.is_available() and processes > torch.cuda.device_count():
             raise ValueError(
                 f"{processes} processes need a GPU each and here are {torch.cuda.device_count()}; lower processes"
             )
-    for name, section in training_sections(recipe).items():
-        with about(f"{name} in this layout"):
+    for name, section in recipe.training_sections.items():
+        with named_in_errors(f"{name} in this layout"):
             layout.check_batch(section.context_length, section.global_batch, section.micro_batch, processes)
 
 
 def _check_fan_out(recipe: Recipe) -> None:
-    """What its backend needs is looked for now, not when the first sweep begins."""
+    """Look for the packages of the backend now, not when the first sweep begins."""
     needs = {"ray": ("ray", "ray"), "slurm-array": ("submitit", "slurm")}.get(recipe.fan_out.backend)
     if needs and importlib.util.find_spec(needs[0]) is None:
         raise ValueError(
@@ -127,7 +129,7 @@ def _check_fan_out(recipe: Recipe) -> None:
 
 
 def _check_transformer_impl(recipe: Recipe) -> None:
-    """Installed is all that can be asked for here: the GPUs may be those of another machine."""
+    """Check only that it is installed: the GPUs may be on another machine."""
     engine = "transformer_engine"
     if recipe.transformer_impl == engine and importlib.util.find_spec(engine) is None:
         raise ValueError(
@@ -137,8 +139,8 @@ def _check_transformer_impl(recipe: Recipe) -> None:
 
 
 def _check_teacher_contexts(recipe: Recipe, shape: ModelShape) -> None:
-    """Where the teacher is learnt from, it must know the positions; what comes after may well go beyond them."""
-    lengths = {name: section.context_length for name, section in training_sections(recipe).items()}
+    """Stages that run the teacher stay within its positions. Later stages may go beyond them."""
+    lengths = {name: section.context_length for name, section in recipe.training_sections.items()}
     if isinstance(recipe, ConversionRecipe):
         del lengths["finetune"]
         lengths["select"] = recipe.select.context_length
@@ -151,7 +153,7 @@ def _check_teacher_contexts(recipe: Recipe, shape: ModelShape) -> None:
 
 
 def _check_recall(recipe: Recipe) -> None:
-    for name, section in training_sections(recipe).items():
+    for name, section in recipe.training_sections.items():
         if section.recall_share == 0.0:
             continue
         if recipe.corpus.recall_episodes == 0:
@@ -159,13 +161,13 @@ def _check_recall(recipe: Recipe) -> None:
                 f"corpus.recall_episodes: 0 leaves {name} without the episodes that its recall_share of "
                 f"{section.recall_share} asks for; allow some, or set {name}.recall_share to 0"
             )
-        with about(f"{name} with recall_share {section.recall_share}"):
+        with named_in_errors(f"{name} with recall_share {section.recall_share}"):
             check_episode_settings(section.context_length, recipe.corpus.answer_weight)
 
 
 @dataclass(frozen=True)
 class _AnyProse:
-    """Stands in for held-out text: whether a needle fits depends on how long the text is, not on what it says."""
+    """Stands in for held-out text: whether a needle fits depends on the length of the text only."""
 
     token: int
     num_tokens: int = 2**20
@@ -175,7 +177,7 @@ class _AnyProse:
 
 
 def _check_tasks(recipe: Recipe, tokenizer: TokenizerIdentity) -> None:
-    """Make the recall items of every evaluation that the recipe asks for, in the shortest context of each."""
+    """Make the recall items of every evaluation in the shortest context of each."""
     for depth in recipe.evaluate.depths:
         if not 0.0 <= depth <= 1.0:
             raise ValueError(
@@ -183,17 +185,17 @@ def _check_tasks(recipe: Recipe, tokenizer: TokenizerIdentity) -> None:
             )
     prose = _AnyProse(token=int(tokenizer.eos_id == 0))
     words = load_words(WORDS_FILE).held_out
-    materials = Materials(prose, tokenizer_folder(recipe) / "tokenizer.json", tokenizer.eos_id, words)
+    materials = Materials(prose, recipe.tokenizer_folder / "tokenizer.json", tokenizer.eos_id, words)
     needles, trained = recipe.evaluate, "pretrain"
-    with about("evaluate.contexts"):
+    with named_in_errors("evaluate.contexts"):
         for variant in VARIANTS:
             needle_task(
                 materials, variant, min(needles.contexts), needles.depths, needles.needle_items, recipe.seed
             )
     if isinstance(recipe, ConversionRecipe):
         select, trained = recipe.select, "distill"
-        with about("select.context_length"):
+        with named_in_errors("select.context_length"):
             recall_tasks(materials, "selection", select.context_length, select.items, recipe.seed)
-    with about(f"{trained}.context_length, at which models are evaluated"):
-        length = training_sections(recipe)[trained].context_length
+    with named_in_errors(f"{trained}.context_length, at which models are evaluated"):
+        length = recipe.training_sections[trained].context_length
         recall_tasks(materials, "evaluation", length, needles.suite_items, recipe.seed)

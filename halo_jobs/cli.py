@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from halo_cluster import StopRequested
-from halo_jobs.commands import data, doctor, generate, kernels, look, run, weights
+from halo_jobs.commands import compare, data, doctor, gc, generate, kernels, look, run, weights
 from halo_jobs.commands.consoles import errors
 from halo_jobs.terminal import STOPPED_EXIT_CODE, Interruption, quieten_libraries, sentence
 
@@ -28,6 +28,8 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     look.logs,
     look.metrics,
     look.report,
+    compare.compare,
+    gc.gc,
     data.tokenize,
     weights.convert,
     weights.reshard,

@@ -1,7 +1,7 @@
-"""What a recipe will cost, before it runs: parameters, memory and time per training stage.
+"""Estimates parameters, memory and time of the training stages of a recipe, to within a factor of two.
 
-Operations are counted (2 per weight and token forward, 4 backward, attention scores included); the machine's speed is
-measured by a short matrix product and discounted by what training usually reaches of it. Good to a factor of two.
+Operations are counted: per weight and token 2 forward and 4 backward. The speed of the machine is measured by a short
+matrix product, of which training usually attains a known share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LIVE_ACTIVATIONS_PER_LAYER = 34  # values of hidden size kept per token and lay
 
 @dataclass(frozen=True)
 class StageCost:
-    """Trainable and total parameters, bytes of weights + optimizer + activations, tokens, and seconds."""
+    """`memory_bytes` is for weights, optimizer and activations."""
 
     stage: str
     trainable: int
@@ -52,7 +52,7 @@ def model_parameters(shape: ModelShape, attention_layers: int | None) -> int:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds times two per second of one square matrix product."""
+    """Floating-point operations per second of a square matrix product; a multiply-add counts as two."""
     size = _PRODUCT_SIZE[device.type]
     a = torch.randn(size, size, device=device, dtype=dtype)
     for _ in range(2):
@@ -78,7 +78,7 @@ class _Rates:
 def _training_cost(
     stage: str, section: TrainingSection, rates: _Rates, teacher: int, trainable: int
 ) -> StageCost:
-    """`teacher` parameters run forward only, `trainable` ones forward and backward with optimizer state."""
+    """`teacher` parameters run forward only; `trainable` ones forward and backward, with optimizer state."""
     shape, weight_bytes = rates.shape, rates.weight_bytes
     tokens = section.steps * section.tokens_per_step
     flops_per_token = 2 * teacher + 6 * trainable

@@ -1,35 +1,37 @@
-"""Recipes: the YAML files that say what to convert, how, and with what data; checked key by key when loaded."""
+"""Recipes: YAML files that say what to convert, how, and with what data. They are checked key by key when loaded.
+
+Fields affect the results of stages unless they are marked OPERATION or SOURCE (`halo_training.settings`).
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from halo_training.settings import PositiveInt, Section, TrainingSection
+from halo_training.settings import OPERATION, SOURCE, PositiveInt, Section, TrainingSection
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = "embedded:"
-
-# What says where and on what a recipe runs, not what comes out.
-WHERE = {"layout", "cluster", "fan_out", "transformer_impl"}
 
 SelectionMethod = Literal["halo", "jet_nemotron", "kl", "uniform", "last_half", "all_rnn"]
 BaselineName = Literal["uniform", "last_half", "all_rnn"]
 
 
 class CorpusSection(Section):
-    """Text to train on: files or folders of .txt, .jsonl or .parquet; whole documents are held out for evaluation."""
+    """Text to train on: files or folders of .txt, .jsonl or .parquet. Whole documents are held out for evaluation."""
 
-    train: Annotated[list[str], Field(min_length=1)]
+    train: Annotated[list[str], Field(min_length=1), SOURCE]
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    held_out: list[str] = []
+    held_out: Annotated[list[str], SOURCE] = []
     recall_episodes: Annotated[int, Field(ge=0)] = 200_000
+    """The most episodes that are generated for a context length."""
     answer_weight: PositiveInt = 4
 
 
@@ -40,11 +42,11 @@ class SelectSection(Section):
     attention_layers: list[int] | None = None
     context_length: PositiveInt = 512
     items: PositiveInt = 64
-    baselines: list[BaselineName] = []
+    baselines: Annotated[list[BaselineName], OPERATION] = []
 
 
 class CalibrateSection(Section):
-    """Choice of `a` in s_t = log(t + a) / log(a) by the loss on long windows of held-out text."""
+    """How `a` of s_t = log(t + a) / log(a) is chosen: by the loss on long windows of held-out text."""
 
     candidates: Annotated[list[float], Field(min_length=1)] = [50.0, 100.0, 200.0, 500.0, 900.0]
     context_length: PositiveInt = 2048
@@ -61,7 +63,7 @@ class EvaluateSection(Section):
 
 
 class ExportSection(Section):
-    """The Hugging Face folder that the conversion ends in."""
+    """The exported Hugging Face folder."""
 
     max_shard_megabytes: PositiveInt = 4096
 
@@ -80,9 +82,10 @@ class ShapeSection(Section):
 
 
 class LayoutSection(Section):
-    """How the processes of a training stage share the model and the batch; results depend on it by rounding alone.
+    """How the processes of a training stage share the model and the batch. Results depend on it by rounding only.
 
-    Fields but `processes` are those of hypenet_megatron's ParallelLayout.
+    The fields except `processes` are those of hypenet_megatron's ParallelLayout, which cannot be imported here: its
+    package loads torch, and a recipe is checked before that.
     """
 
     processes: PositiveInt = 1
@@ -100,9 +103,9 @@ class LayoutSection(Section):
 
 
 class ClusterSection(Section):
-    """What jobs ask of Slurm (`--executor slurm`), and how failures are met. No result depends on it.
+    """What jobs request from Slurm (`--executor slurm`), and how failed jobs are retried.
 
-    Fields but `retries` and `backoff_seconds` are those of halo_cluster's SlurmSettings.
+    The fields except `retries` and `backoff_seconds` are those of halo_cluster's SlurmSettings.
     """
 
     nodes: PositiveInt = 1
@@ -122,12 +125,13 @@ class ClusterSection(Section):
 
 
 class FanOutSection(Section):
-    """Who computes the tasks of tokenisation, of the layer sweep and of evaluations. No result depends on it but by the
-    threads of a CPU worker.
+    """Workers for the tasks of tokenisation, the layer sweep and the evaluations.
 
-    One local worker is the stage's own process. Workers of a Slurm array are jobs of their own, asked for with the
-    `cluster` section's time, partition, account and so on. `ray_address` is a cluster to join; without it one is
-    started, on the nodes of the Slurm allocation that the stage runs in, or on this machine.
+    Results depend on it by rounding only, through the number of threads of a CPU worker.
+
+    One local worker is the stage's own process. Workers of a Slurm array are jobs with the time, partition, account and
+    so on of the `cluster` section. `ray_address` is a Ray cluster to join; without it the stage starts one on the nodes
+    of its Slurm allocation, or on this machine.
     """
 
     backend: Literal["local", "slurm-array", "ray"] = "local"
@@ -139,22 +143,27 @@ class FanOutSection(Section):
 
 
 class _Common(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), OPERATION]
     seed: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
-    transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """Who makes linear layers, norms and softmax attention; results and files are the same up to rounding."""
+    transformer_impl: Annotated[Literal["local", "transformer_engine"], OPERATION] = "local"
+    """Implementation of linear layers, norms and softmax attention. Results are the same up to rounding."""
     corpus: CorpusSection
-    layout: LayoutSection = LayoutSection()
-    cluster: ClusterSection = ClusterSection()
-    fan_out: FanOutSection = FanOutSection()
+    layout: Annotated[LayoutSection, OPERATION] = LayoutSection()
+    cluster: Annotated[ClusterSection, OPERATION] = ClusterSection()
+    fan_out: Annotated[FanOutSection, OPERATION] = FanOutSection()
+
+    def recall_episodes_of(self, section: TrainingSection) -> int:
+        """Recall episodes that a training mixes in: enough for all of its steps, at most `corpus.recall_episodes`."""
+        wanted = math.ceil(section.steps * section.global_batch * section.recall_share)
+        return min(wanted, self.corpus.recall_episodes)
 
 
 class ConversionRecipe(_Common):
-    """Teacher in, HypeNet hybrid out: the stages of HALO."""
+    """Converts a teacher into a HypeNet hybrid by the stages of HALO."""
 
-    kind: Literal["conversion"] = "conversion"
-    teacher: str
+    kind: Annotated[Literal["conversion"], OPERATION] = "conversion"
+    teacher: Annotated[str, SOURCE]
     align: TrainingSection
     select: SelectSection = SelectSection()
     distill: TrainingSection
@@ -163,22 +172,48 @@ class ConversionRecipe(_Common):
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
 
+    @property
+    def training_sections(self) -> dict[str, TrainingSection]:
+        """Sections of the training stages by kind of stage."""
+        return {"align": self.align, "distill": self.distill, "finetune": self.finetune}
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return resolve_path(self.teacher)
+
+    @property
+    def evaluated_at(self) -> str:
+        """The training stage whose context length models are evaluated at."""
+        return "distill"
+
 
 class PretrainRecipe(_Common):
-    """A small Qwen3-architecture teacher from scratch."""
+    """Trains a small teacher of the Qwen3 architecture from scratch."""
 
-    kind: Literal["pretrain"]
-    tokenizer: str
+    kind: Annotated[Literal["pretrain"], OPERATION]
+    tokenizer: Annotated[str, SOURCE]
     shape: ShapeSection
     pretrain: TrainingSection
     evaluate: EvaluateSection = EvaluateSection()
+
+    @property
+    def training_sections(self) -> dict[str, TrainingSection]:
+        return {"pretrain": self.pretrain}
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return resolve_path(self.tokenizer)
+
+    @property
+    def evaluated_at(self) -> str:
+        return "pretrain"
 
 
 Recipe = ConversionRecipe | PretrainRecipe
 
 
 def resolve_path(value: str) -> Path:
-    """`embedded:NAME` is an asset of the package; anything else is a path as the shell would read it."""
+    """`embedded:NAME` is an asset of the package, anything else a path in which ~ is expanded."""
     if value.startswith(EMBEDDED):
         path = ASSETS / value.removeprefix(EMBEDDED)
         if not path.exists():
@@ -207,8 +242,8 @@ def _sentence(path: Path, model: type[BaseModel], error: ValidationError) -> str
         key = str(problem["loc"][-1])
         known = _known_keys(model, problem["loc"][:-1])
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        mend = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}"
-        return f"{path}: unknown key '{location}'; {mend}"
+        fix = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}"
+        return f"{path}: unknown key '{location}'; {fix}"
     if problem["type"] == "missing":
         return f"{path}: key '{location}' is missing; add it"
     message = problem["msg"].removeprefix("Value error, ")
@@ -218,7 +253,7 @@ def _sentence(path: Path, model: type[BaseModel], error: ValidationError) -> str
 
 
 def _set_override(content: dict[str, Any], override: str) -> None:
-    """Apply one `section.key=value`; the value is read as YAML."""
+    """Apply one `section.key=value`. The value is read as YAML."""
     key, separator, value = override.partition("=")
     if not separator:
         raise ValueError(f"--set {override}: write it as section.key=value")
@@ -227,18 +262,18 @@ def _set_override(content: dict[str, Any], override: str) -> None:
         inner = content.get(section, {})
         if not isinstance(inner, dict):
             raise ValueError(f"--set {override}: '{section}' is not a section")
-        content[section] = dict(inner)  # by a YAML anchor other sections may be the same object
+        content[section] = dict(inner)  # a YAML anchor may make other sections the same object
         content = content[section]
     content[last] = yaml.safe_load(value)
 
 
 def recipe_class(content: dict[str, Any]) -> type[ConversionRecipe] | type[PretrainRecipe]:
-    """What kind of recipe `content`, as YAML or JSON had it, is to be read as."""
+    """The kind of recipe that parsed YAML or JSON holds."""
     return PretrainRecipe if content.get("kind") == "pretrain" else ConversionRecipe
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; ValueError names the file, the key and the mend."""
+    """Read and check a recipe. ValueError names the file, the key and the fix."""
     if not path.is_file():
         shipped = SHIPPED_RECIPES / f"{path}.yaml"
         if not shipped.is_file():
@@ -261,5 +296,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe with every default spelt out, as frozen in a run folder; without where it runs, which may change."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude=WHERE), sort_keys=False)
+    """The recipe with every default spelt out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+ABSENT = "absent"
+
+
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value before, value now) of every leaf of two recipes, or parts of them, that is not the same in both."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in [*before, *(name for name in now if name not in before)]:
+            inner = f"{key}.{name}" if key else str(name)
+            yield from differences(before.get(name, ABSENT), now.get(name, ABSENT), inner)
+    elif before != now:
+        yield key, before, now

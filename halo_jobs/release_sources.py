@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from halo_cluster.run_folder import RECIPE_FILE
+from halo_cluster.run_folder import RECIPE_FILE, RunFolder
 from hypenet_tools.open_model import OpenedModel, open_model
 
 CHECKPOINT_INDEX = "INDEX.json"  # of halo_training/checkpointing, which takes seconds to import
@@ -27,10 +27,10 @@ def model_folder(folder: Path) -> Path:
     """The folder that a run's export stage has published, or `folder` itself if it is not a run."""
     if not (folder / RECIPE_FILE).is_file():
         return folder
-    published = sorted(folder.glob("export/*/DONE.json"), key=lambda path: path.stat().st_mtime)
-    if not published:
+    exports = [record for record in RunFolder(folder).planned() if record.stage == "export"]
+    if not exports or exports[0].done() is None:
         raise ValueError(f"{folder} has not exported its model yet; finish it with `halo run`")
-    (config,) = published[-1].parent.glob("*/config.json")
+    (config,) = exports[0].folder.glob("*/config.json")
     return config.parent
 
 

@@ -24,6 +24,9 @@ from halo_jobs.worker import join_processes, run_in_processes, run_stage
 
 
 def _run(work: dict[str, Any], nodes: Nodes, attempt: Attempt, console: Console) -> StageResult:
+    from halo_jobs.work import StageWork
+
+    StageWork.from_json(work).record_in(attempt.folder)
     processes = work["processes"]
     if processes > 1:
         return run_in_processes(attempt.folder, work, processes, nodes)

@@ -71,7 +71,7 @@ def run_in_processes(
             time.sleep(_HEARSAY_SECONDS)
         raise _what_it_said(attempt, failed) from None
     result = read_json(attempt / RESULT)
-    return StageResult([Path(output) for output in result["outputs"]], result["summary"])
+    return StageResult([attempt.parent / output for output in result["outputs"]], result["summary"])
 
 
 def join_processes(attempt: Path, processes: int, nodes: Nodes) -> int:
@@ -121,23 +121,10 @@ def _what_it_said(attempt: Path, failed: RankFailed) -> Exception:
 
 def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console) -> StageResult:
     """This process's part of the stage, in the world that its environment names or alone."""
-    from halo_jobs.graph import stage_nodes
-    from halo_jobs.recipe import recipe_class
-    from halo_jobs.stages.context import StageContext, layout_of
-    from halo_jobs.stages.data import training_sections
-    from hypenet_megatron.runtime import MEETING_SECONDS, ONE_PROCESS, model_parallel
+    from halo_jobs.stages import table
+    from halo_jobs.work import StageWork
 
-    recipe = recipe_class(work["recipe"]).model_validate(work["recipe"])
-    node = next(node for node in stage_nodes(recipe) if node.name == work["stage"])
-    inputs = {name: Path(folder) for name, folder in work["inputs"].items()}
-    layout = layout_of(recipe) if node.trains else ONE_PROCESS
-    section = training_sections(recipe).get(node.name.partition(".")[0])
-    meeting_seconds = section.watchdog_seconds if section else MEETING_SECONDS
-    with model_parallel(layout, seed=recipe.seed, meeting_seconds=meeting_seconds) as device:
-        context = StageContext(
-            node.name, recipe, Path(work["folder"]), inputs, console, device, attempt, layout
-        )
-        return node.run(context)
+    return table.run_stage(StageWork.from_json(work), attempt, console)
 
 
 def _stop_outside_training(attempt: Path, rank: int) -> None:
@@ -202,7 +189,7 @@ def main(attempt: Path, rank: int) -> int:
         )
         return STOPPED_EXIT_CODE if isinstance(problem, StopRequested) else 1
     if rank == 0:
-        outputs = [str(output) for output in result.outputs]
+        outputs = [str(output.relative_to(work["folder"])) for output in result.outputs]
         write_json(attempt / RESULT, {"outputs": outputs, "summary": result.summary})
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from durable_files import write_text
+from halo_cluster.stage_id import StageId
 from halo_evaluation.results import Evaluation
 from halo_reports import outcome, plots
 from halo_reports.formatting import count, decimals, duration, model_label, moment, percent
@@ -133,9 +134,9 @@ def _loss_figures(run: RunFacts) -> list[dict[str, Any]]:
     figures = []
     for family, (title, loss_name) in _LOSSES.items():
         curves = {
-            name.partition(".")[2]: curve
-            for name, curve in run.curves.items()
-            if name.partition(".")[0] == family
+            stage.variant: curve
+            for stage, curve in ((StageId.parse(name), curve) for name, curve in run.curves.items())
+            if stage.kind == family
         }
         if curves:
             points = max(len(curve.steps) for curve in curves.values())

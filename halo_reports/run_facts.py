@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import read_json
+from halo_cluster.stage_id import StageId
 from halo_evaluation.results import Evaluation, Selection
 
 STAGE_ORDER = (
     "tokenize",
+    "recall",
     "pretrain",
     "init",
     "align",
@@ -32,7 +34,7 @@ STAGE_ORDER = (
     "report",
 )
 MODEL_ORDER = ("teacher", "hybrid", "uniform", "last_half", "all_rnn")
-MAIN_VARIANTS = ("", "teacher", "hybrid")
+BASELINES = MODEL_ORDER[2:]
 
 
 def model_rank(model: str) -> int:
@@ -56,15 +58,15 @@ class StageRecord:
 
     @property
     def family(self) -> str:
-        return self.name.partition(".")[0]
+        return StageId.parse(self.name).kind
 
     @property
     def variant(self) -> str:
-        return self.name.partition(".")[2]
+        return StageId.parse(self.name).variant
 
     @property
     def is_baseline(self) -> bool:
-        return self.variant not in MAIN_VARIANTS
+        return self.variant in BASELINES
 
 
 @dataclass(frozen=True)
@@ -155,16 +157,16 @@ def load_run(run_folder: Path, stage_folders: Mapping[str, Path]) -> RunFacts:
             )
         ),
         calibrations={
-            name.partition(".")[2] or "hybrid": calibration
+            StageId.parse(name).variant or "hybrid": calibration
             for name, calibration in _of_stages("calibration.json", ordered, _calibration).items()
         },
     )
 
 
 def _stage_rank(name: str) -> tuple[bool, int, int, str]:
-    family, _, variant = name.partition(".")
-    order = STAGE_ORDER.index(family) if family in STAGE_ORDER else len(STAGE_ORDER)
-    return (variant not in MAIN_VARIANTS, order, model_rank(variant), name)
+    stage = StageId.parse(name)
+    order = STAGE_ORDER.index(stage.kind) if stage.kind in STAGE_ORDER else len(STAGE_ORDER)
+    return (stage.variant in BASELINES, order, model_rank(stage.variant), name)
 
 
 def _parse[T](path: Path, convert: Callable[[Any], T]) -> T:

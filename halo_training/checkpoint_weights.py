@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from durable_files import FolderManifest, read_json
-from halo_cluster.run_folder import RECIPE_FILE
+from halo_cluster.run_folder import INPUTS_FILE, RECIPE_FILE
 from halo_training.checkpointing.state import KeyFilter
 from halo_training.checkpointing.storage import INDEX_FILE, SafetensorsReader, chunk_name
 from halo_training.models import SHAPE_FILE, is_student_key, read_shape
@@ -50,9 +50,11 @@ def open_checkpoint(folder: Path) -> OpenedModel:
 
 
 def shape_of(folder: Path) -> ModelShape:
-    """Sizes of the model of a run's checkpoint, from the run's first stage."""
+    """Sizes of the model of a run's checkpoint, from the teacher that its stage reads."""
     run = next((parent for parent in folder.absolute().parents if (parent / RECIPE_FILE).is_file()), None)
-    shapes = sorted(run.glob(f"*/*/{SHAPE_FILE}")) if run else []
+    inputs = folder.absolute().parents[1] / INPUTS_FILE
+    teacher = read_json(inputs)["stages"].get("init", "*") if inputs.is_file() else "*"
+    shapes = sorted(run.glob(f"*/{teacher}/{SHAPE_FILE}")) if run else []
     if not shapes:
         raise ValueError(
             f"{folder} lies in no run's folder, which has the model's sizes; copy the run as a whole"

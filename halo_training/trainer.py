@@ -30,19 +30,6 @@ from halo_training.settings import TrainingSection
 from halo_training.supervision import PeerLost, StopRequests, Watchdog, is_lost_peer
 from sharded_tensors.ranks import highest
 
-# What a step depends on, besides the data: a checkpoint of other values is of another training.
-_SCHEDULE = (
-    "steps",
-    "context_length",
-    "global_batch",
-    "learning_rate",
-    "final_learning_rate",
-    "schedule",
-    "warmup_steps",
-    "weight_decay",
-    "clip_gradient",
-    "recall_share",
-)
 _WAIT_TO_SPEAK_OF_SECONDS = 10.0
 
 
@@ -160,8 +147,8 @@ class Trainer:
 
     def _check_same_training(self, step: int, restored: dict[str, Any]) -> None:
         place = self.checkpoints.path(step)
-        for key in _SCHEDULE:
-            saved, now = restored["section"][key], getattr(self.section, key)
+        for key, now in self.section.result_settings().items():
+            saved = restored["section"].get(key)
             if saved != now:
                 raise ValueError(
                     f"{place} was saved with {key} {saved}, the recipe says {now}; restore the recipe, or "

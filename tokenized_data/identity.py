@@ -1,4 +1,4 @@
-"""Which tokenizer made a store: token ids mean nothing without it."""
+"""Identifies the tokenizer that made a store. Token ids mean nothing without it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from durable_files import read_json, sha256_file
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """`sha256` is that of tokenizer.json; `vocab_size` counts ids up to the largest one in use."""
+    """`sha256` is the checksum of tokenizer.json. `vocab_size` is the largest id plus one."""
 
     name: str
     sha256: str
@@ -24,8 +24,10 @@ class TokenizerIdentity:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer.json in `folder`, set to encode texts of any length whole, and as nothing but text: where one
-    spells "<|endoftext|>", it does not become that token."""
+    """The tokenizer.json in `folder`, set to encode texts of any length whole and as plain text.
+
+    Text that spells a special token, such as "<|endoftext|>", does not become that token.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file} does not exist; give the folder of a Hugging Face tokenizer")
@@ -33,7 +35,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"{file} is not a tokenizer ({error}); restore it") from None
-    # Files saved after fine-tuning may carry both; they would cut documents short or fill them up without a word.
+    # Files saved after fine-tuning may set both, which would silently truncate or pad documents.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # as ordinary text, that is
@@ -41,7 +43,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def load_tokenizer_identity(folder: Path) -> TokenizerIdentity:
-    """Identity of the Hugging Face tokenizer in `folder`; ValueError names what is missing."""
+    """Identity of the Hugging Face tokenizer in `folder`. ValueError names what is missing."""
     tokenizer_file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
     ids = load_tokenizer(folder).get_vocab(with_added_tokens=True)
     eos = read_json(config_file).get("eos_token")

@@ -55,16 +55,22 @@ def permuted(index: int, size: int, key: int) -> int:
 
 
 class WindowSampler:
-    """Windows of one store, `context_length` tokens apart, each exactly once per epoch, in a new order every epoch."""
+    """Windows of one store, `context_length` tokens apart, each exactly once per epoch, in a new order every epoch.
 
-    def __init__(self, store: TokenStore, context_length: int, seed: int) -> None:
+    With `tokens`, only windows among the first so many tokens of the store.
+    """
+
+    def __init__(
+        self, store: TokenStore, context_length: int, seed: int, *, tokens: int | None = None
+    ) -> None:
         self._store = store
         self._context_length = context_length
         self._seed = seed
-        self.num_windows = (store.num_tokens - 1) // context_length
+        available = store.num_tokens if tokens is None else min(tokens, store.num_tokens)
+        self.num_windows = (available - 1) // context_length
         if self.num_windows < 1:
             raise ValueError(
-                f"{store.folder} has {store.num_tokens:,} tokens, too few for one window of context_length "
+                f"{store.folder} has {available:,} tokens, too few for one window of context_length "
                 f"{context_length}; add text or shorten the context"
             )
 

@@ -1,25 +1,32 @@
-"""runs/<name>: one recipe, frozen, and the records of its stages."""
+"""runs/<name>: the latest recipe and plan of a run, and the records of its stages.
+
+recipe.yaml    the recipe of the latest `halo run`; every attempt keeps its own
+plan.json      its stages in running order, each with its input hash
+<stage>/<input hash>/INPUTS.json    what the hash is made of
+
+A run is a cache: every stage folder is named by a hash of what its result depends on. A changed recipe refers to other
+stage folders where its results differ, and to the same ones elsewhere. Folders that the plan does not name stay until
+`halo gc` removes them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from durable_files import publish_text_once
+from durable_files import read_json, write_json, write_text
 from halo_cluster.attempts import AttemptState, AttemptStatus
 from halo_cluster.lock import exclusive, refuse_while_held
 from halo_cluster.record import DONE_FILE, StageRecord
 from halo_cluster.storage import storage_errors
 
 RECIPE_FILE = "recipe.yaml"
+PLAN_FILE = "plan.json"
+INPUTS_FILE = "INPUTS.json"
 _INPUT_HASH = re.compile(r"[0-9a-f]{12}")
-_SHOWN_DIFFERENCES = 3
 
 
 @dataclass(frozen=True)
@@ -46,75 +53,51 @@ class RunFolder:
         self.folder = folder
 
     @contextmanager
-    def opened(self, recipe_yaml: str) -> Iterator[None]:
-        """Hold the run for this process, with `recipe_yaml` as its recipe.
+    def opened(self) -> Iterator[None]:
+        """Hold the run for this process.
 
-        ValueError if a live process holds it or it has another recipe; StorageError if it cannot be written.
+        ValueError if a live process holds it; StorageError if it cannot be written.
         """
         with ExitStack() as held:
             with storage_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(exclusive(self.folder))
-                self._freeze(recipe_yaml)
             yield
 
-    def prepare(self, recipe_yaml: str) -> None:
-        """Freeze `recipe_yaml`, without holding the run: jobs of a scheduler exclude each other by their names.
+    def prepare(self) -> None:
+        """Make the folder without holding it: the jobs of a scheduler exclude each other by their names.
 
-        ValueError if it has another recipe, or if a live process holds it; StorageError if it cannot be written.
+        ValueError if a live process holds it; StorageError if it cannot be written.
         """
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             refuse_while_held(self.folder)
-            self._freeze(recipe_yaml)
 
-    def _freeze(self, recipe_yaml: str) -> None:
-        path = self.folder / RECIPE_FILE
-        if not path.exists() and publish_text_once(path, recipe_yaml):
-            return
-        try:
-            frozen = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise ValueError(
-                f"{path} is damaged; choose another --run name, or remove {self.folder}"
-            ) from None
-        differences = list(_differences(frozen, yaml.safe_load(recipe_yaml)))
-        if differences:
-            more = len(differences) - _SHOWN_DIFFERENCES
-            shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
-            raise ValueError(
-                f"{self.folder} holds a run of another recipe: {shown}; "
-                f"choose another --run name, or remove {self.folder}"
-            )
+    def write_plan(self, recipe_yaml: str, input_hashes: Mapping[str, str]) -> None:
+        """Make `recipe_yaml` the run's recipe, with `input_hashes` by stage name in running order."""
+        with storage_errors(self.folder):
+            write_json(self.folder / PLAN_FILE, dict(input_hashes))
+            write_text(self.folder / RECIPE_FILE, recipe_yaml)
+
+    def planned(self) -> list[StageRecord]:
+        """Records of the stages of the latest recipe, in running order; empty before the first `write_plan`."""
+        path = self.folder / PLAN_FILE
+        hashes: dict[str, str] = read_json(path) if path.exists() else {}
+        return [self.stage(name, input_hash) for name, input_hash in hashes.items()]
 
     def stage(self, name: str, input_hash: str) -> StageRecord:
         return StageRecord(self.folder / name / input_hash)
 
+    def records(self) -> list[StageRecord]:
+        """Every stage folder here, of the latest recipe and of earlier ones."""
+        folders = sorted(self.folder.glob("*/*"))
+        return [StageRecord(folder) for folder in folders if _INPUT_HASH.fullmatch(folder.name)]
+
     def status(self) -> list[StageStatus]:
         """Every stage that was ever begun here, in the order in which they were."""
         rows = []
-        for folder in self.folder.glob("*/*"):
-            record = StageRecord(folder)
-            attempts = record.attempts() if _INPUT_HASH.fullmatch(folder.name) else []
-            if attempts:
-                is_done = (folder / DONE_FILE).exists()
+        for record in self.records():
+            if attempts := record.attempts():
+                is_done = (record.folder / DONE_FILE).exists()
                 rows.append(StageStatus(record, "done" if is_done else attempts[-1].state, tuple(attempts)))
         return sorted(rows, key=lambda row: (row.attempts[0].started, row.record.stage))
-
-
-def _differences(frozen: Any, given: Any, key: str = "") -> Iterator[str]:
-    """One phrase per leaf of two parsed recipes that is not the same in both."""
-    if isinstance(frozen, dict) and isinstance(given, dict):
-        for name in [*frozen, *(name for name in given if name not in frozen)]:
-            inner = f"{key}.{name}" if key else str(name)
-            yield from _differences(frozen.get(name, _ABSENT), given.get(name, _ABSENT), inner)
-    elif frozen != given:
-        yield f"{key or 'recipe'} is {_shown(frozen)} there and {_shown(given)} now"
-
-
-_ABSENT = object()
-
-
-def _shown(value: Any) -> str:
-    text = "absent" if value is _ABSENT else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

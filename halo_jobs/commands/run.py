@@ -29,7 +29,7 @@ SetOption = Annotated[
 ]
 DryRunOption = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print stages, parameters, memory and time; run nothing, write nothing."),
+    typer.Option("--dry-run", help="Print what is kept, what is new and why, and what it costs; write nothing."),
 ]
 
 
@@ -73,7 +73,8 @@ def _run(
         overrides.append("fan_out.backend=ray")
     loaded = load_recipe(recipe, overrides)
     # Imported after the recipe is known to be good: torch and megatron take seconds to load.
-    from halo_jobs.pipeline import print_batch_script, print_plan, run_recipe, run_recipe_on_slurm
+    from halo_jobs.dry_run import print_plan
+    from halo_jobs.pipeline import print_batch_script, run_recipe, run_recipe_on_slurm
 
     if detach and executor is not Executor.SLURM:
         raise ValueError("--detach leaves the stages to Slurm; add --executor slurm")
@@ -112,6 +113,8 @@ def run(
     detach: DetachOption = False,
 ) -> None:
     """Run every stage of a recipe, or resume it: finished stages are kept, the others go on from their checkpoint.
+
+    A changed recipe runs the stages whose results depend on the change; `--dry-run` says which, and why.
 
     Stop it with Ctrl-C (or kill -9) whenever you like; the same command goes on to the same weights. SIGTERM, SIGUSR2
     or a file `stop` in the folder of a training stage saves first and ends with exit code 75.

@@ -1,1 +1,1 @@
-"""The stages of HALO: each a function from a StageContext to a StageResult, resumable, with its own recipe section."""
+"""The stages of HALO. Each is a resumable function from a StageContext to a StageResult."""

@@ -1,10 +1,8 @@
-"""What a stage is given: the recipe, its own folder, the folders of the stages before it, a console, a device."""
+"""What a stage function is given: its work, and where this process does it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,7 +10,10 @@ from megatron.core import parallel_state
 from rich.console import Console
 
 from halo_cluster import StageResult
-from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection, resolve_path
+from halo_cluster.stage_id import StageId
+from halo_jobs.plan import INIT, PRETRAIN, TOKENIZE
+from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection
+from halo_jobs.work import StageWork
 from halo_training.batches import BatchCursor, Sampler
 from halo_training.checkpointing.state import KeyFilter
 from halo_training.models import DTYPES, ModelBuilder, read_shape
@@ -20,18 +21,9 @@ from halo_training.objectives import Objective
 from halo_training.trainer import AttemptInProgress, Trainer
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
-from tokenized_data import BlendedSampler, TokenStore, WindowSampler, load_tokenizer_identity
+from tokenized_data import BlendedSampler, TokenStore, WindowSampler
 
-TRAIN_STORE, HELD_OUT_STORE = "train", "held_out"
-
-
-def recall_store_name(context_length: int) -> str:
-    """Episodes are cut to one context length, so there is a store per length in use."""
-    return f"recall-{context_length}"
-
-
-def tokenizer_folder(recipe: Recipe) -> Path:
-    return resolve_path(recipe.teacher if isinstance(recipe, ConversionRecipe) else recipe.tokenizer)
+TRAIN_STORE, HELD_OUT_STORE, RECALL_STORE = "train", "held_out", "recall"
 
 
 def layout_of(recipe: Recipe) -> ParallelLayout:
@@ -39,24 +31,38 @@ def layout_of(recipe: Recipe) -> ParallelLayout:
     return ParallelLayout(**recipe.layout.model_dump(exclude={"processes"}))
 
 
-_tokenizer_identity = cache(
-    load_tokenizer_identity
-)  # a tokenizer of 150,000 entries takes half a second to read
-
-
 @dataclass(frozen=True)
-class StageContext:
-    """`inputs` maps the names of earlier stages to their finished folders; `attempt` is this try at the stage."""
+class StageContext(StageWork):
+    """The work of a stage, in one of its processes. `layout` is that of the world that this process is in."""
 
-    name: str
-    recipe: Recipe
-    folder: Path
-    inputs: Mapping[str, Path]
     console: Console
     device: torch.device
     attempt: AttemptInProgress
     layout: ParallelLayout = ONE_PROCESS
-    """Of the world that this process is in."""
+
+    @classmethod
+    def of(
+        cls,
+        work: StageWork,
+        console: Console,
+        device: torch.device,
+        attempt: AttemptInProgress,
+        layout: ParallelLayout = ONE_PROCESS,
+    ) -> StageContext:
+        return cls(**vars(work), console=console, device=device, attempt=attempt, layout=layout)
+
+    @property
+    def name(self) -> str:
+        return str(self.id)
+
+    @property
+    def variant(self) -> str:
+        """Of the stage: "hybrid", "teacher", or the name of a baseline; a context length for recall."""
+        return self.id.variant
+
+    def before(self, kind: str, variant: str = "") -> Path:
+        """The folder of an earlier stage."""
+        return self.folders[StageId(kind, variant)]
 
     @property
     def conversion(self) -> ConversionRecipe:
@@ -69,28 +75,29 @@ class StageContext:
         return self.recipe
 
     def teacher_folder(self) -> Path:
-        """The stage that holds the teacher: imported by init, or trained by pretrain."""
-        return self.inputs["init" if isinstance(self.recipe, ConversionRecipe) else "pretrain"]
+        """Folder of the stage that holds the teacher: imported by init, or trained by pretrain."""
+        return self.folders[INIT if isinstance(self.recipe, ConversionRecipe) else PRETRAIN]
 
     def builder(self, shape: ModelShape | None = None) -> ModelBuilder:
-        """Of models of the teacher's shape, unless told another."""
+        """Builds models of `shape`, by default the teacher's."""
         shape, recipe = shape or read_shape(self.teacher_folder()), self.recipe
         return ModelBuilder(
             shape, DTYPES[recipe.precision], self.device, self.layout, recipe.transformer_impl
         )
 
     def store(self, name: str) -> TokenStore:
-        """A store of the tokenize stage; ValueError if it was made with another tokenizer than this recipe's."""
-        tokenizer = _tokenizer_identity(tokenizer_folder(self.recipe))
-        return TokenStore.open(self.inputs["tokenize"] / name, expected_tokenizer=tokenizer)
+        """A text store of the tokenize stage. Its folder's hash says that this recipe's tokenizer made it."""
+        return TokenStore.open(self.folders[TOKENIZE] / name)
 
     def sampler(self, section: TrainingSection) -> Sampler:
-        """Windows of prose, mixed with recall episodes as the section asks."""
+        """Windows of prose, mixed with recall episodes in the section's `recall_share`."""
         prose = WindowSampler(self.store(TRAIN_STORE), section.context_length, self.recipe.seed)
         if section.recall_share == 0.0:
             return prose
-        store = self.store(recall_store_name(section.context_length))
-        recall = WindowSampler(store, section.context_length, self.recipe.seed)
+        length = section.context_length
+        store = TokenStore.open(self.before("recall", str(length)) / RECALL_STORE)
+        tokens = self.recipe.recall_episodes_of(section) * length
+        recall = WindowSampler(store, length, self.recipe.seed, tokens=tokens)
         shares = [1.0 - section.recall_share, section.recall_share]
         return BlendedSampler([prose, recall], shares)
 
@@ -113,4 +120,4 @@ class StageContext:
         )
 
 
-__all__ = ["StageContext", "StageResult", "recall_store_name"]
+__all__ = ["StageContext", "StageResult"]

@@ -1,8 +1,7 @@
-"""tokenize: text to token stores, and the recall episodes that training mixes in."""
+"""tokenize and recall: text to token stores, and the recall episodes that training mixes in."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import uuid
@@ -14,16 +13,16 @@ from typing import Any
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import Worker
 from halo_evaluation.recall import load_words, write_recall_store
-from halo_jobs.recipe import ASSETS, ConversionRecipe, Recipe, TrainingSection, resolve_path
+from halo_jobs.recipe import ASSETS, Recipe, resolve_path
 from halo_jobs.stages.context import (
     HELD_OUT_STORE,
+    RECALL_STORE,
     TRAIN_STORE,
     StageContext,
     StageResult,
-    recall_store_name,
-    tokenizer_folder,
 )
-from halo_jobs.stages.fan_out import has_workers, recipe_of, run_tasks
+from halo_jobs.stages.fan_out import has_workers, run_tasks
+from halo_jobs.work import StageWork
 from tokenized_data import (
     Split,
     TokenStore,
@@ -40,27 +39,9 @@ WORDS_FILE = ASSETS / "words.txt"
 PARTS = "parts"
 
 
-def training_sections(recipe: Recipe) -> dict[str, TrainingSection]:
-    """Sections of the training stages by their key."""
-    if isinstance(recipe, ConversionRecipe):
-        return {"align": recipe.align, "distill": recipe.distill, "finetune": recipe.finetune}
-    return {"pretrain": recipe.pretrain}
-
-
-def recall_episodes_needed(recipe: Recipe) -> dict[int, int]:
-    """Episodes per context length: enough for the hungriest stage, at most `corpus.recall_episodes`."""
-    needed: dict[int, int] = {}
-    for section in training_sections(recipe).values():
-        if section.recall_share > 0.0:
-            episodes = math.ceil(section.steps * section.global_batch * section.recall_share)
-            longest = max(needed.get(section.context_length, 0), episodes)
-            needed[section.context_length] = min(longest, recipe.corpus.recall_episodes)
-    return needed
-
-
 @dataclass(frozen=True)
 class _TextStore:
-    """A store that the recipe asks for: whose text, and which documents of it."""
+    """A token store of the recipe: the text that it is made of, and which documents of it."""
 
     name: str
     sources: list[Path]
@@ -77,29 +58,34 @@ def _text_stores(recipe: Recipe) -> list[_TextStore]:
 
 
 def run_tokenize(context: StageContext) -> StageResult:
-    recipe = context.recipe
-    tokenizer = tokenizer_folder(recipe)
     stores = _written_text_stores(context)
-    for context_length, episodes in recall_episodes_needed(recipe).items():
-        name = recall_store_name(context_length)
-        stores[name] = write_recall_store(
-            context.folder / name,
-            stores[TRAIN_STORE],
-            tokenizer,
-            load_words(WORDS_FILE),
-            context_length=context_length,
-            episodes=episodes,
-            seed=recipe.seed,
-            answer_weight=recipe.corpus.answer_weight,
-            workers=os.cpu_count() or 1,
-        )
     summary = {f"{name}_tokens": store.num_tokens for name, store in stores.items()}
     return StageResult([context.folder / name for name in stores], summary)
 
 
+def run_recall(context: StageContext) -> StageResult:
+    """Recall episodes of one context length, the stage's variant; trainings of that length read the first of them."""
+    recipe, folder = context.recipe, context.folder / RECALL_STORE
+    if folder.exists():  # an earlier attempt was killed after writing it
+        store = TokenStore.open(folder)
+    else:
+        store = write_recall_store(
+            folder,
+            context.store(TRAIN_STORE),
+            recipe.tokenizer_folder,
+            load_words(WORDS_FILE),
+            context_length=int(context.variant),
+            episodes=context.inputs.settings["episodes"],
+            seed=recipe.seed,
+            answer_weight=recipe.corpus.answer_weight,
+            workers=os.cpu_count() or 1,
+        )
+    return StageResult([folder], {"tokens": store.num_tokens})
+
+
 def _written_text_stores(context: StageContext) -> dict[str, TokenStore]:
-    """Every text store by name. One was there before if an attempt was killed later in this stage."""
-    tokenizer, share = tokenizer_folder(context.recipe), context.recipe.corpus.held_out_share
+    """Every text store by name. Stores that a killed attempt finished are kept."""
+    tokenizer, share = context.recipe.tokenizer_folder, context.recipe.corpus.held_out_share
     wanted = _text_stores(context.recipe)
     missing = [store for store in wanted if not (context.folder / store.name).exists()]
     if not has_workers(context.recipe):
@@ -121,7 +107,7 @@ def _written_text_stores(context: StageContext) -> dict[str, TokenStore]:
 
 
 def _encoded_by_workers(context: StageContext, stores: list[_TextStore]) -> dict[str, list[Path]]:
-    """By store, the parts of its files in their order, encoded by the workers of the recipe's `fan_out` section."""
+    """By store name, the encoded parts of its files in order. The workers of the `fan_out` section encode them."""
     tasks = {
         store.name: [
             Task(f"{store.name}.{number}", {"file": str(file.resolve()), "split": store.split})
@@ -137,13 +123,13 @@ def _encoded_by_workers(context: StageContext, stores: list[_TextStore]) -> dict
 
 
 def make_tokenizing_worker(setup: Any) -> Worker:
-    """A task is one text file's documents of one split; its result is the name of the part that holds them."""
-    recipe = recipe_of(setup)
-    tokenizer, share = tokenizer_folder(recipe), recipe.corpus.held_out_share
-    folder = Path(setup["folder"]) / PARTS
+    """A worker whose task is to encode one file's documents of one split; the result is the name of the part."""
+    work = StageWork.from_json(setup)
+    tokenizer, share = work.recipe.tokenizer_folder, work.recipe.corpus.held_out_share
+    folder = work.folder / PARTS
 
     def run(arguments: dict[str, Any]) -> str:
-        # A worker that was given up may still write: each try has a name of its own.
+        # A worker that was given up may still be writing, so each try has a name of its own.
         part = f"part-{uuid.uuid4().hex}"
         files = [Path(arguments["file"])]
         write_part(folder / part, encoded_documents(files, tokenizer, arguments["split"], share))

@@ -8,11 +8,10 @@ from typing import Any
 
 from durable_files import read_json
 from halo_evaluation.results import Evaluation, Selection
-from halo_jobs.recipe import resolve_path
+from halo_jobs.plan import MAIN_VARIANT, TEACHER
+from halo_jobs.recipe import ConversionRecipe, resolve_path
 from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
-from halo_jobs.stages.data import tokenizer_folder
 from halo_jobs.stages.measure import logits_scaling_base_of
-from halo_jobs.stages.selected import MAIN_VARIANT
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
 from halo_reports.run_facts import load_run
@@ -28,7 +27,7 @@ CORPUS_FACTS = "corpus.json"
 
 
 def _data_sources(context: StageContext) -> list[DataSource]:
-    """One line per corpus source, or per package where a corpus.json beside the text names them."""
+    """One entry per source of the corpus, or per package where the source has a corpus.json."""
     tokens = context.store(TRAIN_STORE).num_tokens
     sources = []
     for source in context.recipe.corpus.train:
@@ -41,7 +40,7 @@ def _data_sources(context: StageContext) -> list[DataSource]:
 
 
 def packed_sources(facts: Mapping[str, Any], tokens: int) -> list[DataSource]:
-    """The sources of a corpus.json; `tokens` of the whole are shared out by characters."""
+    """The sources that a corpus.json lists. `tokens` of the corpus are divided among them by characters."""
     per_character = tokens / facts["characters"]
     return [
         DataSource(
@@ -54,26 +53,35 @@ def packed_sources(facts: Mapping[str, Any], tokens: int) -> list[DataSource]:
     ]
 
 
+def _folders_by_name(context: StageContext) -> dict[str, Path]:
+    return {str(stage): folder for stage, folder in context.folders.items()}
+
+
 def _command(context: StageContext) -> str:
     return f"halo run {context.recipe.name}"
 
 
 def run_export(context: StageContext) -> StageResult:
-    """The main hybrid in the released HypeNet layout, logits scaling on, modelling code beside the weights."""
+    """The finished model of the recipe as a Hugging Face folder."""
+    return _export_hybrid(context) if isinstance(context.recipe, ConversionRecipe) else _export_teacher(context)
+
+
+def _export_hybrid(context: StageContext) -> StageResult:
+    """The main hybrid in the layout of HypeNet releases, with logits scaling and the modelling code."""
     recipe = context.conversion
     shape = context.builder().shape
-    mixers = shape.hybrid_mixers(Selection.read(context.inputs["select"]).attention_layers)
-    base = logits_scaling_base_of(context.inputs[f"calibrate.{MAIN_VARIANT}"])
-    tensors = read_weights(context.inputs[f"finetune.{MAIN_VARIANT}"] / HYBRID_WEIGHTS)
+    mixers = shape.hybrid_mixers(Selection.read(context.before("select")).attention_layers)
+    base = logits_scaling_base_of(context.before("calibrate", MAIN_VARIANT))
+    tensors = read_weights(context.before("finetune", MAIN_VARIANT) / HYBRID_WEIGHTS)
     dtype = DTYPES[recipe.precision]
     config = hypenet_config(shape, mixers, base, str(dtype).removeprefix("torch."))
     card = hybrid_model_card(
-        load_run(context.folder, context.inputs),
+        load_run(context.folder, _folders_by_name(context)),
         title=f"HypeNet from {Path(recipe.teacher.rpartition(':')[2]).name}",
         base_model=Path(recipe.teacher.rpartition(":")[2]).name,
         config=config,
         parameters=tensors.elements,
-        licence=licence_of(tokenizer_folder(recipe)),
+        licence=licence_of(recipe.tokenizer_folder),
         data=_data_sources(context),
         command=_command(context),
     )
@@ -83,7 +91,7 @@ def run_export(context: StageContext) -> StageResult:
         shape,
         mixers,
         logits_scaling_base=base,
-        tokenizer_folder=tokenizer_folder(recipe),
+        tokenizer_folder=recipe.tokenizer_folder,
         dtype=dtype,
         model_card=card,
         max_shard_bytes=recipe.export.max_shard_megabytes * 10**6,
@@ -93,15 +101,15 @@ def run_export(context: StageContext) -> StageResult:
     )
 
 
-def run_export_teacher(context: StageContext) -> StageResult:
-    """A pretrained teacher as a plain Qwen3 folder."""
+def _export_teacher(context: StageContext) -> StageResult:
+    """A teacher trained from scratch, as a plain Qwen3 folder."""
     recipe = context.pretraining
     shape = context.builder().shape
-    tensors = read_weights(context.inputs["pretrain"] / TEACHER_WEIGHTS)
+    tensors = read_weights(context.before("pretrain") / TEACHER_WEIGHTS)
     dtype = DTYPES[recipe.precision]
-    evaluation = Evaluation.read(context.inputs["evaluate.teacher"])
+    evaluation = Evaluation.read(context.before("evaluate", TEACHER))
     card = teacher_model_card(
-        load_run(context.folder, context.inputs),
+        load_run(context.folder, _folders_by_name(context)),
         title=recipe.name,
         config=qwen3_config(shape, str(dtype).removeprefix("torch.")),
         parameters=tensors.elements,
@@ -114,7 +122,7 @@ def run_export_teacher(context: StageContext) -> StageResult:
         context.folder / TEACHER_FOLDER,
         tensors,
         shape,
-        tokenizer_folder=tokenizer_folder(recipe),
+        tokenizer_folder=recipe.tokenizer_folder,
         dtype=dtype,
         model_card=card,
     )

@@ -1,4 +1,4 @@
-"""A stage's tasks, wherever the recipe's `fan_out` section says: what workers are told, and who they are."""
+"""Runs the tasks of a stage where the recipe's `fan_out` section says, and sets up its workers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from halo_cluster.fan_out import (
 )
 from halo_cluster.slurm import SlurmSettings
 from halo_jobs.attempt import JoinedAttempt
-from halo_jobs.recipe import ConversionRecipe, Recipe, recipe_class
-from halo_jobs.stages.context import StageContext, tokenizer_folder
+from halo_jobs.recipe import Recipe
+from halo_jobs.stages.context import StageContext
+from halo_jobs.work import StageWork
 from halo_training.progress import ProgressReporter
 from hypenet_megatron.runtime import model_parallel
 
@@ -33,12 +34,16 @@ _for_the_process = ExitStack()
 
 
 def has_workers(recipe: Recipe) -> bool:
-    """Whether tasks are for others than the stage's own process."""
+    """Whether tasks run in other processes than the stage's own."""
     return recipe.fan_out.backend != "local" or recipe.fan_out.workers > 1
 
 
+def slurm_settings(recipe: Recipe) -> SlurmSettings:
+    return SlurmSettings(**recipe.cluster.model_dump(exclude={"retries", "backoff_seconds"}))
+
+
 def backend_of(recipe: Recipe, run: Path) -> Backend:
-    """`run` is the folder whose metrics are shown where a backend has dashboards."""
+    """The backend of `recipe`. Ray's dashboards show the metrics of the run folder `run`."""
     section = recipe.fan_out
     if section.backend == "ray":
         return RayActors(
@@ -50,27 +55,19 @@ def backend_of(recipe: Recipe, run: Path) -> Backend:
             metrics_of=str(run.resolve()),
         )
     if section.backend == "slurm-array":
-        settings = SlurmSettings(**recipe.cluster.model_dump(exclude={"retries", "backoff_seconds"}))
         resources = (section.cpus_per_worker, section.gpus_per_worker, section.memory_gb_per_worker)
-        return SlurmArray(section.workers, settings, *resources)
+        return SlurmArray(section.workers, slurm_settings(recipe), *resources)
     if has_workers(recipe):
         return LocalProcesses(section.workers, section.gpus_per_worker)
     return ThisProcess()
 
 
 def run_tasks(context: StageContext, folder: Path, worker: str, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Results by task name, kept in `folder`; `worker` is an import path, and its setup is for `worker_context`."""
-    recipe = context.recipe.model_dump(mode="json")
-    # Workers of a cluster that was joined began in another folder.
-    key = "teacher" if isinstance(context.recipe, ConversionRecipe) else "tokenizer"
-    recipe[key] = str(tokenizer_folder(context.recipe).resolve())
-    setup = {
-        "stage": context.name,
-        "recipe": recipe,
-        "folder": str(context.folder.resolve()),
-        "inputs": {name: str(path.resolve()) for name, path in context.inputs.items()},
-        "attempt": str(context.attempt.folder.resolve()),
-    }
+    """Results by task name, each kept as a file of `folder`.
+
+    `worker` is the import path of a function that makes a worker from the setup; `worker_context` reads the setup.
+    """
+    setup = {**context.to_json(), "attempt": str(context.attempt.folder.resolve())}
     plan = Plan(worker, setup, tuple(tasks))
     reporter = ProgressReporter(context.name, len(tasks), context.console, context.folder)
     with reporter.live():
@@ -84,21 +81,15 @@ def run_tasks(context: StageContext, folder: Path, worker: str, tasks: Sequence[
 
 
 def _device(seed: int) -> torch.device:
-    """The stage's own process is laid out already; a worker's is once, and stays so."""
+    """Device of this process. A worker sets up its process groups once, for all of its tasks."""
     if not parallel_state.model_parallel_is_initialized():
         return _for_the_process.enter_context(model_parallel(seed=seed))
     index = torch.cuda.current_device() if torch.cuda.is_available() else None
     return torch.device("cpu") if index is None else torch.device("cuda", index)
 
 
-def recipe_of(setup: Any) -> Recipe:
-    return recipe_class(setup["recipe"]).model_validate(setup["recipe"])
-
-
 def worker_context(setup: Any) -> StageContext:
-    """The stage as a worker of `run_tasks` sees it."""
-    recipe = recipe_of(setup)
-    inputs = {name: Path(folder) for name, folder in setup["inputs"].items()}
-    folder, device = Path(setup["folder"]), _device(recipe.seed)
-    joined = JoinedAttempt(StageRecord(folder), Path(setup["attempt"]), 0)
-    return StageContext(setup["stage"], recipe, folder, inputs, Console(quiet=True), device, joined)
+    """The context of the stage in a worker of `run_tasks`."""
+    work = StageWork.from_json(setup)
+    joined = JoinedAttempt(StageRecord(work.folder), Path(setup["attempt"]), 0)
+    return StageContext.of(work, Console(quiet=True), _device(work.recipe.seed), joined)

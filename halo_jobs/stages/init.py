@@ -29,7 +29,7 @@ def run_init(context: StageContext) -> StageResult:
     save_tensors(
         outputs[0], teacher.megatron_view(), model=teacher.description, dtype=dtype, provenance=[origin]
     )
-    weights = read_weights(outputs[0])  # students begin from the teacher as it is in the recipe's precision
+    weights = read_weights(outputs[0])  # in the recipe's precision, as the students start from it
     students = [origin, {"step": "students", "seed": recipe.seed}]
     save_tensors(outputs[1], students_of(weights, teacher.shape, recipe.seed), provenance=students)
     summary = {

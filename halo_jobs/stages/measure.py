@@ -1,4 +1,4 @@
-"""calibrate and evaluate: what a finished hybrid can do, and with which logits scaling."""
+"""calibrate and evaluate: the logits scaling of a finished hybrid, and its scores."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from halo_evaluation.niah import VARIANTS
 from halo_evaluation.results import Evaluation, NeedleCell
 from halo_evaluation.runner import TaskMetrics, evaluate, niah_grid
 from halo_evaluation.suites import evaluation_suite
-from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe
+from halo_jobs.plan import TEACHER
+from halo_jobs.recipe import PretrainRecipe, Recipe
 from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.select import TOKENS_PER_BATCH, held_out_material
-from halo_jobs.stages.selected import attention_layers_of, variant_of
+from halo_jobs.stages.selected import attention_layers_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from halo_training.models import whole
 from hypenet_kernels import chunked_cross_entropy
@@ -32,7 +33,6 @@ from hypenet_megatron.model import HypeNetModel
 from tokenized_data import WindowSampler
 
 NGRAM_TOKENS = 40_000_000
-TEACHER = "teacher"
 
 
 @torch.no_grad()
@@ -48,12 +48,12 @@ def _mean_loss(model: HypeNetModel, windows: list[torch.Tensor]) -> float:
 
 
 def run_calibrate(context: StageContext) -> StageResult:
-    """Choose `a` by the loss on long held-out windows; None (scaling off) is measured for the record only."""
+    """Choose `a` by the loss on long held-out windows. The loss without scaling (base None) is recorded only."""
     section = context.conversion.calibrate
     sampler = WindowSampler(context.store(HELD_OUT_STORE), section.context_length, context.recipe.seed)
     count = min(section.windows, sampler.num_windows)
     windows = [torch.from_numpy(sampler.window(n).tokens).to(context.device) for n in range(count)]
-    weights = context.inputs[f"finetune.{variant_of(context)}"] / HYBRID_WEIGHTS
+    weights = context.before("finetune", context.variant) / HYBRID_WEIGHTS
     load = partial(context.builder().hybrid, weights, attention_layers_of(context))
     candidates = [
         {"base": base, "loss": _mean_loss(whole(load(base)), windows)}
@@ -69,20 +69,20 @@ def logits_scaling_base_of(calibration: Path) -> float:
 
 
 def _model_under_test(context: StageContext) -> HypeNetModel:
-    variant = variant_of(context)
+    variant = context.variant
     builder = context.builder()
     if variant == TEACHER:
         return whole(builder.teacher(context.teacher_folder() / TEACHER_WEIGHTS))
     hybrid = builder.hybrid(
-        context.inputs[f"finetune.{variant}"] / HYBRID_WEIGHTS,
+        context.before("finetune", variant) / HYBRID_WEIGHTS,
         attention_layers_of(context),
-        logits_scaling_base_of(context.inputs[f"calibrate.{variant}"]),
+        logits_scaling_base_of(context.before("calibrate", variant)),
     )
     return whole(hybrid)
 
 
 def _training_context(recipe: Recipe) -> int:
-    return (recipe.distill if isinstance(recipe, ConversionRecipe) else recipe.pretrain).context_length
+    return recipe.training_sections[recipe.evaluated_at].context_length
 
 
 def _suite(context: StageContext) -> list[EvaluationTask]:
@@ -96,7 +96,10 @@ def _suite(context: StageContext) -> list[EvaluationTask]:
 
 
 def make_evaluation_worker(setup: Any) -> Worker:
-    """Loads the model under test once; a task is one of the suite, or the needles of one context length and depth."""
+    """A worker that loads the model under test once.
+
+    A task is one of the suite, or the needles of one context length and depth.
+    """
     context = worker_context(setup)
     scorer = MegatronScorer(_model_under_test(context), context.device)
     tokens_per_batch = TOKENS_PER_BATCH[context.device.type]
@@ -121,7 +124,7 @@ def make_evaluation_worker(setup: Any) -> Worker:
 
 
 def _measure(context: StageContext) -> tuple[TaskMetrics, tuple[NeedleCell, ...]]:
-    """Metrics of the suite, and cells of the needle grid; each result is kept in a file for a killed run."""
+    """Metrics of the suite, and cells of the needle grid. Each result is kept in a file, so a killed stage resumes."""
     section = context.recipe.evaluate
     suite = {name: Task(name, {"task": name}) for name in (task.name for task in _suite(context))}
     needles = {
@@ -151,7 +154,7 @@ def run_evaluate(context: StageContext) -> StageResult:
     tasks, grid = _measure(context)
     perplexity = next((m["perplexity"] for m in tasks.values() if "perplexity" in m), None)
     result = Evaluation(
-        model=variant_of(context),
+        model=context.variant,
         training_context=_training_context(context.recipe),
         tasks=tasks,
         niah=grid,
@@ -163,7 +166,7 @@ def run_evaluate(context: StageContext) -> StageResult:
 
 
 def _ngram_perplexity(context: StageContext) -> float:
-    """Held-out perplexity of a trigram model of the same training text: what a network has to beat."""
+    """Held-out perplexity of a trigram model of the same training text, as a baseline."""
     train, held_out = context.store(TRAIN_STORE), context.store(HELD_OUT_STORE)
     tokens = train.read(0, min(train.num_tokens, NGRAM_TOKENS))
     baseline = NGramBaseline.fit(tokens, order=3, vocab_size=train.tokenizer.vocab_size)

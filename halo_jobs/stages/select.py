@@ -1,4 +1,4 @@
-"""select: sweep over M(i), importance of every layer, and the layers that stay attention."""
+"""select: scores every layer by a sweep over M(i), and chooses the layers that stay attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from halo_evaluation.selection.scores import (
 from halo_evaluation.selection.sweep import LayerSwitch, layer_groups
 from halo_evaluation.suites import HeldOut, group_score, group_standard_error, selection_suite
 from halo_jobs.stages.context import HELD_OUT_STORE, StageContext, StageResult
-from halo_jobs.stages.data import WORDS_FILE, tokenizer_folder
+from halo_jobs.stages.data import WORDS_FILE
 from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
 from halo_training.models import whole
@@ -39,8 +39,8 @@ TASKS_PER_WORKER = 8
 
 
 def held_out_material(context: StageContext) -> HeldOut:
-    """Documents and key words that no training stage sees."""
-    return HeldOut.of(context.store(HELD_OUT_STORE), tokenizer_folder(context.recipe), load_words(WORDS_FILE))
+    """Documents and key words that no training stage uses."""
+    return HeldOut.of(context.store(HELD_OUT_STORE), context.recipe.tokenizer_folder, load_words(WORDS_FILE))
 
 
 def _suite(context: StageContext) -> list[EvaluationTask]:
@@ -63,10 +63,13 @@ def _divergence_windows(context: StageContext) -> torch.Tensor:
 
 
 def make_sweep_worker(setup: Any) -> Worker:
-    """Loads the aligned model once; a task is one evaluation task, or the divergence, for a group of layers."""
+    """A worker that loads the aligned model once.
+
+    A task is one evaluation task, or the divergence (task None), for a group of layers.
+    """
     context = worker_context(setup)
     aligned = context.builder().aligned(
-        context.inputs["init"] / TEACHER_WEIGHTS, context.inputs["align"] / STUDENT_WEIGHTS
+        context.before("init") / TEACHER_WEIGHTS, context.before("align") / STUDENT_WEIGHTS
     )
     switch = LayerSwitch(whole(aligned), context.device)
     suite = {task.name: task for task in _suite(context)}
@@ -85,8 +88,11 @@ def make_sweep_worker(setup: Any) -> Worker:
 
 
 def _groups_of_layers(context: StageContext, folder: Path, num_layers: int, evaluations: int) -> list[range]:
-    """What one task sweeps. The first call decides by its number of workers, so that later ones with others find the
-    same tasks; a single worker needs no parts, which share less."""
+    """The groups of layers that one task sweeps.
+
+    The first attempt decides by its number of workers and writes the decision down, so that later attempts with other
+    workers have the same tasks. A single worker gets all layers at once, which shares the most computation.
+    """
     workers = context.recipe.fan_out.workers
     wanted = 1 if workers == 1 else math.ceil(TASKS_PER_WORKER * workers / evaluations)
     publish_once(folder / "cut.json", {"groups": wanted})
@@ -94,7 +100,7 @@ def _groups_of_layers(context: StageContext, folder: Path, num_layers: int, eval
 
 
 def _measure(context: StageContext, num_layers: int) -> tuple[LayerSweep, list[TaskMetrics]]:
-    """All scores; each result is kept in a file, so that a killed sweep goes on with what is left."""
+    """All scores. Each result is kept in a file, so a killed sweep resumes with the tasks that are left."""
     suite, folder = _suite(context), context.folder / "sweep"
     groups = _groups_of_layers(context, folder, num_layers, len(suite) + 1)
     of_group = {}
@@ -105,7 +111,7 @@ def _measure(context: StageContext, num_layers: int) -> tuple[LayerSweep, list[T
     found = run_tasks(context, folder, "halo_jobs.stages.select:make_sweep_worker", list(of_group.values()))
     per_model: list[TaskMetrics] = [{} for _ in range(num_layers + 1)]
     for task in suite:
-        # The first group has the teacher in front.
+        # The first group begins with the teacher.
         rows = [row for group in groups for row in found[of_group[task.name, group].name]]
         for model, numbers in zip(per_model, rows, strict=True):
             model[task.name] = numbers
@@ -127,7 +133,7 @@ def run_select(context: StageContext) -> StageResult:
     sweep, per_model = _measure(context, builder.shape.num_layers)
     importance = layer_importance(section.method, sweep)
     if section.attention_layers is not None:
-        builder.shape.hybrid_mixers(section.attention_layers)  # refuses layers that do not exist
+        builder.shape.hybrid_mixers(section.attention_layers)  # ValueError for layers that do not exist
         chosen = tuple(sorted(section.attention_layers))
     else:
         chosen = choose_attention_layers(section.method, sweep)

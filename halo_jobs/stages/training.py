@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
-from halo_jobs.stages.selected import attention_layers_of, variant_of
+from halo_jobs.stages.selected import attention_layers_of
 from halo_training.checkpointing.state import KeyFilter
 from halo_training.models import is_student_key, write_shape
 from halo_training.objectives import (
@@ -35,9 +35,9 @@ def _train_and_publish(
     began_from: Path | None = None,
     keep_keys: KeyFilter | None = None,
 ) -> StageResult:
-    """Train to the end, hand on the weights, and drop the checkpoints that nobody will resume from.
+    """Train to the last step, publish the weights, and remove the checkpoints.
 
-    `began_from` is the weights folder that training began from; its provenance goes on in the new one.
+    `began_from` is the weights folder that training began from; the new folder continues its provenance.
     """
     summary: dict[str, Any] = context.train(section, objective, keep_keys).run()
     folder = context.folder / weights
@@ -59,7 +59,7 @@ def run_pretrain(context: StageContext) -> StageResult:
 
 
 def run_align(context: StageContext) -> StageResult:
-    start = context.inputs["init"]
+    start = context.before("init")
     model = context.builder().aligned(start / TEACHER_WEIGHTS, start / STUDENT_WEIGHTS)
     objective = AlignmentObjective(model, context.layout)
     return _train_and_publish(
@@ -74,9 +74,9 @@ def run_align(context: StageContext) -> StageResult:
 
 def run_distill(context: StageContext) -> StageResult:
     builder = context.builder()
-    teacher_weights = context.inputs["init"] / TEACHER_WEIGHTS
+    teacher_weights = context.before("init") / TEACHER_WEIGHTS
     layers = attention_layers_of(context)
-    students = context.inputs["align"] / STUDENT_WEIGHTS
+    students = context.before("align") / STUDENT_WEIGHTS
     student = builder.hybrid_from_parts(teacher_weights, students, layers, context.recipe.seed)
     objective = DistillationObjective(student, builder.teacher(teacher_weights), context.layout)
     return _train_and_publish(
@@ -85,7 +85,7 @@ def run_distill(context: StageContext) -> StageResult:
 
 
 def run_finetune(context: StageContext) -> StageResult:
-    distilled = context.inputs[f"distill.{variant_of(context)}"] / HYBRID_WEIGHTS
+    distilled = context.before("distill", context.variant) / HYBRID_WEIGHTS
     model = context.builder().hybrid(distilled, attention_layers_of(context))
     objective = NextTokenObjective(model, context.layout)
     return _train_and_publish(

@@ -25,6 +25,7 @@ from durable_files import read_json
 from halo_cluster import AttemptState, RunFolder, StageRecord, StageStatus
 from halo_cluster.attempts import attempt_folders
 from halo_cluster.run_folder import RECIPE_FILE
+from halo_cluster.stage_id import StageId
 from halo_training.files import METRICS_FILE, PROGRESS_FILE
 
 JOBS_FOLDER = "jobs"
@@ -94,11 +95,11 @@ def find_runs(folder: Path) -> list[Path]:
 def latest_of_each_stage(run: Path) -> list[StageStatus]:
     """Every stage that was begun, in the order in which they were.
 
-    The inputs of a run may have changed on the way: of a stage's folders a finished one counts, the latest of them.
+    Of the folders of a stage the one counts that the run's latest recipe refers to.
     """
-    rows = sorted(RunFolder(run).status(), key=_begun)
-    chosen = {row.record.stage: row for row in sorted(rows, key=lambda row: row.state == "done")}
-    return [row for row in rows if chosen[row.record.stage] is row]
+    folder = RunFolder(run)
+    planned = {record.folder for record in folder.planned()}
+    return sorted((row for row in folder.status() if row.record.folder in planned), key=_begun)
 
 
 def _begun(row: StageStatus) -> tuple[str, float]:
@@ -117,16 +118,8 @@ def read_run(run: Path) -> list[StageReading]:
 
 
 def submitted(run: Path) -> list[StageRecord]:
-    """Stages that were submitted to a scheduler; of several inputs of a stage the latest."""
-    latest: dict[str, tuple[int, StageRecord]] = {}
-    for jobs in run.glob(f"*/*/{JOBS_FOLDER}"):
-        record, numbers = StageRecord(jobs.parent), job_numbers(jobs.parent)
-        if numbers:
-            known = latest.get(record.stage)
-            latest[record.stage] = max(
-                (numbers[-1], record), known or (0, record), key=lambda entry: entry[0]
-            )
-    return [record for _, record in latest.values()]
+    """Stages of the run's latest recipe that were submitted to a scheduler."""
+    return [record for record in RunFolder(run).planned() if job_numbers(record.folder)]
 
 
 def job_numbers(stage_folder: Path) -> list[int]:
@@ -165,7 +158,7 @@ def _read_stage(row: StageStatus, recipe: dict[str, Any]) -> StageReading:
     runs = row.state == "running"
     metrics, tasks = last_metrics(folder), _read_progress(folder)
     steps = _steps(recipe, row.record.stage)
-    saved, saved_at = _newest_checkpoint(folder)
+    saved, saved_at = newest_checkpoint(folder)
     beat_at = _modified(attempt_folders(folder)[-1] / "heartbeat")
     return StageReading(
         stage=row.record.stage,
@@ -219,7 +212,7 @@ def last_metrics(stage_folder: Path) -> dict[str, Any]:
 
 def _steps(recipe: dict[str, Any], stage: str) -> int | None:
     """Of a training stage: `distill.hybrid` trains as the recipe's section `distill` says."""
-    section = recipe.get(stage.partition(".")[0])
+    section = recipe.get(StageId.parse(stage).kind)
     return section.get("steps") if isinstance(section, dict) else None
 
 
@@ -248,7 +241,7 @@ def _seconds_left(metrics: dict[str, Any], steps: int | None, tasks: dict[str, A
     return tasks.get("seconds_left")
 
 
-def _newest_checkpoint(stage_folder: Path) -> tuple[int | None, float | None]:
+def newest_checkpoint(stage_folder: Path) -> tuple[int | None, float | None]:
     """Step and time of the newest published checkpoint; a stage that is done keeps none."""
     names = (path.name.removeprefix("step-") for path in (stage_folder / "checkpoints").glob("step-????????"))
     step = max((int(name) for name in names if name.isdecimal()), default=None)

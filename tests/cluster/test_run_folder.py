@@ -1,4 +1,4 @@
-"""runs/<name>: the frozen recipe, the lock, the status table, disks that refuse."""
+"""runs/<name>: the latest plan, the lock, the status table, disks that refuse."""
 
 from __future__ import annotations
 
@@ -18,107 +18,69 @@ from durable_files import read_json, write_json
 from halo_cluster import RunFolder, StorageError
 
 
-def test_recipe_is_frozen_at_first_use_and_the_same_one_opens_again(run: RunFolder, recipe: str) -> None:
-    with run.opened(recipe):
-        assert (run.folder / "recipe.yaml").read_text() == recipe
-    with run.opened("# a comment changes nothing\n" + recipe):
-        assert (run.folder / "recipe.yaml").read_text() == recipe
+def test_the_latest_recipe_and_plan_are_the_runs(run: RunFolder, recipe: str) -> None:
+    with run.opened():
+        assert run.planned() == []
+        for text, hashes in ((recipe, {"init": "0" * 12}), ("name: other\n", {"init": "1" * 12, "align": "2" * 12})):
+            run.write_plan(text, hashes)
+            assert (run.folder / "recipe.yaml").read_text() == text
+            assert [(record.stage, record.input_hash) for record in run.planned()] == list(hashes.items())
 
 
-def test_drivers_that_start_at_once_do_not_refuse_each_other(run: RunFolder, recipe: str) -> None:
+def test_drivers_that_start_at_once_do_not_refuse_each_other(run: RunFolder) -> None:
     with ThreadPoolExecutor(8) as together:
-        for prepared in [together.submit(run.prepare, recipe) for _ in range(64)]:
+        for prepared in [together.submit(run.prepare) for _ in range(64)]:
             prepared.result()
-    assert (run.folder / "recipe.yaml").read_text() == recipe
 
 
-def test_of_two_recipes_at_once_the_first_is_frozen(run: RunFolder, recipe: str) -> None:
-    recipes = [recipe, recipe.replace("steps: 100", "steps: 200")] * 4
-    with ThreadPoolExecutor(8) as together:
-        refused = [together.submit(run.prepare, each).exception() is not None for each in recipes]
-    frozen = (run.folder / "recipe.yaml").read_text()
-    assert refused == [each != frozen for each in recipes]
-
-
-def test_a_run_that_is_held_is_not_prepared(run: RunFolder, recipe: str) -> None:
-    with run.opened(recipe), pytest.raises(ValueError, match="is in use by process"):
-        run.prepare(recipe)
-    run.prepare(recipe)
-
-
-def test_changed_recipe_is_refused_with_the_keys_and_the_mend(run: RunFolder, recipe: str) -> None:
-    with run.opened(recipe):
-        pass
-    changed = recipe.replace("steps: 100", "steps: 200") + "  warmup_steps: 5\n"
-    with pytest.raises(ValueError) as refusal, run.opened(changed):
-        pytest.fail("opened a run of another recipe")
-    assert str(refusal.value) == (
-        f"{run.folder} holds a run of another recipe: align.steps is 100 there and 200 now, "
-        f"align.warmup_steps is absent there and 5 now; choose another --run name, or remove {run.folder}"
-    )
-    with run.opened(recipe):  # the refusal released the lock
-        assert (run.folder / "recipe.yaml").read_text() == recipe
-
-
-def test_many_differences_are_counted(run: RunFolder, recipe: str) -> None:
-    with run.opened(recipe):
-        pass
-    with (
-        pytest.raises(ValueError, match="now and 1 more; choose another --run name"),
-        run.opened("other: 1\n"),
-    ):
-        pytest.fail("opened a run of another recipe")
-
-
-def test_damaged_recipe_file_is_named(run: RunFolder, recipe: str) -> None:
-    run.folder.mkdir(parents=True)
-    (run.folder / "recipe.yaml").write_text("align: [1,")
-    with pytest.raises(ValueError, match=r"recipe\.yaml is damaged"), run.opened(recipe):
-        pytest.fail("opened a damaged run")
+def test_a_run_that_is_held_is_not_prepared(run: RunFolder) -> None:
+    with run.opened(), pytest.raises(ValueError, match="is in use by process"):
+        run.prepare()
+    run.prepare()
 
 
 HOLDER = """
     import sys, time
     from pathlib import Path
     from halo_cluster import RunFolder
-    with RunFolder(Path(sys.argv[1])).opened(sys.argv[2]):
+    with RunFolder(Path(sys.argv[1])).opened():
         print("held", flush=True)
         time.sleep(600)
 """
 
 
-def test_live_holder_is_respected_and_a_killed_one_is_not(run: RunFolder, recipe: str) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(run.folder), recipe]
+def test_live_holder_is_respected_and_a_killed_one_is_not(run: RunFolder) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(run.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
         with (
             pytest.raises(ValueError, match=f"in use by process {child.pid}; wait for it"),
-            run.opened(recipe),
+            run.opened(),
         ):
             pytest.fail("opened a run that is in use")
         os.kill(child.pid, signal.SIGKILL)
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and still a zombie with that pid
-        with run.opened(recipe):
+        with run.opened():
             assert sorted(path.name for path in run.folder.glob("lock.*")) == ["lock.2"]
 
 
-def test_a_later_process_with_the_same_pid_is_not_the_holder(run: RunFolder, recipe: str) -> None:
-    with run.opened(recipe):
+def test_a_later_process_with_the_same_pid_is_not_the_holder(run: RunFolder) -> None:
+    with run.opened():
         held = read_json(run.folder / "lock.1")
     write_json(run.folder / "lock.1", {**held, "birth": "another boot:1", "released": False})
-    with run.opened(recipe):
+    with run.opened():
         assert read_json(run.folder / "lock.2")["pid"] == os.getpid()
 
 
-def test_holder_on_another_host_is_named_with_the_lock_file(run: RunFolder, recipe: str) -> None:
-    with run.opened(recipe):
+def test_holder_on_another_host_is_named_with_the_lock_file(run: RunFolder) -> None:
+    with run.opened():
         held = read_json(run.folder / "lock.1")
     other = f"not-{socket.gethostname()}"
     write_json(run.folder / "lock.1", {**held, "host": other, "released": False})
     with (
         pytest.raises(ValueError, match=rf"on {other}; wait for it, or remove .*lock\.1 if it has ended"),
-        run.opened(recipe),
+        run.opened(),
     ):
         pytest.fail("opened a run that another host may use")
 
@@ -132,7 +94,7 @@ TURN_TAKER = """
     sys.stdin.readline()
     while taken < 20:
         try:
-            with run.opened(sys.argv[2]):
+            with run.opened():
                 (run.folder / "alone").mkdir()  # fails if anybody else is in here
                 (run.folder / "alone").rmdir()
                 taken += 1
@@ -141,8 +103,8 @@ TURN_TAKER = """
 """
 
 
-def test_never_two_holders_at_once(run: RunFolder, recipe: str) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(TURN_TAKER), str(run.folder), recipe]
+def test_never_two_holders_at_once(run: RunFolder) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(TURN_TAKER), str(run.folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     rivals = [subprocess.Popen(command, text=True, **pipes) for _ in range(4)]
     for rival in rivals:
@@ -181,9 +143,9 @@ def test_status_of_a_run_that_is_not_there_is_empty(run: RunFolder) -> None:
     assert not run.folder.exists()
 
 
-def test_file_in_place_of_the_runs_folder_is_one_sentence(run: RunFolder, recipe: str) -> None:
+def test_file_in_place_of_the_runs_folder_is_one_sentence(run: RunFolder) -> None:
     run.folder.parent.write_text("not a folder")
-    with pytest.raises(StorageError) as refusal, run.opened(recipe):
+    with pytest.raises(StorageError) as refusal, run.opened():
         pytest.fail("opened a run below a file")
     sentence = str(refusal.value)
     assert sentence.startswith(f"{run.folder} cannot be written: ")
@@ -191,7 +153,7 @@ def test_file_in_place_of_the_runs_folder_is_one_sentence(run: RunFolder, recipe
     assert "\n" not in sentence
 
 
-def test_full_disk_is_one_sentence(run: RunFolder, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_one_sentence(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated: without a file system of its own a test cannot fill a disk."""
 
     def full(descriptor: int) -> None:
@@ -200,16 +162,16 @@ def test_full_disk_is_one_sentence(run: RunFolder, recipe: str, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", full)
     with (
         pytest.raises(StorageError, match="No space left on device; free some space there"),
-        run.opened(recipe),
+        run.opened(),
     ):
         pytest.fail("opened a run on a full disk")
     monkeypatch.undo()
-    with run.opened(recipe):
-        assert (run.folder / "recipe.yaml").read_text() == recipe
+    with run.opened():
+        assert list(run.folder.glob("lock.*"))
     assert list(run.folder.glob("*.unfinished-*")) == []
 
 
-def test_read_only_disk_is_one_sentence(run: RunFolder, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_disk_is_one_sentence(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated: root, as whom the tests may run, passes over permission bits."""
 
     def read_only(self: Path, *_: object, **__: object) -> None:
@@ -220,6 +182,6 @@ def test_read_only_disk_is_one_sentence(run: RunFolder, recipe: str, monkeypatch
         pytest.raises(
             StorageError, match=r"Read-only file system \(.*\); remount it writable or choose another"
         ),
-        run.opened(recipe),
+        run.opened(),
     ):
         pytest.fail("opened a run on a read-only disk")

@@ -1,13 +1,17 @@
 """Weights out of training checkpoints: resharded, exported and inspected like any model folder."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from durable_files import write_json
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.release_sources import release_source, weights_source
 from halo_training.batches import BatchCursor
+from halo_training.checkpoint_weights import shape_of
 from halo_training.models import write_shape
 from halo_training.objectives import NextTokenObjective
 from halo_training.optimizer import build_optimizer
@@ -90,3 +94,16 @@ def test_run_that_has_not_come_to_its_export(trained):
     checkpoints, _ = trained
     with pytest.raises(ValueError, match="run has not exported its model yet; finish it with `halo run`"):
         release_source(checkpoints.parent.parent.parent)
+
+
+def test_shape_is_that_of_the_teacher_which_the_stage_reads(trained):
+    """A run may have imported several teachers, one after another."""
+    checkpoints, _ = trained
+    stage = checkpoints.parent
+    other = stage.parents[1] / "init" / "-"
+    other.mkdir()
+    write_shape(other, replace(SHAPE, num_layers=SHAPE.num_layers + 1))
+    write_json(stage / "INPUTS.json", {"stages": {"init": "0"}})
+    assert shape_of(sorted(checkpoints.glob("step-*"))[-1]) == SHAPE
+    write_json(stage / "INPUTS.json", {"stages": {"init": "-"}})
+    assert shape_of(sorted(checkpoints.glob("step-*"))[-1]) != SHAPE

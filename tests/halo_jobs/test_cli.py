@@ -232,7 +232,7 @@ def test_training_that_diverges(finished, tmp_path):
     (saved,) = (tmp_path / "tiny" / "align").glob("*/bad_batch.json")
     batch = read_json(saved)
     assert batch["step"] >= 2 and len(batch["windows"]) == 4
-    assert {window["source"] for window in batch["windows"]} <= {"train", "recall-128"}
+    assert {window["source"] for window in batch["windows"]} <= {"train", "recall"}
 
 
 def test_teacher_that_is_not_finite(finished, tiny_teacher, tmp_path):

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from halo_cluster import StageRecord
+from halo_cluster import RunFolder, StageRecord
 from halo_cluster.fan_out.ray_cluster import RayCluster
-from halo_jobs.graph import stage_nodes
-from halo_jobs.recipe import ConversionRecipe, FanOutSection, Recipe, recipe_yaml
-from halo_jobs.stages.context import StageContext
-from hypenet_megatron.runtime import model_parallel
+from halo_cluster.stage_id import StageId
+from halo_jobs.plan import make_plan
+from halo_jobs.recipe import ConversionRecipe, FanOutSection, Recipe
+from halo_jobs.stages.table import run_stage as run_stage_here
 
 
 def run_stage(recipe: Recipe, name: str, run: Path, folder: Path) -> Path:
     """One stage of `recipe` in `folder`, from the stages in `run`."""
-    node = next(node for node in stage_nodes(recipe) if node.name == name)
-    inputs = {before: run / before / "inputs" for before in node.depends_on}
+    plan = make_plan(recipe, lambda source: source.name)
+    stage = plan.stages[StageId.parse(name)]
+    folders = {before: run / str(before) / "inputs" for before in stage.depends_on}
     attempt = StageRecord(folder).begin_attempt()
-    with model_parallel(seed=recipe.seed) as device:
-        node.run(StageContext(name, recipe, folder, inputs, Console(quiet=True), device, attempt))
+    work = replace(plan.work(stage, RunFolder(run)), folder=folder, folders=folders)
+    run_stage_here(work, attempt, Console(quiet=True))
     return folder
 
 
@@ -47,7 +49,7 @@ def recipe(pipeline_recipe_content: dict) -> ConversionRecipe:
 def aligned(tmp_path_factory: pytest.TempPathFactory, recipe: ConversionRecipe) -> Path:
     """A run that has come as far as the sweep."""
     run = tmp_path_factory.mktemp("run")
-    for name in ("tokenize", "init", "align"):
+    for name in ("tokenize", "recall.128", "init", "align"):
         run_stage(recipe, name, run, run / name / "inputs")
     return run
 
@@ -125,7 +127,7 @@ def test_tokens_by_several(
     several = alone.model_copy(update={"fan_out": FanOutSection(backend=backend, workers=2)})
     found = files_of(run_stage(several, "tokenize", aligned, tmp_path / "tokenize" / "several"))
     assert found == files_of(run_stage(alone, "tokenize", aligned, tmp_path / "tokenize" / "alone"))
-    assert {name.partition("/")[0] for name in found} == {"train", "held_out", "recall-128"}
+    assert {name.partition("/")[0] for name in found} == {"train", "held_out"}
 
 
 def test_malformed_line_in_a_worker(aligned: Path, recipe: ConversionRecipe, tmp_path: Path) -> None:
@@ -159,10 +161,3 @@ def test_cluster_that_is_joined_by_address(
         assert cluster.has_head
     finally:
         cluster.end()
-
-
-def test_workers_are_no_part_of_what_is_computed(recipe: ConversionRecipe) -> None:
-    elsewhere = recipe.model_copy(update={"fan_out": FanOutSection(backend="ray", workers=8)})
-    assert recipe_yaml(elsewhere) == recipe_yaml(recipe)
-    settings = {node.name: node.settings for node in stage_nodes(recipe)}
-    assert {node.name: node.settings for node in stage_nodes(elsewhere)} == settings

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from prometheus_client.utils import floatToGoString
 
-from halo_cluster import StageRecord
+from halo_cluster import RunFolder, StageRecord
 from halo_reports.monitoring.exporter import MetricsServer, exposition, read_or_make_token
 from halo_reports.monitoring.families import ALL_METRICS, EXTRA_LABELS
 from halo_reports.monitoring.readings import last_metrics, read_run
@@ -104,6 +104,7 @@ def test_damaged_files_cost_their_numbers_only(training_run, tmp_path):
     run = tmp_path / "copy"
     for stage in ("align", "select"):
         shutil.copytree(training_run / stage, run / stage)
+    shutil.copy(training_run / "plan.json", run)
     (run / "recipe.yaml").write_bytes(b"\xff\xfe: [")
     for name, content in (("align/*/metrics.jsonl", "NaN and more\n"), ("select/*/progress.json", "[")):
         next(run.glob(name)).write_text(content)
@@ -117,7 +118,8 @@ def test_gpu_memory_is_shown_where_there_is_a_gpu(training_run, tmp_path, monkey
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 << 30)
     host, gpu = peak_memory()
     shutil.copytree(training_run / "finetune.hybrid", tmp_path / "finetune.hybrid")
-    shutil.copy(training_run / "recipe.yaml", tmp_path)
+    for name in ("recipe.yaml", "plan.json"):
+        shutil.copy(training_run / name, tmp_path)
     (metrics,) = tmp_path.glob("finetune.hybrid/*/metrics.jsonl")
     line = {**last_metrics(metrics.parent), "gpu_memory_bytes": gpu, "host_memory_bytes": host}
     metrics.write_text(json.dumps(line) + "\n")
@@ -184,7 +186,7 @@ def test_runs_come_and_go_under_a_server(tmp_path):
         assert exposition(tmp_path).count("halo_run_readable{") == 1
         record = StageRecord(tmp_path / "two" / "align" / "0123456789ab")
         record.begin_attempt()
-        (tmp_path / "two" / "recipe.yaml").write_text("name: two\nalign: {steps: 10}\n")
+        RunFolder(tmp_path / "two").write_plan("name: two\nalign: {steps: 10}\n", {"align": "0123456789ab"})
         content = exposition(tmp_path)
         assert 'halo_stage_state{run="two",stage="align",state="running"} 1.0' in content
         assert 'halo_steps{run="two",stage="align"} 10.0' in content

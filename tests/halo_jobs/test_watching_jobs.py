@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from durable_files import read_json
-from halo_cluster import StageRecord
+from halo_cluster import RunFolder, StageRecord
 from halo_cluster.jobs import StageJob
 from halo_reports.monitoring.exporter import exposition
 from halo_reports.monitoring.readings import read_run
@@ -29,7 +29,7 @@ def _halo(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_logs_follow_across_attempts_until_done(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("name: small\n")
+    RunFolder(tmp_path).write_plan("name: small\n", {"align": "0123456789ab"})
     record = StageRecord(tmp_path / "align" / "0123456789ab")
     for number in (1, 2):
         record.begin_attempt().log(f"work of attempt {number}")
@@ -67,7 +67,7 @@ def test_logs_follow_across_attempts_until_done(tmp_path):
 @pytest.fixture
 def submitted_run(tmp_path) -> Path:
     """A run whose align was submitted twice and never began."""
-    (tmp_path / "recipe.yaml").write_text("name: small\nalign: {steps: 10}\n")
+    RunFolder(tmp_path).write_plan("name: small\nalign: {steps: 10}\n", {"align": "0123456789ab"})
     jobs = tmp_path / "align" / "0123456789ab" / "jobs"
     jobs.mkdir(parents=True)
     for job in (9, 12):

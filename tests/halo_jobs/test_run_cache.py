@@ -1,0 +1,174 @@
+"""A run is a cache: a changed recipe runs what depends on the change, through the command that users type."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from durable_files import read_json
+
+AFTER_FINETUNE = {
+    "finetune.hybrid",
+    "calibrate.hybrid",
+    "evaluate.hybrid",
+    "export",
+    "finetune.uniform",
+    "calibrate.uniform",
+    "evaluate.uniform",
+}
+CHANGE = "finetune.learning_rate=2e-3"
+HOOK = """
+import os, sys
+def _hook(event, arguments, log=os.environ["OPENED_LOG"], below=os.environ["OPENED_BELOW"]):
+    if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(below):
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w") as file:
+            file.write(arguments[0] + "\\n")
+sys.addaudithook(_hook)
+"""
+
+
+def _halo(*arguments: object, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "halo_jobs.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _done(run: Path) -> dict[Path, int]:
+    return {path.relative_to(run).parent: path.stat().st_mtime_ns for path in run.glob("*/*/DONE.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, request) -> tuple[Path, Path]:
+    """(recipe file, run folder) of a finished run."""
+    folder = tmp_path_factory.mktemp("cache")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(request.getfixturevalue("pipeline_recipe_content")))
+    _halo("run", recipe, "--runs", folder / "runs")
+    return recipe, folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def changed(finished, tmp_path_factory) -> Path:
+    """A copy of the finished run, after a run with another learning rate of finetune."""
+    recipe, whole = finished
+    run = tmp_path_factory.mktemp("changed") / "tiny"
+    shutil.copytree(whole, run)
+    _halo("run", recipe, "--runs", run.parent, "--set", CHANGE)
+    return run
+
+
+def test_dry_run_names_the_change_and_writes_nothing(finished) -> None:
+    recipe, run = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    printed = _halo("run", recipe, "--runs", run.parent, "--set", CHANGE, "--dry-run")
+    lines = {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in printed.splitlines()}
+    assert lines["distill.hybrid"] == lines["align"] == lines["tokenize"] == "kept"
+    assert lines["finetune.uniform"] == "new, because finetune.learning_rate changed from 0.001 to 0.002"
+    assert lines["export"] == "new, because finetune.hybrid is new"
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_changed_learning_rate_runs_exactly_the_stages_after_it(finished, changed) -> None:
+    before, after = _done(finished[1]), _done(changed)
+    assert {folder: after[folder] for folder in before} == before
+    assert sorted(folder.parts[0] for folder in after if folder not in before) == sorted(AFTER_FINETUNE)
+
+
+def test_changed_checkpoint_interval_runs_nothing_and_becomes_the_runs_recipe(finished, changed) -> None:
+    recipe, before = finished[0], _done(changed)
+    settings = ("--set", CHANGE, "--set", "align.checkpoint_every=2", "--set", "finetune.spike_factor=30")
+    printed = _halo("run", recipe, "--runs", changed.parent, "--set", CHANGE, *settings, "--dry-run")
+    assert " new" not in printed and " resumes" not in printed
+    _halo("run", recipe, "--runs", changed.parent, *settings)
+    assert _done(changed) == before
+    assert yaml.safe_load((changed / "recipe.yaml").read_text())["align"]["checkpoint_every"] == 2
+    (attempt,) = changed.glob("align/*/attempt.1")
+    assert yaml.safe_load((attempt / "recipe.yaml").read_text())["align"]["checkpoint_every"] == 4
+
+
+def test_compare_shows_the_change_and_what_came_of_it(finished, changed) -> None:
+    seen = json.loads(_halo("compare", finished[1], changed, "--json"))
+    assert seen["recipe"]["finetune.learning_rate"] == [0.001, 0.002]
+    assert not any(key.startswith("distill") for key in seen["recipe"])
+    one, other = seen["results"]["finetune.hybrid final loss"]
+    assert one != other
+    one, other = seen["results"]["distill.hybrid final loss"]
+    assert one == other
+    table = _halo("compare", finished[1], changed)
+    assert "finetune.learning_rate" in table and "hybrid perplexity" in table
+
+
+def test_status_and_export_follow_the_latest_recipe(finished, changed, tmp_path) -> None:
+    stages = {stage["stage"]: stage for stage in json.loads(_halo("status", changed, "--json"))["stages"]}
+    old = {folder.parts[0]: folder.parts[1] for folder in _done(finished[1])}
+    assert stages["align"]["input_hash"] == old["align"]
+    assert stages["finetune.hybrid"]["input_hash"] != old["finetune.hybrid"]
+    _halo("export", changed, tmp_path / "release")
+    (folder,) = changed.glob(f"export/{stages['export']['input_hash']}/hypenet")
+    (weights,) = folder.glob("*.safetensors")
+    (released,) = (tmp_path / "release").glob("*.safetensors")
+    assert released.read_bytes() == weights.read_bytes()
+
+
+def test_gc_lists_and_removes_what_the_latest_recipe_does_not_refer_to(finished, changed, tmp_path) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(changed, run)
+    old = {folder for folder in _done(finished[1]) if folder.parts[0] in AFTER_FINETUNE}
+    listed = _halo("gc", run)
+    assert all(folder.name in listed for folder in old)
+    assert old <= _done(run).keys(), "without --yes nothing goes"
+    held, *others = sorted(old)
+    began = next((run / held).glob("attempt.1"))
+    (began / "exit.json").unlink()
+    process = read_json(began / "started.json") | {"host": "another"}
+    (began / "started.json").write_text(json.dumps(process))
+    _halo("gc", run, "--yes")
+    assert held in _done(run), "a stage in which a process may work stays"
+    assert not set(others) & _done(run).keys()
+    _halo("run", finished[0], "--runs", run.parent, "--set", CHANGE)
+    assert _done(run).keys() == _done(changed).keys() - set(others)
+
+
+def test_a_removed_corpus_is_not_missed_and_no_rank_reads_a_source(finished, tmp_path) -> None:
+    recipe, whole = finished
+    shutil.copytree(whole, tmp_path / "tiny")
+    moved = tmp_path / "corpus"
+    (corpus,) = yaml.safe_load(recipe.read_text())["corpus"]["train"]
+    shutil.copytree(corpus, moved)
+    settings = ("--runs", tmp_path, "--set", f"corpus.train=[{moved}]")
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    log = tmp_path / "opened.txt"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path / 'hook'}:{os.environ.get('PYTHONPATH', '')}",
+        "OPENED_LOG": str(log),
+        "OPENED_BELOW": str(moved),
+    }
+    before = _done(tmp_path / "tiny")
+    _halo("run", recipe, *settings, environment=environment)
+    assert _done(tmp_path / "tiny") == before, "the same text in another place is the same source"
+    assert set(log.read_text().splitlines()) == {str(moved / "text.jsonl")}, "read once, for its checksum"
+    log.unlink()
+    _halo("run", recipe, *settings, environment=environment)
+    _halo("status", tmp_path / "tiny", environment=environment)
+    _halo("run", recipe, *settings, "--set", CHANGE, "--set", "layout.processes=2", environment=environment)
+    assert not log.exists()
+    assert list(tmp_path.glob("tiny/finetune.hybrid/*/attempt.1/rank-1.txt"))
+    shutil.rmtree(moved)
+    _halo("run", recipe, *settings, "--set", "calibrate.windows=1")
+    assert len(_done(tmp_path / "tiny")) > len(before) + len(AFTER_FINETUNE)
