@@ -87,20 +87,14 @@ def _slurm() -> Check:
     if shutil.which("sinfo") is None:
         return Check("Slurm", "not found", False, False, "needed for --executor slurm: run on a login node")
     try:
-        version = _output("sinfo", "--version")
-        _output("scontrol", "ping")
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as problem:
-        return Check("Slurm", f"does not answer: {problem}", False, False, "see what `scontrol ping` says")
-    return Check("Slurm", version.removeprefix("slurm "), True, False)
-
-
-def _output(*command: str) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_SECONDS, check=False
-    )
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr or done.stdout).strip().partition("\n")[0])
-    return done.stdout.strip()
+        version, _ = (
+            subprocess.run(command, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_SECONDS, check=True)
+            for command in (("sinfo", "--version"), ("scontrol", "ping"))
+        )
+    except (OSError, subprocess.SubprocessError) as problem:
+        reason = (getattr(problem, "stderr", None) or str(problem)).strip()
+        return Check("Slurm", f"does not answer: {reason}", False, False, "see what `scontrol ping` says")
+    return Check("Slurm", version.stdout.strip().removeprefix("slurm "), True, False)
 
 
 def check_folder(folder: Path) -> Iterator[Check]:

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import (
     AutoModelForCausalLM,
@@ -40,7 +41,7 @@ def load_model(
     model = model_class.from_pretrained(
         folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
     )
-    return model.to("cuda" if _has_gpu() else "cpu").eval(), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def _require_our_code(folder: Path) -> None:
@@ -52,12 +53,6 @@ def _require_our_code(folder: Path) -> None:
                 f"{path} is not the modelling code of this hypenet-megatron, so it was not run; read the code, and add "
                 "--trust-remote-code if you trust it"
             )
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def stream_text(
@@ -78,11 +73,8 @@ def stream_text(
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError(f"{tokenizer.name_or_path} has no chat template; leave --chat out")
-        prompt = str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-        )
+        message = {"role": "user", "content": prompt}
+        prompt = str(tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt has no tokens; give some text")

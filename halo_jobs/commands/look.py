@@ -59,7 +59,8 @@ def status(
     stages = read_run(run_folder)
     queue = _queue(stages)
     if as_json:
-        rows = [{**asdict(stage), "queue": _as_json(queue.get(stage.stage))} for stage in stages]
+        jobs = {stage: asdict(job) for stage, job in queue.items()}
+        rows = [{**asdict(stage), "queue": jobs.get(stage.stage)} for stage in stages]
         content = {"run": run_folder.resolve().name, "stages": rows}
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return
@@ -86,10 +87,6 @@ def _queue(stages: list[StageReading]) -> dict[str, LiveJob]:
         for stage in open_stages
     }
     return {stage: live[name][0] for stage, name in names.items() if name in live}
-
-
-def _as_json(job: LiveJob | None) -> dict[str, str] | None:
-    return None if job is None else asdict(job)
 
 
 def _remarks(stage: StageReading, job: LiveJob | None) -> Iterator[str]:
