@@ -92,12 +92,12 @@ def _run(
     else:
         result = run_recipe(loaded, runs, console)
     run_folder = result.report.parent
-    usage = shlex.join([_program(), "generate", str(run_folder), "The state of the Union is"])
+    usage = shlex.join([command_name(), "generate", str(run_folder), "The state of the Union is"])
     console.print(f"\nReport: {result.report.resolve().as_uri()}", soft_wrap=True, highlight=False)
     console.print(f"Use the model:\n  {usage}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _program() -> str:
+def command_name() -> str:
     """`halo`, or the path it was started by when the user's PATH has no such command."""
     invoked = sys.argv[0]
     return invoked if Path(invoked).name == "halo" and shutil.which("halo") != invoked else "halo"

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from durable_files import read_json
 from halo_jobs.cli import app
+from halo_jobs.commands.run import command_name
 from halo_reports.monitoring.readings import StageReading
 from tokenized_data import TokenStore, tokenize_text
 
@@ -103,6 +104,21 @@ def test_printed_command_uses_the_model_without_asking(finished):
     assert (used.returncode, used.stderr) == (0, "")
     assert len(used.stdout) > len("The state of the Union is\n")
     assert used.stdout.startswith("The state of the Union is")
+
+
+@pytest.mark.parametrize(
+    ("invoked", "on_path", "shown"),
+    [
+        (".venv/bin/halo", None, ".venv/bin/halo"),
+        (".venv/bin/halo", "/usr/bin/halo", ".venv/bin/halo"),
+        ("/usr/bin/halo", "/usr/bin/halo", "halo"),
+        ("/src/halo_jobs/cli.py", None, "halo"),
+    ],
+)
+def test_printed_command_is_one_that_the_user_can_call(monkeypatch, invoked, on_path, shown):
+    monkeypatch.setattr(sys, "argv", [invoked])
+    monkeypatch.setattr(shutil, "which", lambda name: on_path)
+    assert command_name() == shown
 
 
 def test_finished_run_to_a_folder_to_upload(finished, tmp_path):
