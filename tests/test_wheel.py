@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 STEPS = (
     ("align.steps", 2),
     ("align.warmup_steps", 1),
@@ -32,7 +33,10 @@ STEPS = (
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy of the tracked files, so that the repository gets no build folder."""
+    """Made as `python -m build` does it: a source distribution, and the wheel from that, without the network.
+
+    The source is a copy of the tracked files, so that the repository gets no build folder.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
@@ -41,11 +45,11 @@ def wheel(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / "source" / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
-    subprocess.run(
-        [*pip, "wheel", *options, "--wheel-dir", folder, folder / "source"], check=True, cwd=folder
-    )
+    build = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    subprocess.run([sys.executable, "-c", build], check=True, cwd=folder / "source", capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--wheel-dir", folder]
+    subprocess.run([*PIP, "wheel", *options, sdist], check=True)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -65,15 +69,14 @@ def test_metadata_names_the_licence(wheel):
 def test_demo_runs_from_the_wheel_outside_the_repository(wheel, tmp_path):
     packages, empty = tmp_path / "packages", tmp_path / "empty"
     empty.mkdir()
-    install = ["install", "--no-deps", "--no-index", "--quiet", "--target", packages, wheel]
-    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *install], check=True)
+    options = ["--no-deps", "--no-index", "--quiet", "--target", packages]
+    subprocess.run([*PIP, "install", *options, wheel], check=True)
     assert not (packages / "examples").exists(), "examples are not part of the product"
 
-    def halo(*arguments: object) -> str:
-        # -P and an empty folder: nothing of the repository is on the path but what an editable installation puts there,
-        # and PYTHONPATH comes before that.
+    def python(*arguments: object) -> str:
+        """Run with the wheel's packages first: an editable installation of the repository comes after PYTHONPATH."""
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "halo_jobs.cli", *map(str, arguments)],
+            [sys.executable, "-P", *map(str, arguments)],
             cwd=empty,
             env={**os.environ, "PYTHONPATH": str(packages)},
             capture_output=True,
@@ -83,18 +86,11 @@ def test_demo_runs_from_the_wheel_outside_the_repository(wheel, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    probe = "import halo_jobs, hypenet_tools, hypenet_kernels, halo_cluster; " + (
-        "print(*{m.__path__[0] for m in (halo_jobs, hypenet_tools, hypenet_kernels, halo_cluster)}, sep='\\n')"
-    )
-    found = subprocess.run(
-        [sys.executable, "-P", "-c", probe],
-        cwd=empty,
-        env={**os.environ, "PYTHONPATH": str(packages)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert {Path(line).parent for line in found.stdout.splitlines()} == {packages}
+    def halo(*arguments: object) -> str:
+        return python("-m", "halo_jobs.cli", *arguments)
+
+    for module in ("halo_jobs", "hypenet_kernels", "hypenet_tools", "halo_cluster"):
+        assert python("-c", f"import {module}; print({module}.__path__[0])") == f"{packages / module}\n"
 
     settings = [word for key, value in STEPS for word in ("--set", f"{key}={value}")]
     assert (empty / "runs/demo/report.html").as_uri() in halo("demo", *settings)
