@@ -39,6 +39,8 @@ def gc(
 
 def _unreferenced(run: RunFolder) -> list[StageRecord]:
     planned = {record.folder for record in run.planned()}
+    if not planned:
+        raise ValueError(f"{run.folder} has no plan.json, which says what is in use; start it once with `halo run`")
     candidates = [
         StageJob(record.stage, record, {}) for record in run.records() if record.folder not in planned
     ]

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from durable_files import read_json
+from halo_cluster import RunFolder
+from halo_jobs.commands.gc import gc
 
 AFTER_FINETUNE = {
     "finetune.hybrid",
@@ -141,6 +143,14 @@ def test_gc_lists_and_removes_what_the_latest_recipe_does_not_refer_to(finished,
     assert not set(others) & _done(run).keys()
     _halo("run", finished[0], "--runs", run.parent, "--set", CHANGE)
     assert _done(run).keys() == _done(changed).keys() - set(others)
+
+
+def test_gc_refuses_a_run_of_which_it_cannot_know_what_is_in_use(tmp_path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: old\n")
+    RunFolder(tmp_path).stage("align", "0123456789ab").begin_attempt().fail("killed")
+    with pytest.raises(ValueError, match="has no plan"):
+        gc(tmp_path, yes=True)
+    assert (tmp_path / "align").exists()
 
 
 def test_a_removed_corpus_is_not_missed_and_no_rank_reads_a_source(finished, tmp_path) -> None:
