@@ -1,4 +1,4 @@
-"""A real Slurm of four nodes on one Debian machine, to try recipes on and to break on purpose.
+"""A real Slurm of four nodes on one Debian machine, for trying recipes and injecting faults.
 
 `layout` says where its files lie and what its parts are called, `configuration` writes Slurm's files, `packages` and
 `network` prepare the machine, `processes`, `services` and `nodes` start and stop things, `sandbox` does it in order.

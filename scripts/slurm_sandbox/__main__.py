@@ -1,4 +1,4 @@
-"""python -m scripts.slurm_sandbox: a real Slurm on this machine, to try recipes on and to break on purpose."""
+"""python -m scripts.slurm_sandbox: a real Slurm on this machine, for trying recipes and injecting faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import nodes, services
 from .layout import Layout, SandboxError
 from .sandbox import bring_up, one_command_at_a_time, take_down
 
-# Not below /tmp: a root process should not write where others could put a link.
+# Not below /tmp: root should not write where other users can place a link.
 DEFAULT_FOLDER = Path("/var/lib/slurm-sandbox")
 EXAMPLES = """\
 As root on Debian:
@@ -43,7 +43,7 @@ def _arguments() -> argparse.Namespace:
         help=f"where the sandbox keeps its files ({DEFAULT_FOLDER})",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    up = commands.add_parser("up", help="start it, or mend the one that runs: every node is healed")
+    up = commands.add_parser("up", help="start it, or repair the one that runs: every node is healed")
     up.add_argument(
         "--nodes", type=int, default=4, choices=range(1, 17), metavar="1..16", help="how many (4)"
     )
@@ -84,7 +84,7 @@ def _existing(folder: Path) -> Layout:
 def _up(arguments: argparse.Namespace, folder: Path) -> None:
     began = time.monotonic()
     if arguments.hold:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the session that holds us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C of a terminal is for the process that holds the sandbox
     try:
         with one_command_at_a_time(folder):
             layout = bring_up(folder, arguments.nodes, arguments.mode)
@@ -103,7 +103,7 @@ def _up(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def _hold(layout: Layout, folder: Path) -> None:
-    """Until standard input ends; a controller that crashes meanwhile is started again."""
+    """Wait until standard input ends, and restart the controller if it crashes meanwhile."""
     while not select.select([sys.stdin], [], [], 1.0)[0] or sys.stdin.readline():
         with one_command_at_a_time(folder):
             services.revive_slurmctld(layout)

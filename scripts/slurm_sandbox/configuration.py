@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .layout import Layout
 
-CPUS, MEMORY_MB, GPUS = 4, 4000, 2  # what each node claims to have, whatever the machine has
+CPUS, MEMORY_MB, GPUS = 4, 4000, 2  # what each node claims, whatever the machine has
 
 
 def write(layout: Layout) -> None:
@@ -24,12 +24,12 @@ def write(layout: Layout) -> None:
 
 
 def _make_gpus(layout: Layout) -> int:
-    """GPUs that Slurm counts and hands out. It takes device nodes only, so they are further /dev/null."""
+    """GPUs that Slurm can count and allocate. It accepts device nodes only, so they are copies of /dev/null."""
     try:
         for number in range(GPUS):
             device = layout.folder / "gpu" / f"gpu{number}"
             os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    except PermissionError:  # a container without the right to make device nodes
+    except PermissionError:  # a container that may not make device nodes
         return 0
     return GPUS
 
@@ -51,7 +51,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until its earlier credential has run out: here 6 s, 121 s on a cluster that does not say.
+# A requeued job waits until its earlier credential has expired: 6 s here, 121 s by default.
 AuthInfo=cred_expire=5
 
 StateSaveLocation={folder}/state
@@ -72,14 +72,14 @@ JobAcctGatherFrequency=5
 SwitchType=switch/none
 MpiDefault=none
 
-# Nodes may claim more than the machine has. A job that asks for no memory leaves some for others.
+# Nodes may claim more than the machine has. A job that requests no memory leaves some for others.
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=500
 {"GresTypes=gpu" if gpus else ""}
 
-# A node that says nothing for this long is down; by TCPTimeout's tries it takes three times as long.
+# A node that is silent for this long is down; because of TCPTimeout's retries it takes three times as long.
 SlurmdTimeout=5
 TCPTimeout=1
 MessageTimeout=10

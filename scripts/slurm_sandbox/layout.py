@@ -1,4 +1,4 @@
-"""Where a sandbox keeps its files, and what its nodes, addresses and ports are."""
+"""A sandbox's files, nodes, addresses and ports."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# One entry per sandbox of this machine, a link to its folder. Gone after a restart, as the sandboxes are.
+# One link per sandbox of this machine, to its folder. A reboot removes them, like the sandboxes.
 SLOTS = Path("/run/slurm-sandbox")
 SLOT_COUNT = 16
 
 
 class SandboxError(Exception):
-    """Something the user can mend; the message is one sentence that says what."""
+    """An error that the user can fix; the message is one sentence that says how."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Layout:
     def in_namespaces(self) -> bool:
         return self.mode == "namespaces"
 
-    # Addresses are of the range that RFC 2544 sets aside for tests of networks, so they are nobody's.
+    # Addresses are of the range that RFC 2544 reserves for network tests, so nobody else uses them.
     @property
     def network(self) -> str:
         return f"198.18.{100 + self.slot}"
@@ -60,7 +60,7 @@ class Layout:
 
     @property
     def head(self) -> str:
-        """Host name of the daemons' node; its network namespace and this machine's leg into it are called so too."""
+        """Host name of the daemons' node, also the name of its network namespace and of the link to it."""
         return f"slurm{self.slot}-head" if self.in_namespaces else socket.gethostname()
 
     def namespace(self, node: str) -> str:
@@ -87,12 +87,12 @@ class Layout:
 
     @property
     def shared(self) -> Path:
-        """What is mounted below this folder while the sandbox runs is seen by every node."""
+        """Every node sees what is mounted below this folder while the sandbox runs."""
         return self.folder / "shared"
 
     @property
     def environment(self) -> dict[str, str]:
-        """For Slurm's commands and daemons."""
+        """The environment of Slurm's commands and daemons."""
         return {**os.environ, "SLURM_CONF": str(self.slurm_conf)}
 
     def save(self) -> None:
@@ -101,7 +101,7 @@ class Layout:
 
     @classmethod
     def load(cls, folder: Path) -> Layout | None:
-        """The sandbox that was started in `folder`; None when there never was one."""
+        """The sandbox that was started in `folder`; None if there never was one."""
         try:
             content = json.loads((folder / "sandbox.json").read_text())
         except FileNotFoundError:
@@ -110,7 +110,7 @@ class Layout:
 
 
 def claim_slot(folder: Path) -> int:
-    """The lowest number that no other sandbox has; the link is made by one of two rivals only."""
+    """The lowest number that no other sandbox has; only one of two that start at once can make the link."""
     SLOTS.mkdir(mode=0o755, exist_ok=True)
     for slot in range(SLOT_COUNT):
         try:
@@ -126,7 +126,7 @@ def claim_slot(folder: Path) -> int:
 
 @contextmanager
 def one_sandbox_at_a_time() -> Iterator[None]:
-    """For what all sandboxes of a machine share: its packages, munge, its host table."""
+    """A lock for what all sandboxes of a machine share: packages, munge, the host table."""
     SLOTS.mkdir(mode=0o755, exist_ok=True)
     with (SLOTS / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

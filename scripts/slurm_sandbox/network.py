@@ -12,7 +12,7 @@ from .layout import Layout, one_sandbox_at_a_time
 from .processes import call, succeeds
 
 _NAMESPACES = Path("/run/netns")
-# Lines of ours in this machine's host table end so; "ports" needs them, because every node is this machine.
+# Marks our lines in this machine's host table; "ports" needs them, because every node is this machine.
 _MARK = "# slurm-sandbox"
 
 
@@ -62,7 +62,7 @@ def remove(layout: Layout) -> None:
     for space in [layout.head, *(layout.namespace(node) for node in layout.nodes)]:
         if (_NAMESPACES / space).exists():
             call("ip", "netns", "del", space)
-    # The kernel takes the other end of this machine's leg away a moment after its namespace.
+    # The kernel removes the other end of the link a moment after its namespace.
     succeeds("ip", "link", "del", layout.head)
 
 
@@ -71,7 +71,7 @@ def set_cable(layout: Layout, node: str, plugged: bool) -> None:
 
 
 def in_head(layout: Layout, *command: str) -> list[str]:
-    """The command line that runs `command` as the daemons' node: its network, its name, its host table."""
+    """The command line that runs `command` in the network, host name and host table of the daemons' node."""
     if not layout.in_namespaces:
         return list(command)
     enter = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
@@ -83,7 +83,7 @@ def in_head(layout: Layout, *command: str) -> list[str]:
 
 
 def in_node(layout: Layout, node: str, *command: str) -> list[str]:
-    """The command line that makes `command` the first process of the node: when it ends, all on the node end."""
+    """The command line that makes `command` the first process of the node: when it ends, all others of the node end."""
     return [
         "nsenter", f"--net={_NAMESPACES / layout.namespace(node)}",
         "unshare", "--uts", "--ipc", "--mount", "--propagation", "slave",

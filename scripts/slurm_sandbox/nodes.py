@@ -1,4 +1,4 @@
-"""Nodes: switched on, cut from power, unplugged from the network, healed."""
+"""Nodes: power on, power cut, network cable, repair."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def switch_on(layout: Layout, node: str) -> None:
 
 
 def cut_power(layout: Layout, node: str) -> None:
-    """As when a machine loses power: nothing more is heard of it, and nothing on it runs on."""
+    """As when a machine loses power: it falls silent, and all its processes are gone."""
     if layout.in_namespaces:
-        network.set_cable(layout, node, plugged=False)  # not even that its connections are closed
+        network.set_cable(layout, node, plugged=False)  # so that not even the end of its connections is sent
     stop(_pid_file(layout, node), signal.SIGKILL)
     if not layout.in_namespaces:
         for pid in list(_step_daemons(layout, node)):
@@ -50,7 +50,7 @@ def cut_power(layout: Layout, node: str) -> None:
 
 
 def unplug(layout: Layout, node: str) -> None:
-    """What runs on the node runs on, but nobody hears of it."""
+    """Processes on the node continue, but the node is unreachable."""
     if not layout.in_namespaces:
         raise SandboxError(
             "nodes can be unplugged only where network namespaces are permitted; use power-cut here"
@@ -59,14 +59,14 @@ def unplug(layout: Layout, node: str) -> None:
 
 
 def heal(layout: Layout, node: str) -> None:
-    """Cable in, power on."""
+    """Plug the cable in and switch the power on."""
     if layout.in_namespaces:
         network.set_cable(layout, node, plugged=True)
     switch_on(layout, node)
 
 
 def _step_daemons(layout: Layout, node: str) -> Iterator[int]:
-    """Where nodes share one table of processes: the slurmstepd whose tasks say that they are of this node."""
+    """If nodes share one process table: the slurmstepd processes whose tasks belong to this node."""
     marks = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={layout.slurm_conf}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -79,7 +79,7 @@ def _step_daemons(layout: Layout, node: str) -> Iterator[int]:
 
 
 def processes_of_jobs(layout: Layout, node: str) -> list[int]:
-    """Every process that runs for jobs on the node, by this machine's numbers, in the order of those."""
+    """The pids on this machine of all processes of jobs on the node, in ascending order."""
     marks = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={layout.slurm_conf}".encode()}
     found = []
     for folder in Path("/proc").glob("[0-9]*"):

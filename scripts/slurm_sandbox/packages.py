@@ -1,4 +1,4 @@
-"""Debian's packages that a sandbox is made of."""
+"""The Debian packages of a sandbox."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _install_missing() -> None:
         done = subprocess.run(command, env=quiet, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             complaint = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise SandboxError(f"'{' '.join(command)}' failed, mend that and run this again: {complaint}")
+            raise SandboxError(f"'{' '.join(command)}' failed; fix that and run this again: {complaint}")
 
 
 def _installed(package: str) -> bool:

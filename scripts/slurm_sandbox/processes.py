@@ -1,4 +1,4 @@
-"""Long-lived processes with their identity on file, so that nobody else's process is ever stopped."""
+"""Daemons with their identity on file, so that no other process is ever stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layout import SandboxError
 
 
 def _start_ticks(pid: int) -> str | None:
-    """Clock ticks from the machine's start to the process's; None when it has ended (a zombie has)."""
+    """Clock ticks from boot to the start of the process; None if it has ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -25,7 +25,7 @@ def _start_ticks(pid: int) -> str | None:
 def start(
     pid_file: Path, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> None:
-    """Run `command` in a session of its own, its output appended to `log`. It must not go to the background itself."""
+    """Run `command` in a session of its own, with its output appended to `log`. It must stay in the foreground."""
     pid_file.parent.mkdir(exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -41,7 +41,7 @@ def start(
 
 
 def running(pid_file: Path) -> int | None:
-    """The pid in `pid_file` while it is still that very process."""
+    """The pid in `pid_file`, if it still is that process."""
     try:
         pid, start_ticks = pid_file.read_text().split()
     except (FileNotFoundError, ValueError):
@@ -49,21 +49,21 @@ def running(pid_file: Path) -> int | None:
     return int(pid) if _start_ticks(int(pid)) == start_ticks else None
 
 
-def stop(pid_file: Path, how: signal.Signals = signal.SIGTERM, patience: float = 10) -> None:
-    """Signal the process and wait for its end, with SIGKILL after `patience` seconds. No harm when it has ended."""
+def stop(pid_file: Path, how: signal.Signals = signal.SIGTERM, grace_seconds: float = 10) -> None:
+    """Signal the process and wait for its end, with SIGKILL after `grace_seconds`. Does nothing if it has ended."""
     pid = running(pid_file)
     if pid is not None:
         with suppress(ProcessLookupError):
             os.kill(pid, how)
-        if not _wait(lambda: running(pid_file) is None, patience):
+        if not _wait(lambda: running(pid_file) is None, grace_seconds):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            _wait(lambda: running(pid_file) is None, patience)
+            _wait(lambda: running(pid_file) is None, grace_seconds)
     pid_file.unlink(missing_ok=True)
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all it has started."""
+    """Send SIGKILL to a process and all its descendants."""
     for child in children(pid):
         kill_tree(child)
     with suppress(ProcessLookupError):
@@ -79,7 +79,7 @@ def children(pid: int) -> list[int]:
 
 
 def any_named(*names: str) -> bool:
-    """Whether any process of this machine has one of these names and has not ended."""
+    """Whether a running process of this machine has one of these names."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
             start, _, rest = stat.read_text().rpartition(")")
@@ -89,7 +89,7 @@ def any_named(*names: str) -> bool:
 
 
 def wait_until(answers: Callable[[], bool], what: str, log: Path, seconds: float = 30) -> None:
-    """SandboxError naming `what` and its log when it does not come about in `seconds`."""
+    """Wait; SandboxError with `what` and its log if the condition is not met within `seconds`."""
     if not _wait(answers, seconds):
         raise SandboxError(f"{what} is not there after {seconds:.0f} s; its log {log} says why")
 
@@ -104,7 +104,7 @@ def _wait(answers: Callable[[], bool], seconds: float) -> bool:
 
 
 def call(*command: str, environment: Mapping[str, str] | None = None, text: str | None = None) -> str:
-    """Standard output of a short command; SandboxError with its last line of complaint when it fails."""
+    """Standard output of a short command; SandboxError with its last line of stderr if it fails."""
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, input=text, timeout=60
     )
@@ -115,7 +115,7 @@ def call(*command: str, environment: Mapping[str, str] | None = None, text: str 
 
 
 def succeeds(*command: str, environment: Mapping[str, str] | None = None) -> bool:
-    """Whether a short command ends well, within five seconds."""
+    """Whether a short command succeeds within five seconds."""
     try:
         return (
             subprocess.run(

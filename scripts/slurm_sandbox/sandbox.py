@@ -1,4 +1,4 @@
-"""Bringing a sandbox up and taking it down, in order and again."""
+"""Starts and stops a sandbox; both may be repeated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .processes import call, running, succeeds, wait_until
 
 @contextmanager
 def one_command_at_a_time(folder: Path) -> Iterator[None]:
-    """Of this sandbox; another waits."""
+    """A lock on this sandbox; a second process waits."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -25,12 +25,12 @@ def one_command_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def bring_up(folder: Path, node_count: int, mode: str | None) -> Layout:
-    """A sandbox that answers, with every node idle or at work; one that runs already is only mended."""
+    """Start a sandbox and wait until every node is up; one that runs is only repaired."""
     packages.require_root_on_debian()
     packages.install_missing()
     layout = Layout.load(folder)
     if layout is not None and running(services.pid_file(layout, "slurmdbd")):
-        services.start_slurmctld(layout)  # unless it runs
+        services.start_slurmctld(layout)  # if it does not run
         for node in layout.nodes:
             nodes.heal(layout, node)
     else:
@@ -43,7 +43,7 @@ def bring_up(folder: Path, node_count: int, mode: str | None) -> Layout:
 
 
 def take_down(layout: Layout) -> None:
-    """Jobs, nodes and daemons end; files stay, to be read, until the next start. No harm when nothing runs."""
+    """End jobs, nodes and daemons. Files stay until the next start. Does nothing if nothing runs."""
     if layout.in_namespaces:
         network_exists = Path("/run/netns", layout.head).exists()
     for node in layout.nodes:
@@ -81,7 +81,7 @@ def _new(folder: Path, node_count: int, mode: str | None) -> Layout:
 def _start_new(layout: Layout) -> None:
     configuration.write(layout)
     if layout.in_namespaces:
-        # Mounts that are made later are passed on to the nodes from shared mounts only.
+        # Only shared mounts pass later mounts on to the nodes.
         call("mount", "--bind", str(layout.shared), str(layout.shared))
         call("mount", "--make-shared", str(layout.shared))
     network.create(layout)

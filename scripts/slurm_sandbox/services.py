@@ -1,4 +1,4 @@
-"""The daemons beside the nodes: munge, MariaDB and slurmdbd for sacct, slurmctld."""
+"""The daemons besides the nodes: munge, slurmctld, and MariaDB and slurmdbd for sacct."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .layout import SLOTS, Layout, SandboxError, one_sandbox_at_a_time, sandbox_
 from .network import in_head
 from .processes import any_named, call, running, start, stop, succeeds, wait_until
 
-# slurmdbd looks for munge at its usual socket only, so all sandboxes of a machine share one.
+# slurmdbd uses only munge's default socket, so all sandboxes of a machine share one.
 _MUNGE_SOCKET = Path("/run/munge/munge.socket.2")
 _MUNGE = SLOTS / "munge"
 
@@ -26,7 +26,7 @@ def pid_file(layout: Layout, service: str) -> Path:
 
 
 def start_munge() -> None:
-    """Unless one answers: that of this machine's own Slurm, or of another sandbox."""
+    """Start munge, unless one answers: that of this machine's own Slurm, or of another sandbox."""
     with one_sandbox_at_a_time():
         if not _munge_answers():
             _start_munge()
@@ -58,7 +58,7 @@ def _start_munge() -> None:
 
 
 def stop_munge() -> None:
-    """When no Slurm is left on this machine that uses it, be it a sandbox or not."""
+    """Stop munge if no Slurm on this machine, sandbox or not, uses it any more."""
     with one_sandbox_at_a_time():
         if not list(sandbox_folders()) and not any_named("slurmctld", "slurmdbd", "slurmd"):
             stop(_MUNGE / "pid")
@@ -72,7 +72,7 @@ def _munge_answers() -> bool:
 
 
 def start_mariadb(layout: Layout) -> None:
-    """The database behind slurmdbd; on its first start it is made, with a password nobody else has."""
+    """Start slurmdbd's database; the first start creates it, with a random password."""
     if running(pid_file(layout, "mariadb")):
         return
     data, log = layout.folder / "sql", layout.log / "mariadb.out"
@@ -123,7 +123,7 @@ def start_slurmdbd(layout: Layout) -> None:
 
 
 def start_slurmctld(layout: Layout) -> None:
-    """The controller; what it had saved of jobs before it was stopped it takes up again."""
+    """Start the controller, which restores the jobs that it had saved."""
     if running(pid_file(layout, "slurmctld")):
         return
     log = layout.log / "slurmctld.out"
@@ -136,7 +136,7 @@ def start_slurmctld(layout: Layout) -> None:
 
 
 def revive_slurmctld(layout: Layout) -> None:
-    """Start a controller that ended by itself; a cluster's service manager, or its second controller, does that.
+    """Restart a controller that crashed, as the service manager or the backup controller of a cluster would.
 
     Debian's slurmctld 22.05.8 was seen to crash on the registration of a node whose power had been cut.
     """
@@ -147,7 +147,7 @@ def revive_slurmctld(layout: Layout) -> None:
 
 
 def crashes(layout: Layout) -> Path:
-    """A line for each time that the controller had to be revived."""
+    """One line for each restart of a crashed controller."""
     return layout.log / "slurmctld.crashes"
 
 
