@@ -243,9 +243,8 @@ class HaloRun:
         """The sentences in the attempt's folder: what the driver recorded, and of the process that spoke first."""
         (attempt,) = self.folder.glob(f"{_STAGE}/*/attempt.*")
         said = [
-            str(json.loads((attempt / name).read_text()).get(key))
-            for name, key in (("exit.json", "reason"), ("failure.json", "sentence"))
-            if (attempt / name).exists()
+            str(json.loads(path.read_text()).get("reason"))
+            for path in [*attempt.glob("exit.json"), *sorted(attempt.glob("rank-*.json"))]
         ]
         errors = [
             line for path in sorted(attempt.glob("rank-*.txt")) for line in path.read_text().splitlines()

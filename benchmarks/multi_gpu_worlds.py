@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Protocol
 
 from multi_gpu_plan import Row, WorldPlan
@@ -30,12 +30,6 @@ _PREPARED = 2  # waiting jobs whose processes import modules while others have t
 
 Report = Callable[[str, dict[str, Any]], None]
 """Called with the name of a row and what came of it."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Job(Protocol):
@@ -138,7 +132,7 @@ class World:
     def begin(self, gpus: Sequence[int]) -> None:
         self.prepare()
         self._gpus = gpus
-        port = str(free_port())
+        meeting = mkdtemp(dir=self.scratch)
         for number, rank in enumerate(self._ranks):
             rank.send(
                 {
@@ -147,7 +141,7 @@ class World:
                     "LOCAL_RANK": str(gpus[number]),
                     "WORLD_SIZE": str(self.gpus),
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
+                    "HALO_RENDEZVOUS": meeting,
                 }
             )
         self._answers, self._trouble = {}, None

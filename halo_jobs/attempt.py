@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from durable_files import publish_once
-from halo_cluster import StageRecord
-
-FAILURE = "failure.json"
+from halo_cluster import ExitReport, StageRecord
+from halo_cluster.attempts import rank_report_path, release_space
 
 
 @dataclass(frozen=True)
@@ -19,10 +17,11 @@ class JoinedAttempt:
     folder: Path
     rank: int
 
-    def fail(self, reason: str) -> None:
-        """Leave the reason for the driver, which records how the attempt ended. The first rank to report is believed.
+    def report(self, report: ExitReport) -> None:
+        """Record how this rank ended; the driver then records how the attempt ended."""
+        release_space(self.folder)
+        report.publish(rank_report_path(self.folder, self.rank))
 
-        The rank that ends the others is not where the fault is, so no host is named.
-        """
-        content = {"rank": self.rank, "host": "", "sentence": reason, "final": False, "traceback": ""}
-        publish_once(self.folder / FAILURE, content)
+    def fail(self, reason: str) -> None:
+        """Record that this rank ends because some rank hangs or is gone; where the fault is, is not known."""
+        self.report(ExitReport("affected", reason, rank=self.rank))

@@ -11,9 +11,10 @@ import typer
 from rich.text import Text
 
 from halo_cluster import StopRequested
+from halo_cluster.signals import InterruptHandler
 from halo_jobs.commands import compare, data, doctor, gc, generate, kernels, look, run, weights
 from halo_jobs.commands.consoles import errors
-from halo_jobs.terminal import STOPPED_EXIT_CODE, Interruption, quieten_libraries, sentence
+from halo_jobs.terminal import STOPPED_EXIT_CODE, quieten_libraries, sentence
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,14 +70,14 @@ def main() -> None:
     Exit code 0: success. 1: a failure. 2: something the user can correct. 75: a training stopped on request, with its
     state saved. 130: Ctrl-C or SIGTERM. Every code but 0 comes with one sentence on stderr.
     """
-    interruption = Interruption()
+    interrupts = InterruptHandler()
     quieten_libraries()
     try:
         app()
     except BaseException as problem:
         # Libraries and typer may have turned the KeyboardInterrupt into another exception.
-        if interruption.requested:
-            interruption.end()
+        if interrupts.requested:
+            interrupts.end()
         if isinstance(problem, StopRequested):
             errors.print(
                 f"{sentence(problem)}; the same command resumes there", soft_wrap=True, highlight=False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +15,13 @@ from halo_cluster import (
     Attempt,
     PlannedStage,
     RunFolder,
-    StageRecord,
     StageResult,
     run_stages,
     storage_errors,
 )
 from halo_cluster.jobs import StageJob
-from halo_cluster.reconcile import Patience, Reconciler, submit_chain
+from halo_cluster.reconcile import Reconciler, RetryPolicy, submit_chain
 from halo_cluster.slurm import Slurm
-from halo_cluster.slurm.queue import cancel, live_jobs
 from halo_jobs.checks import check_recipe, named_in_errors
 from halo_jobs.plan import TOKENIZE, Plan, make_plan
 from halo_jobs.recipe import Recipe, recipe_yaml
@@ -107,7 +104,7 @@ def _slurm(recipe: Recipe, retries_by_job: int = 0) -> Slurm:
     settings = slurm_settings(recipe)
     with named_in_errors("cluster"):
         settings.check()
-    return Slurm(settings, (sys.executable, "-m", "halo_jobs.stage_job"), retries_by_job)
+    return Slurm(settings, ("-m", "halo_jobs.stage_job"), retries_by_job)
 
 
 def _stage_jobs(plan: Plan, run: RunFolder) -> list[StageJob]:
@@ -136,8 +133,8 @@ def run_recipe_on_slurm(
         for name, job in submit_chain(jobs, slurm).items():
             console.print(f"{name}: job {job}", highlight=False)
         return None
-    patience = Patience(recipe.cluster.retries, recipe.cluster.backoff_seconds)
-    Reconciler(jobs, slurm, console, patience).run()
+    policy = RetryPolicy(recipe.cluster.retries, recipe.cluster.backoff_seconds)
+    Reconciler(jobs, slurm, console, policy).run()
     return _finished(run)
 
 
@@ -150,13 +147,3 @@ def print_batch_script(recipe: Recipe, runs: Path, console: Console) -> None:
     console.print(_slurm(recipe).preview(job), markup=False, highlight=False, soft_wrap=True)
 
 
-def cancel_run(run_folder: Path, stage: str | None) -> list[str]:
-    """End the jobs of a run, or of one of its stages, whose names Slurm still has; returns their ids."""
-    live = live_jobs()
-    records = (StageRecord(folder) for folder in run_folder.glob("*/*") if (folder / "jobs").is_dir())
-    wanted = (
-        StageJob(record.stage, record, {}).job_name for record in records if stage in (None, record.stage)
-    )
-    jobs = [entry.job for name in wanted for entry in live.get(name, [])]
-    cancel(jobs)
-    return jobs

@@ -1,9 +1,10 @@
-"""One stage as a job of a scheduler: what its launcher starts on every node.
+"""One stage as a job of a scheduler: the process of each of its nodes.
 
-    python -m halo_jobs.stage_job <work file>
+    python -m halo_jobs.stage_job <work file> [<retries>]
 
-The first node makes the attempt and publishes; the others take part where a stage trains in several processes. Exit
-codes as of `halo` itself: 0, 1, 2 for user errors, 75 after a stop on request, 130 when interrupted.
+The first node makes the attempt and publishes; the others take part in a stage that trains in several ranks. Exit codes
+are those of `halo`: 0, 1, 2 for user errors, 75 after a stop on request, 130 when interrupted. Under Slurm the job may
+be requeued instead (halo_cluster/slurm/job.py), `retries` times after failures.
 """
 
 from __future__ import annotations
@@ -17,9 +18,18 @@ from typing import Any
 from rich.console import Console
 
 from durable_files import read_json
-from halo_cluster import THIS_MACHINE, Attempt, Nodes, StageRecord, StageResult, StopRequested, carry_out
-from halo_cluster.slurm.launcher import launched_as
-from halo_jobs.terminal import STOPPED_EXIT_CODE, Interruption, quieten_libraries, sentence
+from halo_cluster import (
+    THIS_MACHINE,
+    Attempt,
+    Nodes,
+    StageRecord,
+    StageResult,
+    StopRequested,
+    execute_attempt,
+)
+from halo_cluster.signals import INTERRUPTED_EXIT_CODE, InterruptHandler, unblock_stop_signals
+from halo_cluster.slurm.job import SlurmJob
+from halo_jobs.terminal import STOPPED_EXIT_CODE, quieten_libraries, sentence
 from halo_jobs.worker import join_processes, run_in_processes, run_stage
 
 
@@ -34,31 +44,27 @@ def _run(work: dict[str, Any], nodes: Nodes, attempt: Attempt, console: Console)
 
 
 def run_job(work: dict[str, Any], label: str, nodes: Nodes) -> None:
-    """Bring the stage to DONE as the attempt `label`, unless it is; raises what `carry_out` raises."""
+    """Bring the stage to DONE as the attempt `label`, unless it is; raises what `execute_attempt` raises."""
     record = StageRecord(Path(work["folder"]))
     if record.done() is not None:
         return
     console = Console(force_terminal=False, width=120)
     attempt = record.begin_attempt(label)
-    carry_out(work["stage"], attempt, lambda attempt: _run(work, nodes, attempt, console))
+    execute_attempt(work["stage"], attempt, lambda attempt: _run(work, nodes, attempt, console))
 
 
-def main(work_file: Path) -> int:
-    # Stages that do not train have nothing to save: their finished tasks are in files.
-    interruption = Interruption((signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
-    quieten_libraries()
-    label, nodes = launched_as() or (f"0.{os.getpid()}", THIS_MACHINE)
+def _run_node(work_file: Path, job: SlurmJob | None, interrupts: InterruptHandler) -> int:
+    label, nodes = (job.attempt_label, job.nodes) if job else (f"0.{os.getpid()}", THIS_MACHINE)
     work = read_json(work_file)
     try:
         if nodes.this > 0:
-            return join_processes(
-                StageRecord(Path(work["folder"])).attempt_folder(label), work["processes"], nodes
-            )
+            attempt = StageRecord(Path(work["folder"])).attempt_folder(label)
+            return join_processes(attempt, work["processes"], nodes)
         run_job(work, label, nodes)
     except BaseException as problem:
-        if interruption.requested:
-            interruption.end()
-        print(f"{type(problem).__name__}: {sentence(problem)}", file=sys.stderr)
+        if interrupts.requested:
+            interrupts.end()
+        print(f"{type(problem).__name__}: {sentence(problem)}", file=sys.stderr, flush=True)
         if isinstance(problem, StopRequested):
             return STOPPED_EXIT_CODE
         if not isinstance(problem, (ValueError, RuntimeError, OSError)):
@@ -67,5 +73,19 @@ def main(work_file: Path) -> int:
     return 0
 
 
+def main(work_file: Path, retries: int) -> int:
+    job = SlurmJob.current()
+
+    def last() -> int:
+        return job.exit_code(INTERRUPTED_EXIT_CODE, retries) if job else INTERRUPTED_EXIT_CODE
+
+    # Stages that do not train have nothing to save: their finished tasks are in files.
+    interrupts = InterruptHandler((signal.SIGINT, signal.SIGTERM, signal.SIGUSR2), last)
+    unblock_stop_signals()
+    quieten_libraries()
+    code = _run_node(work_file, job, interrupts)
+    return job.exit_code(code, retries) if job else code
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))

@@ -80,7 +80,7 @@ class Trainer:
         Raises TrainingDiverged, StopRequested after saving, PeerLost when another rank is gone.
         """
         # A scheduler that ends the rest when one rank is gone must not keep us from saying that it is.
-        with self.stop.heeded(), self._watched() as watchdog:
+        with self.stop.accepted(), self._watched() as watchdog:
             optimizer = build_optimizer(self.objective.chunks, self.section)
             first_step = self._resume(optimizer)
             log = MetricsLog(self.folder, resume_step=first_step, writes=self._is_first)
@@ -234,7 +234,7 @@ class Trainer:
         if stop:
             self.saver.finish(watchdog.progress)
             if self._is_first:
-                self.stop.forget_file()
+                self.stop.remove_file()
             raise StopRequested(
                 f"{self.title}: stopped by {self.stop.reason(stop)} after step {done} of {self.section.steps}, "
                 f"which is saved in {self.checkpoints.path(done)}",

@@ -1,20 +1,29 @@
-"""What an attempt's files say after it, or while another process runs it.
+"""The files of an attempt: one try at a stage, by one process or by several ranks.
 
-attempt.<label>/started.json   host, pid, command line, time
-                heartbeat      seconds of work so far, rewritten every second
-                log.txt        log lines, and the traceback of a failure
-                exit.json      outcome, reason, seconds, host; absent while it runs and after kill -9
-                room           empty space, given back before the last words, so that a full disk has some for them
+attempt.<label>/started.json     host, pid, command line and time of the process that runs the attempt
+                heartbeat        seconds of work so far, rewritten every second (heartbeat.py)
+                log.txt          log lines, and the traceback of a failure
+                exit.json        how the attempt ended (ExitReport); absent while it runs, and after kill -9
+                reserved         empty space, released before the end is written, so that a full disk can hold it
 
-The label is a number where a run's own process works (1, 2, ...), job and restart under a scheduler (1234.0, 1234.1).
-Both count upwards, so attempts are in order whatever the clocks of the machines say.
+Of a stage that runs in several ranks also:
+
+                work.json        what the ranks have to do
+                rendezvous.json  host and port at which rank 0 listens
+                rank-<k>.json    how rank k ended (ExitReport), by that rank, or by its parent if the rank could not
+                rank-<k>.txt     what rank k printed and logged
+                stacks.rank-<k>.txt  the Python stacks of a rank that the watchdog ended
+
+The label is a number (1, 2, ...) for attempts by `halo run` itself, and job and restart (1234.0, 1234.1) under a
+scheduler. Both count upwards, so attempts are in order whatever the clocks of the machines say.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +33,66 @@ from halo_cluster.heartbeat import last_heartbeat
 from halo_cluster.processes import ProcessIdentity
 
 AttemptState = Literal["running", "done", "failed", "interrupted"]
+ExitState = Literal["done", "failed", "interrupted", "lost", "affected"]
 KILLED = "killed, or the machine stopped"
 
 
 def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class ExitReport:
+    """How an attempt or one of its ranks ended. It is published once: the first report stands.
+
+    `state` of a rank may also be "lost" (it ended without a report: killed, or crashed) or "affected" (it ended because
+    of another rank). `host` is where the fault is, "" if that is unknown. `final` leaves the next attempt to the user:
+    after an error of theirs, or a stop that they asked for. `seconds` is working time. `result` is what rank 0 made.
+    """
+
+    state: ExitState
+    reason: str = ""
+    host: str = ""
+    final: bool = False
+    seconds: float = 0.0
+    rank: int | None = None
+    traceback: str = ""
+    result: Any = None
+    ended: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+
+    def publish(self, path: Path) -> bool:
+        """False if `path` has a report already."""
+        return publish_once(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> ExitReport | None:
+        if not path.exists():
+            return None
+        try:
+            return cls(**read_json(path))
+        except TypeError:
+            run = path.parents[3]
+            raise ValueError(f"{path} is from another version of halo; remove {run} to run it again") from None
+
+
+_CAUSES = ("lost", "failed", "interrupted", "affected")
+
+
+def rank_report_path(attempt: Path, rank: int) -> Path:
+    return attempt / f"rank-{rank}.json"
+
+
+def rank_reports(attempt: Path, ranks: Iterable[int]) -> list[ExitReport]:
+    """The reports that these ranks or their parents have published so far."""
+    found = (ExitReport.read(rank_report_path(attempt, rank)) for rank in ranks)
+    return [report for report in found if report is not None]
+
+
+def cause(reports: Iterable[ExitReport]) -> ExitReport | None:
+    """The report of the rank at fault: a lost rank before one that failed, one that was asked to stop before one that
+    was affected, and the earliest of several. None if every rank is done."""
+    unfinished = [report for report in reports if report.state != "done"]
+    return min(unfinished, key=lambda report: (_CAUSES.index(report.state), report.ended), default=None)
 
 
 _FOLDER = re.compile(r"attempt\.(\d+(?:\.\d+)?)")
@@ -51,61 +115,37 @@ def attempt_folders(stage_folder: Path) -> list[Path]:
 
 
 def next_label(stage_folder: Path) -> str:
-    """Of the next attempt by a run's own process."""
+    """The label of the next attempt by `halo run` itself."""
     taken = attempt_folders(stage_folder)
     return str(_order(taken[-1])[0] + 1) if taken else "1"
 
 
-_ROOM, _ROOM_BYTES = "room", 1 << 14
+_RESERVED, _RESERVED_BYTES = "reserved", 1 << 16
 
 
-def keep_room(folder: Path) -> None:
-    """Hold some space for what is to be said at the end."""
-    write_bytes(folder / _ROOM, os.urandom(_ROOM_BYTES))  # nothing that a file system could make smaller
+def reserve_space(folder: Path) -> None:
+    """Hold the disk space that the reports at the end of an attempt will need."""
+    write_bytes(folder / _RESERVED, os.urandom(_RESERVED_BYTES))  # random: a file system cannot compress it
 
 
-def use_room(folder: Path) -> None:
-    (folder / _ROOM).unlink(missing_ok=True)
-
-
-def write_exit(
-    folder: Path,
-    outcome: AttemptState,
-    reason: str,
-    seconds: float,
-    *,
-    host: str = "",
-    final: bool = False,
-) -> None:
-    """Say how an attempt ended; what was said first stands. `host` is where it went wrong.
-
-    `final`: it is for the user to begin another one, after an error of theirs or a stop that they asked for.
-    """
-    content = {
-        "outcome": outcome,
-        "reason": reason,
-        "seconds": round(seconds, 3),
-        "ended": utc_now(),
-        "host": host,
-        "final": final,
-    }
-    use_room(folder)
-    publish_once(folder / "exit.json", content)
+def release_space(folder: Path) -> None:
+    (folder / _RESERVED).unlink(missing_ok=True)
 
 
 def close_abandoned(folder: Path, reason: str = KILLED) -> None:
-    """Say it for an attempt that could not. The caller knows that nobody runs it any more."""
+    """Write exit.json of an attempt that could not. The caller knows that no process runs it any more."""
     if not (folder / "exit.json").exists():
         begun = _read_if_there(folder / "started.json")
         seconds = last_heartbeat(folder / "heartbeat")
-        write_exit(folder, "interrupted", reason, seconds, host=begun.get("host", ""))
+        release_space(folder)
+        ExitReport("interrupted", reason, begun.get("host", ""), seconds=seconds).publish(folder / "exit.json")
 
 
 @dataclass(frozen=True)
 class AttemptStatus:
-    """One attempt. `started` is ISO 8601, empty if it was killed before saying so; `seconds` is wall time.
+    """One attempt. `started` is ISO 8601, empty if it was killed before it could write that; `seconds` is wall time.
 
-    `failed_on` is the host where it went wrong, if that is known; `final` leaves another try to the user.
+    `failed_on` is the host where it went wrong, if that is known; `final` leaves the next attempt to the user.
     """
 
     label: str
@@ -122,22 +162,26 @@ class AttemptStatus:
     def read(cls, folder: Path) -> AttemptStatus:
         """An attempt without exit.json counts as running unless its process has certainly ended."""
         begun = _read_if_there(folder / "started.json")
-        end = _read_if_there(folder / "exit.json")
-        if not end:
-            gone = not begun or ProcessIdentity.from_json(begun).has_ended()
+        state: AttemptState = "running"
+        end = ExitReport.read(folder / "exit.json")
+        if end is None:
             seconds = last_heartbeat(folder / "heartbeat")
-            outcome, reason = ("interrupted", KILLED) if gone else ("running", "")
-            end = {"outcome": outcome, "reason": reason, "seconds": seconds}
+            ended = not begun or ProcessIdentity.from_json(begun).has_ended()
+            end = ExitReport("interrupted", KILLED if ended else "", seconds=seconds)
+            state = "interrupted" if ended else "running"
+        else:
+            assert end.state in ("done", "failed", "interrupted"), folder
+            state = end.state
         return cls(
             label=attempt_label(folder),
-            state=end["outcome"],
+            state=state,
             started=begun.get("started", ""),
             host=begun.get("host", ""),
             pid=begun.get("pid", 0),
-            seconds=end["seconds"],
-            reason=end["reason"],
-            failed_on=end.get("host", ""),
-            final=end.get("final", False),
+            seconds=end.seconds,
+            reason=end.reason,
+            failed_on=end.host,
+            final=end.final,
         )
 
 

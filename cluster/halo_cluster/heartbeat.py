@@ -1,4 +1,4 @@
-"""A small file that a living attempt rewrites, so that after kill -9 its working time is still known."""
+"""A small file that a running attempt rewrites every second, so that its working time is known after kill -9."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Heartbeat:
 
     @property
     def seconds(self) -> float:
-        """Wall time since the start, by a clock that nobody sets."""
+        """Wall time since the start, by the monotonic clock."""
         return time.monotonic() - self._clock_start
 
     def beat(self) -> None:
-        """One write of fixed length in place: a beat is worth no fsync, and a torn one reads as none."""
+        """Overwrite the file in place with one short write. It is not flushed; a torn write reads as no beat."""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(descriptor, f"{self.seconds:15.3f}\n".encode(), 0)
@@ -39,12 +39,12 @@ class Heartbeat:
 
     def _beat_until_stopped(self) -> None:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # a full disk is for the stage to report, where it loses something
+            with suppress(OSError):  # the stage fails by itself where a full disk loses something
                 self.beat()
 
 
 def last_heartbeat(path: Path) -> float:
-    """Seconds at the last beat; 0 when it was killed before the first, or power was lost during one."""
+    """Seconds at the last beat; 0 if there was none, or if power was lost while it was written."""
     try:
         return float(path.read_text())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""What the reconciler and a scheduler speak of: a stage to be run as a job, and what the scheduler knows of jobs."""
+"""What the reconciler and a scheduler exchange: a stage to run as a job, and the state of jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LiveState = Literal["pending", "running", "ending"]
 
 @dataclass(frozen=True)
 class StageJob:
-    """A stage as a job. `work` (JSON) is what its process on the first node reads to know what to do."""
+    """A stage as a job. Its process on the first node reads `work` (JSON) to know what to do."""
 
     name: str
     record: StageRecord
@@ -27,7 +27,7 @@ class StageJob:
 
     @property
     def job_name(self) -> str:
-        """The same whoever submits it, and another one for another user's run of the same name."""
+        """The same whoever submits it. Runs of the same name in other folders get other job names."""
         run = self.record.folder.parent.parent.resolve()
         return (
             f"halo.{hashlib.sha256(str(run).encode()).hexdigest()[:8]}.{self.name}.{self.record.input_hash}"
@@ -41,7 +41,7 @@ class StageJob:
 
 @dataclass(frozen=True)
 class LiveJob:
-    """A job that the scheduler has in its queue. `reason` says why it waits, `nodes` where it runs."""
+    """A job in the scheduler's queue. `reason` says why it waits, `nodes` where it runs."""
 
     job: str
     name: str
@@ -52,7 +52,7 @@ class LiveJob:
 
 @dataclass(frozen=True)
 class EndedJob:
-    """A job that has left the queue: the scheduler's word for its end (COMPLETED, FAILED, CANCELLED, ...)."""
+    """A job that has left the queue, with the scheduler's final state (COMPLETED, FAILED, CANCELLED, ...)."""
 
     job: str
     state: str
@@ -63,27 +63,27 @@ class Scheduler(Protocol):
     """A batch system. Every method is one call to it, however many jobs there are."""
 
     def live(self) -> dict[str, list[LiveJob]]:
-        """This user's jobs by name, oldest first. SchedulerUnreachable if it does not answer."""
+        """This user's jobs by name, oldest first. SchedulerUnreachable if the scheduler does not answer."""
 
     def ended(self, jobs: Iterable[str]) -> dict[str, EndedJob]:
-        """What is known of jobs that are not in the queue any more; some may be missing for a while."""
+        """What is known of jobs that have left the queue; some may be missing for a while."""
 
     def submit(self, job: StageJob, *, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
-        """Have `job` run once the jobs `after` have succeeded, on none of the nodes `exclude`; returns the job's id."""
+        """Run `job` once the jobs `after` have succeeded, on none of the nodes `exclude`; returns the job's id."""
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        """End jobs; those already ended are left alone."""
+        """Cancel jobs; those that have ended are ignored."""
 
     def start_now(self, jobs: Sequence[str]) -> None:
-        """Lift the waiting time of jobs that were put back into the queue."""
+        """End the waiting time of requeued jobs."""
 
     def release(self, jobs: Sequence[str]) -> None:
-        """Let jobs begin that the scheduler holds since it could not begin them."""
+        """Release jobs that the scheduler holds because it could not start them."""
 
 
 class SchedulerUnreachable(RuntimeError):
-    """The scheduler did not answer; jobs may be running all the same."""
+    """The scheduler did not answer; jobs may be running nevertheless."""
 
 
 class SubmissionRefused(ValueError):
-    """The scheduler will not take a job as it is; the message is its own."""
+    """The scheduler rejected a job; the message is its own."""

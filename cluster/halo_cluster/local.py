@@ -1,6 +1,6 @@
-"""The local executor: runs what is not done, one stage after another, in this process.
+"""The local executor: runs the stages that are not done, one after another, in this process.
 
-It keeps nothing in memory that matters: kill it at any instant and the same call goes on from the files.
+All its state is in files: it can be killed at any time, and the same call continues.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from halo_cluster.execution import StageResult, StopRequested, execute_attempt
 from halo_cluster.record import Attempt, StageRecord
-from halo_cluster.trying import StageResult, StopRequested, carry_out
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage to bring about. `run` writes into `record.folder` and picks up what killed attempts left."""
+    """A stage to run. `run` writes into `record.folder` and continues from what earlier attempts left there."""
 
     name: str
     record: StageRecord
@@ -29,9 +29,9 @@ class PlannedStage:
 def run_stages(stages: Sequence[PlannedStage], console: Console) -> dict[str, dict[str, Any]]:
     """Bring every stage to DONE, in order; returns each stage's DONE.json by name.
 
-    The caller holds the run folder. The first stage that does not finish ends the call: ValueError (a user
+    The caller holds the run folder. The first stage that does not finish ends the call with ValueError (a user
     error, as the stage raised it), StorageError, StageFailed, StopRequested, or KeyboardInterrupt. The next call
-    resumes there.
+    resumes that stage.
     """
     width = max((len(stage.name) for stage in stages), default=0)
     published: dict[str, dict[str, Any]] = {}
@@ -41,7 +41,7 @@ def run_stages(stages: Sequence[PlannedStage], console: Console) -> dict[str, di
         )
         done = stage.record.done()
         if done is not None:
-            stage.record.settle()
+            stage.record.cleanup()
             _say(console, stage, width, "done", f"{_duration(done['seconds'])}, in an earlier run")
         else:
             done = _run_stage(stage, console, width)
@@ -53,10 +53,10 @@ def _run_stage(stage: PlannedStage, console: Console, width: int) -> dict[str, A
     attempt = stage.record.begin_attempt()
     earlier = stage.record.attempts()[:-1]
     spent = _duration(sum(status.seconds for status in earlier))
-    resumed = f"attempt {len(earlier) + 1}, after {spent} of earlier ones" if earlier else ""
+    resumed = f"attempt {len(earlier) + 1}, after {spent} in earlier ones" if earlier else ""
     _say(console, stage, width, "running", resumed)
     try:
-        done = carry_out(stage.name, attempt, stage.run)
+        done = execute_attempt(stage.name, attempt, stage.run)
     except (KeyboardInterrupt, StopRequested) as request:
         saved = "saved; " if isinstance(request, StopRequested) else ""
         _say(console, stage, width, "interrupted", f"{saved}the same command resumes here")

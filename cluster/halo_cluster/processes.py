@@ -1,4 +1,4 @@
-"""Who a process is, so that a pid in a file is not mistaken for a later process with the same number."""
+"""Identifies a process, so that a pid in a file is not mistaken for a later process with the same number."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def _birth(pid: int) -> str | None:
-    """What tells process `pid` from others with its number; None when it has ended (a zombie has).
+    """A value that no other process with the number `pid` has; None when the process has ended (or is a zombie).
 
-    On Linux: the boot and the clock ticks since it, which do not move when somebody sets the clock.
+    On Linux: the boot id and the start time in clock ticks since that boot, which setting the clock does not change.
     """
     if _BOOT_ID.exists():
         try:
@@ -35,7 +35,7 @@ def _birth(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """One process of one host, for as long as that host keeps its name."""
+    """One process of one host."""
 
     host: str
     pid: int
@@ -56,5 +56,5 @@ class ProcessIdentity:
         return self.host == socket.gethostname()
 
     def has_ended(self) -> bool:
-        """True only when that is certain: of another host's processes nothing can be seen from here."""
+        """True only when that is certain: processes of another host cannot be seen from here."""
         return self.is_on_this_host and _birth(self.pid) != self.birth

@@ -1,4 +1,4 @@
-"""Custom metrics on Ray's dashboards. Ray puts `ray_` before their names and serves them to Prometheus itself."""
+"""Custom metrics on Ray's dashboards. Ray prefixes their names with `ray_` and exports them to Prometheus."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Sample:
 
 @dataclass
 class RayGauges:
-    """The samples of the newest `publish`, as gauges of the Ray cluster that this process is connected to, if it is."""
+    """Shows the samples of the newest `publish` as gauges of the Ray cluster that this process has joined, if any."""
 
     _gauges: dict[str, Any] = field(default_factory=dict)
     _shown: set[tuple[str, frozenset[tuple[str, str]]]] = field(default_factory=set)
 
     def publish(self, samples: Iterable[Sample]) -> None:
-        ray = sys.modules.get("ray")  # who has not imported it is not connected
+        ray = sys.modules.get("ray")  # a process that has not imported Ray is not connected
         if ray is None or not ray.is_initialized():
             return
         shown = set()
@@ -38,7 +38,7 @@ class RayGauges:
             self._gauge(sample).set(sample.value, tags=dict(sample.labels))
             shown.add((sample.name, frozenset(sample.labels.items())))
         for name, labels in self._shown - shown:
-            self._gauges[name].set(math.nan, tags=dict(labels))  # Ray forgets a series by this alone
+            self._gauges[name].set(math.nan, tags=dict(labels))  # the only way to remove a series from Ray
         self._shown = shown
 
     def _gauge(self, sample: Sample) -> Any:
@@ -51,11 +51,11 @@ class RayGauges:
 
 @contextmanager
 def published_in_ray(read: Callable[[], Iterable[Sample]]) -> Iterator[None]:
-    """While the body runs, a thread publishes what `read` returns every few seconds, and once more at the end."""
+    """While the block runs, a thread publishes what `read` returns every PUBLISH_SECONDS, and once more at the end."""
     gauges, ended = RayGauges(), threading.Event()
 
     def publish() -> None:
-        with suppress(Exception):  # looking on must not end what is looked at
+        with suppress(Exception):  # an error of the monitoring must not end the work
             gauges.publish(read())
 
     def publish_until_ended() -> None:

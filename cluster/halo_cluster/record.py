@@ -1,7 +1,7 @@
-"""The state of record of one stage: files in runs/<run>/<stage>/<input hash>/, whatever a scheduler believes.
+"""The record of one stage: files in runs/<run>/<stage>/<input hash>/. They decide, whatever a scheduler reports.
 
 A stage is done when its DONE.json exists. That file is published once, by hard link, after everything it names
-has reached the disk; so it can be believed after any crash, and two processes can never both publish it.
+has reached the disk. So it is valid after any crash, and two processes can never both publish it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from typing import Any
 
 from durable_files import discard_leftovers, publish_once, read_json, sha256_file, write_json
 from halo_cluster.attempts import (
-    AttemptState,
     AttemptStatus,
+    ExitReport,
+    ExitState,
     attempt_folders,
     attempt_label,
     close_abandoned,
-    keep_room,
     next_label,
+    release_space,
+    reserve_space,
     utc_now,
-    write_exit,
 )
 from halo_cluster.heartbeat import Heartbeat
 from halo_cluster.processes import ProcessIdentity
@@ -74,8 +75,8 @@ class StageRecord:
     def done(self) -> dict[str, Any] | None:
         """DONE.json, or None before it is published.
 
-        Checked on the way: it is about this stage and inputs, and every output is there with its size. Raises
-        ValueError naming the file otherwise; `verify` reads the contents too.
+        Checks that it belongs to this stage and these inputs, and that every output exists with its size; ValueError
+        names the file that does not. `verify` also reads the contents.
         """
         path = self.folder / DONE_FILE
         if not path.exists():
@@ -86,7 +87,7 @@ class StageRecord:
             raise ValueError(f"{path} lacks {missing[0]!r}; remove {self.folder} to run the stage again")
         if (content["stage"], content["input_hash"]) != (self.stage, self.input_hash):
             raise ValueError(
-                f"{path} is of {content['stage']}/{content['input_hash']}; "
+                f"{path} belongs to {content['stage']}/{content['input_hash']}; "
                 f"move it back there, or remove {self.folder}"
             )
         for name, size in content["bytes"].items():
@@ -112,12 +113,12 @@ class StageRecord:
     def attempt_folder(self, label: str) -> Path:
         return self.folder / f"attempt.{label}"
 
-    def settle(self) -> None:
-        """Say of attempts without an end that they were killed, and remove what killed writers left. The caller knows
-        that none of them is alive.
+    def cleanup(self) -> None:
+        """Record that attempts without an end were killed, and remove temporary files of killed writers. The caller
+        knows that none of these attempts is alive.
 
-        A sweep's workers can outlive the attempt that started them: what lies deeper in the stage's folder stays until
-        the stage is done, when nobody needs what they write.
+        Workers of a sweep can outlive the attempt that started them. So files deeper in the stage's folder stay until
+        the stage is done, when nobody needs what these workers write.
         """
         with storage_errors(self.folder):
             attempts = attempt_folders(self.folder)
@@ -131,21 +132,21 @@ class StageRecord:
     def begin_attempt(self, label: str | None = None) -> Attempt:
         """Start an attempt, with the next free number or with the `label` that a scheduler gave.
 
-        The caller holds the run folder, or is the one job of its name, so other attempts without an end were killed.
+        The caller holds the run folder, or is the only job of its name. So other attempts without an end were killed.
         """
-        self.settle()
+        self.cleanup()
         with storage_errors(self.folder):
             folder = self.attempt_folder(label or next_label(self.folder))
             folder.mkdir(parents=True)
             try:
                 return Attempt(self, folder)
-            except OSError:  # it has not begun, and says nothing of how one before it ended
+            except OSError:  # it has not begun; how the attempt before it ended stays the newest record
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
 
 
 class _LogFile(logging.FileHandler):
-    """Says nothing of lines that a full disk has no room for: the stage will, where it loses something."""
+    """Drops lines that a full disk cannot hold: the stage fails by itself where it loses something."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
@@ -153,7 +154,7 @@ class _LogFile(logging.FileHandler):
 
 
 class Attempt:
-    """One try at a stage by this process. Everything it leaves is kept, whatever the end."""
+    """One try at a stage by this process. Its folder is kept, however it ends."""
 
     def __init__(self, record: StageRecord, folder: Path) -> None:
         """`folder` is new and empty. Time counts from here."""
@@ -164,7 +165,7 @@ class Attempt:
         self._process = ProcessIdentity.current()
         begun = {**asdict(self._process), "command": shlex.join(sys.argv), "started": self.started}
         write_json(folder / "started.json", begun)
-        keep_room(folder)
+        reserve_space(folder)
         self._heartbeat = Heartbeat(folder / "heartbeat")
 
     @property
@@ -177,7 +178,7 @@ class Attempt:
 
     @contextmanager
     def captured_logging(self) -> Iterator[None]:
-        """Let log.txt have what libraries log."""
+        """Write what libraries log to log.txt."""
         handler = _LogFile(self.log_path, delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
@@ -219,18 +220,20 @@ class Attempt:
         return published
 
     def fail(self, reason: str, *, host: str | None = None, user_error: bool = False) -> None:
-        """`host` is where it went wrong, if not here ("": unknown). After a `user_error` another try is in vain."""
+        """`host` is where the fault is, if not here ("": unknown). Another attempt cannot fix a `user_error`."""
         self._end("failed", reason, host=self._process.host if host is None else host, final=user_error)
 
     def interrupt(self, reason: str, *, by_user: bool = False) -> None:
-        """End without a fault of the stage's: the user or the machine asked for it."""
+        """End without a fault of the stage: the user or the machine asked for it."""
         self._end("interrupted", reason, final=by_user)
 
-    def _end(self, outcome: AttemptState, reason: str, *, host: str = "", final: bool = False) -> None:
+    def _end(self, state: ExitState, reason: str, *, host: str = "", final: bool = False) -> None:
         self._heartbeat.stop()
+        report = ExitReport(state, reason, host, final, round(self._heartbeat.seconds, 3))
         # A full disk must not hide the failure being recorded; this attempt is then counted by its heartbeat.
         with suppress(OSError):
-            write_exit(self.folder, outcome, reason, self._heartbeat.seconds, host=host, final=final)
+            release_space(self.folder)
+            report.publish(self.folder / "exit.json")
 
 
 def _size_problem(path: Path, size: int) -> str | None:
@@ -250,15 +253,15 @@ def _output_files(stage_folder: Path, outputs: Sequence[Path]) -> dict[str, Path
             [path for path in sorted(output.rglob("*")) if path.is_file()] if output.is_dir() else [output]
         )
         if not found or not found[0].is_file():
-            raise RuntimeError(f"the stage was to write {output} and did not")
+            raise RuntimeError(f"the stage did not write its output {output}")
         files |= {str(path.relative_to(stage_folder)): path for path in found}
     return files
 
 
 def _flush(stage_folder: Path, files: Iterable[Path]) -> None:
-    """Bring files to the disk, with every folder whose listing leads to them from the runs folder.
+    """Flush files to the disk, and the listing of every folder on the path from the runs folder to them.
 
-    Nothing else in the stage folder: a rival attempt may be making and removing files there.
+    Other files in the stage folder are left alone: another attempt may be writing and removing them.
     """
     named = set(files)
     listings = {stage_folder, *stage_folder.parents[:3]}

@@ -1,12 +1,10 @@
-"""Writes a store of recall episodes with several processes; the content does not depend on how many."""
+"""Writes a store of recall episodes with several processes; its content does not depend on their number."""
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from halo_cluster.children import process_pool
 from halo_evaluation.recall.episodes import EpisodeGenerator
 from halo_evaluation.recall.materials import Materials
 from halo_evaluation.recall.words import WordSplit
 from tokenized_data import TokenStore, TokenStoreWriter
 
 _EPISODES_PER_TASK = 64
-# Starting a process, with all that its parent's main module imports, takes as long as generating some 20M tokens.
-_TOKENS_WORTH_A_PROCESS = 20_000_000
+# Starting a process, with the imports of its parent's main module, takes as long as generating about 20M tokens.
+_TOKENS_PER_PROCESS = 20_000_000
 _TASKS_AHEAD_PER_WORKER = 4
 
 Episodes = list[
@@ -32,7 +31,7 @@ Episodes = list[
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that a worker needs, small enough to be sent to it."""
+    """What a worker needs to generate episodes; it is pickled."""
 
     haystack_folder: Path
     tokenizer_file: Path
@@ -56,7 +55,6 @@ _worker_generator: EpisodeGenerator | None = None
 
 def _start_worker(plan: _Plan) -> None:
     global _worker_generator
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _worker_generator = plan.generator()
 
 
@@ -66,15 +64,13 @@ def _make_in_worker(indices: range) -> Episodes:
 
 
 def _generate(plan: _Plan, tasks: Sequence[range], workers: int) -> Generator[Episodes, None, None]:
-    """Episodes of every task, in the order of `tasks`."""
+    """The episodes of every task, in the order of `tasks`."""
     if workers == 1:
         generator = plan.generator()
         yield from (_make(generator, indices) for indices in tasks)
         return
-    # Not forked: this process may hold threads (torch, zarr), whose locks a fork would copy in any state.
-    spawn = multiprocessing.get_context("spawn")
     waiting: deque[Future[Episodes]] = deque()
-    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(plan,)) as pool:
+    with process_pool(workers, _start_worker, plan) as pool:
         try:
             for indices in tasks:
                 waiting.append(pool.submit(_make_in_worker, indices))
@@ -82,7 +78,7 @@ def _generate(plan: _Plan, tasks: Sequence[range], workers: int) -> Generator[Ep
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:  # after Ctrl-C or a full disk nobody waits for what was asked for ahead
+        finally:  # after Ctrl-C or an error, drop the tasks that were submitted ahead
             pool.shutdown(cancel_futures=True)
 
 
@@ -101,8 +97,8 @@ def write_recall_store(
 ) -> TokenStore:
     """Publish `folder`: `episodes` documents of `context_length` tokens each, answers weighted `answer_weight`.
 
-    The prose comes from `haystack`, the keys from `words.training`. The same arguments give the same store whatever
-    `workers` is; `workers` is an upper limit. A bar is shown where `console` (default: stderr) is a terminal.
+    The prose comes from `haystack`, the keys from `words.training`. `workers` is an upper limit; the store does not
+    depend on it. A progress bar is shown if `console` (default: stderr) is a terminal.
     """
     plan = _Plan(
         haystack.folder,
@@ -114,7 +110,7 @@ def write_recall_store(
     )
     starts = range(0, episodes, _EPISODES_PER_TASK)
     tasks = [range(start, min(start + _EPISODES_PER_TASK, episodes)) for start in starts]
-    useful_workers = min(workers, 1 + episodes * context_length // _TOKENS_WORTH_A_PROCESS)
+    useful_workers = min(workers, 1 + episodes * context_length // _TOKENS_PER_PROCESS)
     provenance = {
         "made_by": "recall episodes",
         "haystack": haystack.digest,

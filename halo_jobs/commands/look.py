@@ -167,7 +167,9 @@ def logs(
 
 def metrics(
     run_folder: Annotated[Path, typer.Argument(help="A run's folder, or the folder of all runs.")],
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 9838,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
+    ] = 9838,
     token_file: Annotated[
         Path | None,
         typer.Option(
@@ -200,7 +202,9 @@ def metrics(
     try:
         server = MetricsServer(run_folder, token, port)
     except OSError as error:
-        raise ValueError(f"cannot listen on port {port}: {error.strerror}; choose another with --port") from None
+        raise ValueError(
+            f"cannot listen on port {port}: {error.strerror}; choose another with --port, or 0 for a free one"
+        ) from None
     console.print(f"{server.url} serves {run_folder}; runs found: {len(find_runs(run_folder))}", soft_wrap=True)
     console.print(f"Bearer token: {path}", soft_wrap=True, highlight=False)
     with server:

@@ -130,7 +130,7 @@ def cancel(
     stage: Annotated[str | None, typer.Argument(help="Only this stage, such as align.")] = None,
 ) -> None:
     """End a run's Slurm jobs, waiting or running. Training stages save first; `halo run` goes on from there."""
-    from halo_jobs.pipeline import cancel_run
+    from halo_cluster.slurm.queue import cancel_run
 
     jobs = cancel_run(run_folder, stage)
     console.print(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halo_cluster.fan_out import Task
-from halo_cluster.fan_out.plan import Worker
+from halo_cluster.fan_out.plan import WorkerFunction
 from halo_evaluation.recall import load_words, write_recall_store
 from halo_jobs.recipe import ASSETS, Recipe, resolve_path
 from halo_jobs.stages.context import (
@@ -122,7 +122,7 @@ def _encoded_by_workers(context: StageContext, stores: list[_TextStore]) -> dict
     return {name: [folder / found[task.name] for task in own] for name, own in tasks.items()}
 
 
-def make_tokenizing_worker(setup: Any) -> Worker:
+def make_tokenizing_worker(setup: Any) -> WorkerFunction:
     """A worker whose task is to encode one file's documents of one split; the result is the name of the part."""
     work = StageWork.from_json(setup)
     tokenizer, share = work.recipe.tokenizer_folder, work.recipe.corpus.held_out_share

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from durable_files import read_json, write_json
 from halo_cluster.fan_out import Task
-from halo_cluster.fan_out.plan import Worker
+from halo_cluster.fan_out.plan import WorkerFunction
 from halo_evaluation.interface import Task as EvaluationTask
 from halo_evaluation.megatron_scorer import MegatronScorer
 from halo_evaluation.ngram import NGramBaseline
@@ -95,7 +95,7 @@ def _suite(context: StageContext) -> list[EvaluationTask]:
     )
 
 
-def make_evaluation_worker(setup: Any) -> Worker:
+def make_evaluation_worker(setup: Any) -> WorkerFunction:
     """A worker that loads the model under test once.
 
     A task is one of the suite, or the needles of one context length and depth.

@@ -12,7 +12,7 @@ import torch
 
 from durable_files import publish_once, read_json
 from halo_cluster.fan_out import Task
-from halo_cluster.fan_out.plan import Worker
+from halo_cluster.fan_out.plan import WorkerFunction
 from halo_evaluation.interface import Task as EvaluationTask
 from halo_evaluation.recall import load_words
 from halo_evaluation.results import Selection
@@ -62,7 +62,7 @@ def _divergence_windows(context: StageContext) -> torch.Tensor:
     return torch.from_numpy(np.stack(windows)).to(context.device)
 
 
-def make_sweep_worker(setup: Any) -> Worker:
+def make_sweep_worker(setup: Any) -> WorkerFunction:
     """A worker that loads the aligned model once.
 
     A task is one evaluation task, or the divergence (task None), for a group of layers.

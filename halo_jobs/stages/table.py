@@ -15,7 +15,7 @@ from halo_jobs.stages.select import run_select
 from halo_jobs.stages.training import run_align, run_distill, run_finetune, run_pretrain
 from halo_jobs.work import StageWork
 from halo_training.trainer import AttemptInProgress
-from hypenet_megatron.runtime import MEETING_SECONDS, ONE_PROCESS, model_parallel
+from hypenet_megatron.runtime import ONE_PROCESS, RENDEZVOUS_SECONDS, model_parallel
 
 STAGES: Mapping[str, Callable[[StageContext], StageResult]] = {
     "tokenize": run_tokenize,
@@ -36,6 +36,6 @@ def run_stage(work: StageWork, attempt: AttemptInProgress, console: Console) -> 
     """Do this process's part of `work`, in the world that its environment names, or alone."""
     section = work.recipe.training_sections.get(work.id.kind)
     layout = layout_of(work.recipe) if section else ONE_PROCESS
-    meeting_seconds = section.watchdog_seconds if section else MEETING_SECONDS
-    with model_parallel(layout, seed=work.recipe.seed, meeting_seconds=meeting_seconds) as device:
+    timeout = section.watchdog_seconds if section else RENDEZVOUS_SECONDS
+    with model_parallel(layout, seed=work.recipe.seed, rendezvous_timeout=timeout) as device:
         return STAGES[work.id.kind](StageContext.of(work, console, device, attempt, layout))

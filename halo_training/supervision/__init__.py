@@ -1,4 +1,4 @@
-"""What ends a training run before its last step: a request to stop, a rank that hangs, a rank that is gone."""
+"""What ends a training before its last step: a request to stop, a rank that hangs, a rank that is gone."""
 
 from halo_training.supervision.peers import PeerLost, is_lost_peer
 from halo_training.supervision.stop import StopRequests

@@ -1,4 +1,4 @@
-"""Which ranks live and what they are at, told through the store that the process group was made with."""
+"""Which ranks are alive and at which step, exchanged through the store of the process group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halo_cluster import ProcessIdentity
 from sharded_tensors.ranks import from_all_ranks
 
 SILENCE_SECONDS = 30.0
-_STORE_PATIENCE = timedelta(seconds=10)
+_STORE_TIMEOUT = timedelta(seconds=10)
 _LOST_PEER = re.compile(
     r"gloo/|[Cc]onnection (?:was )?(?:closed|reset|refused)|[Bb]roken pipe|remote process exited|"
     r"Failed to recv|NCCL communicator was aborted"
@@ -21,11 +21,11 @@ _LOST_PEER = re.compile(
 
 
 class PeerLost(RuntimeError):
-    """Another process of this stage is gone, and with it what it held of the model."""
+    """Another rank of this stage is gone, and with it its part of the model."""
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether this is how torch says that the other end of a connection is gone."""
+    """Whether torch reports by `error` that the other end of a connection is gone."""
     return isinstance(error, dist.DistNetworkError) or (
         isinstance(error, (RuntimeError, dist.DistError)) and _LOST_PEER.search(str(error)) is not None
     )
@@ -33,7 +33,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 @dataclass
 class Peer:
-    """Another rank as seen from here. `silent` counts seconds in which this process ran and that one said nothing."""
+    """Another rank as seen from this one. `silent` counts seconds in which this rank ran and that one did not beat."""
 
     rank: int
     process: ProcessIdentity
@@ -47,16 +47,16 @@ class Peer:
 
 @dataclass
 class PeerBoard:
-    """Every rank writes a counter, and reads those of the others. All ranks make one at the same time. Methods raise
-    RuntimeError once the store, which lives in the first rank or its launcher, is gone."""
+    """Every rank writes a counter, and reads those of the others. All ranks construct it together. Methods raise
+    RuntimeError once the store, which lives in rank 0, is gone."""
 
     rank: int
     peers: list[Peer] = field(init=False)
 
     def __post_init__(self) -> None:
-        # A connection of its own: the process group's may be waiting for somebody who will never come.
+        # A connection of its own: that of the process group may be waiting for a rank that never comes.
         self._store = dist.PrefixStore("halo-peers", _get_default_store().clone())  # type: ignore[attr-defined]
-        self._store.set_timeout(_STORE_PATIENCE)
+        self._store.set_timeout(_STORE_TIMEOUT)
         self._beats = 0
         self.beat(0)
         processes = from_all_ranks(ProcessIdentity.current())
@@ -67,19 +67,19 @@ class PeerBoard:
         self._store.set(f"beat-{self.rank}", f"{self._beats} {step}")
 
     def look(self, seconds: float) -> None:
-        """Read every peer's counter; `seconds` have passed for this process since the last look."""
-        told = self._store.multi_get([f"beat-{peer.rank}" for peer in self.peers])
-        for peer, text in zip(self.peers, told, strict=True):
+        """Read every peer's counter; for this process `seconds` have passed since the last look."""
+        counters = self._store.multi_get([f"beat-{peer.rank}" for peer in self.peers])
+        for peer, text in zip(self.peers, counters, strict=True):
             beats, peer.step = map(int, text.decode().split())
             peer.silent = 0.0 if beats != peer.beats else peer.silent + seconds
             peer.beats = beats
 
     def lost(self) -> list[Peer]:
-        """Peers that have ended, as far as that can be seen from this machine, or have been silent for too long."""
+        """Peers that have ended, as far as this machine can see, or have been silent for SILENCE_SECONDS."""
         return [p for p in self.peers if p.process.has_ended() or p.silent >= SILENCE_SECONDS]
 
     def announce(self, verdict: str) -> str:
-        """Give the reason to end to all ranks; returns the one that stands, which is the first."""
+        """Tell all ranks why to end; returns the reason that stands, which is the first one announced."""
         standing = self._store.compare_set("verdict", "", verdict)
         return str(standing.decode())
 

@@ -1,6 +1,6 @@
-"""A thread per rank that ends the run when a rank hangs or is gone, and says which and where.
+"""A thread in each rank that ends the run when a rank hangs or is gone, and says which rank and where.
 
-Training blocks in C code while it waits for another rank, so nobody else in the process could.
+It has to be a thread: training blocks in C code while it waits for another rank.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch.distributed as dist
 from halo_training.supervision.peers import PeerBoard
 
 POLL_SECONDS = 1.0
-# If not even this thread runs, for some C code keeps Python's lock, faulthandler's own thread ends the process.
+# If C code holds Python's lock this thread cannot run; then faulthandler's own thread ends the process, so much later.
 _LOCKED_SECONDS = 30.0
-_FAREWELL_SECONDS = 3.0
+_ERROR_PROPAGATION_SECONDS = 3.0
 EXIT_CODE = 1
 
 
 class Watchdog:
-    """Ends this process when no step was finished for `limit` seconds, here or in another rank, or when a rank is gone.
+    """Ends this process when a rank has finished no step for `limit` seconds, or when a rank is gone.
 
-    Stacks of all threads go to `folder`/stacks.rank-<n>.txt, one sentence to stderr and to `on_end`. Time in which
-    this process was stopped (a suspended job) does not count.
+    Writes the stacks of all threads to `folder`/stacks.rank-<n>.txt, and one sentence to stderr and to `on_end`. Time
+    in which this process was stopped (a suspended job) does not count.
     """
 
     def __init__(self, title: str, limit: float, folder: Path, on_end: Callable[[str], None] | None = None):
@@ -57,20 +57,20 @@ class Watchdog:
         traceback: TracebackType | None,
     ) -> None:
         self._ended.set()
-        self._thread.join(timeout=_FAREWELL_SECONDS)
+        self._thread.join(timeout=_ERROR_PROPAGATION_SECONDS)
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
         Path(self._stacks.name).unlink()
 
     def progress(self, step: int | None = None) -> None:
-        """Called by the training loop when it begins and whenever it has got on; `step` counts finished steps. Before
-        the first call (a checkpoint is read for as long as it takes) only the other ranks are watched."""
+        """The training loop calls this when it begins and whenever it has made progress; `step` counts finished steps.
+        Until the first call only the other ranks are watched, because reading a checkpoint may take any time."""
         self._step = self._step if step is None else step
         self._idle = 0.0
 
-    def lost_peers(self, patience: float = _FAREWELL_SECONDS) -> str:
-        """Names of the ranks that are gone, waiting a little for the news; "" if none is known."""
-        end = time.monotonic() + patience
+    def lost_peers(self, seconds: float = _ERROR_PROPAGATION_SECONDS) -> str:
+        """Names of the ranks that are gone; waits up to `seconds` for one to be known, then returns ""."""
+        end = time.monotonic() + seconds
         while self._board is not None and time.monotonic() < end:
             if lost := self._board.lost():
                 return ", ".join(map(str, lost))
@@ -111,21 +111,21 @@ class Watchdog:
                 return known.partition(":")[2]
             lost = self._board.lost()
         except (RuntimeError, dist.DistError):
-            # The store went with the process that held it. If training notices too, its sentence comes first.
-            self._ended.wait(_FAREWELL_SECONDS)
-            return f"{self.title}: lost the process that the ranks meet at, rank 0 or its launcher"
+            # The store is gone with the rank that held it. If training notices too, its own sentence is better.
+            self._ended.wait(_ERROR_PROPAGATION_SECONDS)
+            return f"{self.title}: rank 0, which holds the store of the process group, is gone"
         names = ", ".join(map(str, lost))
-        # Training is told by its own connections, as a rule; a GPU waits for a dead peer without end.
-        if lost and not self._ended.wait(_FAREWELL_SECONDS):
+        # Training learns it from its own connections, as a rule; a GPU waits for a dead peer forever.
+        if lost and not self._ended.wait(_ERROR_PROPAGATION_SECONDS):
             return f"{self.title}: {names} has ended or does not answer"
         return ""
 
     def _end(self, verdict: str) -> None:
-        speaks = True
+        reports = True
         if self._board is not None:
             with suppress(RuntimeError, dist.DistError):
-                speaker, _, verdict = self._board.announce(f"{self._rank}:{verdict}").partition(":")
-                speaks = int(speaker) == self._rank
+                reporter, _, verdict = self._board.announce(f"{self._rank}:{verdict}").partition(":")
+                reports = int(reporter) == self._rank
         faulthandler.dump_traceback(file=self._stacks)
         self._stacks.flush()
         sentence = (
@@ -135,10 +135,10 @@ class Watchdog:
         with suppress(OSError, ValueError):
             if self._on_end is not None:
                 self._on_end(sentence)
-        if speaks:
+        if reports:
             os.write(2, f"error: {sentence}\n".encode())
             sys.stdout.flush()
         if self._rank == 0:
-            # The others learn of it through the store, which may live here.
-            time.sleep(_FAREWELL_SECONDS)
+            # The others read the verdict from the store, which may live in this process.
+            time.sleep(_ERROR_PROPAGATION_SECONDS)
         os._exit(EXIT_CODE)

@@ -1,19 +1,14 @@
 """Process groups, seeds, and the CPU (gloo) backend."""
 
 from hypenet_megatron.runtime.layout import ONE_PROCESS, ParallelLayout
-from hypenet_megatron.runtime.process_groups import (
-    MEETING_SECONDS,
-    NobodyCame,
-    joined_world,
-    model_parallel,
-    reset_seeds,
-)
+from hypenet_megatron.runtime.process_groups import joined_world, model_parallel, reset_seeds
+from hypenet_megatron.runtime.rendezvous import RENDEZVOUS_SECONDS, RendezvousTimeout
 
 __all__ = [
-    "MEETING_SECONDS",
     "ONE_PROCESS",
-    "NobodyCame",
+    "RENDEZVOUS_SECONDS",
     "ParallelLayout",
+    "RendezvousTimeout",
     "joined_world",
     "model_parallel",
     "reset_seeds",

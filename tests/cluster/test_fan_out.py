@@ -210,7 +210,7 @@ def test_task_that_fails_is_tried_again_and_named(site: Site, folder: Path, note
     with pytest.raises(FanOutFailed) as failure:
         fan_out(folder, plan, site.backend, name=NAME)
     path = folder / "tries" / "hopeless@3.failed.json"
-    sentence = f"task hopeless failed 3 times, at last with: no luck with 2; the traceback is in {path}"
+    sentence = f"task hopeless failed 3 times, the last time with: no luck with 2; the traceback is in {path}"
     assert str(failure.value) == sentence
     assert "RuntimeError: no luck with 2" in read_json(path)["traceback"]
     assert executions(notes)[2] == 3
@@ -235,5 +235,5 @@ def test_worker_that_cannot_be_made(site: Site, folder: Path, notes: Path) -> No
     with pytest.raises(ValueError, match="no such model; give another path"):
         fan_out(folder, plan, site.backend, name=NAME)
     plan = Plan(WORKER, {"notes": str(notes / "absent" / "deep")}, (Task("one", {"value": 1}),))
-    with pytest.raises(FanOutFailed, match=r"no worker could be made: .*No such file"):
+    with pytest.raises(FanOutFailed, match=r"no worker could be set up: .*No such file"):
         fan_out(folder, plan, site.backend, name=NAME)

@@ -136,7 +136,7 @@ def test_interrupt_is_recorded_and_resumed(record: StageRecord, counting, consol
     assert shown(console)[-1] == "distill.uniform interrupted the same command resumes here"
     stage.error = None
     assert run_stages([stage.planned()], console)["distill.uniform"]["attempt"] == "2"
-    assert "attempt 2, after 0 s of earlier ones" in shown(console)[-2]
+    assert "attempt 2, after 0 s in earlier ones" in shown(console)[-2]
 
 
 def test_library_logs_reach_the_attempt(record: StageRecord, console: Console) -> None:

@@ -2,35 +2,114 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
 from durable_files import read_json
-from halo_cluster import Nodes, RankFailed, run_ranks
+from halo_cluster import AttemptStatus, ExitReport, Nodes, RankFailed, run_ranks
+from halo_cluster.attempts import cause
 from halo_cluster.processes import ProcessIdentity
 
 
-def test_ranks_that_wait_for_a_node_that_failed_are_ended(tmp_path, free_port):
+def report_of_the_other_node(attempt: Path) -> None:
+    ExitReport("failed", "the disk of n2 is full", "n2", rank=1).publish(attempt / "rank-1.json")
+
+
+def test_ranks_that_wait_for_a_node_that_failed_are_ended(tmp_path):
     """Before all ranks have met, those here could not know that another will never come."""
+    report_of_the_other_node(tmp_path)
     command = [sys.executable, "-c", "import time; time.sleep(200)"]
-    with pytest.raises(RankFailed, match="on another node"):
-        run_ranks(command, 2, tmp_path, Nodes(2, 0, "127.0.0.1", free_port), lambda: True)
+    with pytest.raises(RankFailed, match="the disk of n2 is full") as failure:
+        run_ranks(command, 2, tmp_path, Nodes(2, 0))
+    assert failure.value.host == "n2"
 
 
-def test_an_end_elsewhere_does_not_cut_short_what_a_rank_has_to_say(tmp_path, free_port):
+def test_an_end_elsewhere_does_not_cut_short_a_ranks_own_end(tmp_path):
+    report_of_the_other_node(tmp_path)
     command = [sys.executable, "-c", "import time; time.sleep(2); raise SystemExit(3)"]
-    with pytest.raises(RankFailed, match="process 0 of 2 ended with code 3"):
-        run_ranks(command, 2, tmp_path, Nodes(2, 0, "127.0.0.1", free_port), lambda: True)
+    with pytest.raises(RankFailed, match=r"rank 0 of 2 ended with code 3 on \S+"):
+        run_ranks(command, 2, tmp_path, Nodes(2, 0))
+
+
+@pytest.mark.parametrize(
+    "states", list(itertools.permutations(["done", "affected", "interrupted", "failed", "lost"]))
+)
+def test_the_rank_at_fault_is_the_one_that_others_are_affected_by(states):
+    reports = [ExitReport(state, rank=rank) for rank, state in enumerate(states)]
+    for worst in ("lost", "failed", "interrupted", "affected"):
+        assert cause(reports).state == worst
+        reports = [report for report in reports if report.state != worst]
+    assert cause(reports) is None
+
+
+def test_of_two_failures_the_first_is_the_cause():
+    late = ExitReport("failed", "the connection was reset", rank=0, ended="2026-11-30T12:00:00.500+00:00")
+    early = ExitReport("failed", "loss is nan", rank=1, ended="2026-11-30T12:00:00.250+00:00")
+    assert cause([late, early]) is early
+
+
+def test_a_rank_that_is_ended_with_the_others_is_not_the_cause(tmp_path):
+    """It is sent SIGTERM, and would report a request to stop."""
+    rank = """
+        import os, signal, sys, time
+        from pathlib import Path
+        from halo_cluster import AttemptStatus, ExitReport, end_with_parent
+        end_with_parent()
+        number = int(os.environ["RANK"])
+        def stop(*_):
+            report = ExitReport("interrupted", "stopped by SIGTERM", rank=number)
+            report.publish(Path(sys.argv[1]) / f"rank-{number}.json")
+            os._exit(75)
+        signal.signal(signal.SIGTERM, stop)
+        (Path(sys.argv[1]) / f"ready-{number}").touch()
+        while not all((Path(sys.argv[1]) / f"ready-{other}").exists() for other in (0, 1)):
+            time.sleep(0.05)
+        time.sleep(200 if number == 0 else 0)
+        sys.exit(7)
+    """
+    with pytest.raises(RankFailed, match="rank 1 of 2 ended with code 7"):
+        run_ranks([sys.executable, "-c", textwrap.dedent(rank), str(tmp_path)], 2, tmp_path)
+
+
+def test_a_request_to_stop_while_ranks_are_starting_is_no_failure(tmp_path):
+    """A rank that has no handler yet is killed by the signal that its parent passes on."""
+    parent = """
+        import sys
+        from pathlib import Path
+        from halo_cluster import RankFailed, run_ranks
+        try:
+            run_ranks(["sleep", "200"], 1, Path(sys.argv[1]))
+        except RankFailed as failed:
+            print(failed.report.state, failed)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(parent), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text():
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.terminate()
+        assert process.stdout.read() == "interrupted stopped by SIGTERM while rank 0 was starting\n"
+
+
+def test_an_attempt_of_another_version_is_named(tmp_path):
+    attempt = tmp_path / "run" / "align" / "0123456789ab" / "attempt.1"
+    attempt.mkdir(parents=True)
+    (attempt / "exit.json").write_text('{"outcome": "done"}')
+    with pytest.raises(ValueError, match=f"is from another version of halo; remove {tmp_path / 'run'}"):
+        AttemptStatus.read(attempt)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
-def test_ranks_end_with_a_parent_that_is_killed(tmp_path, free_port, stopped):
+def test_ranks_end_with_a_parent_that_is_killed(tmp_path, stopped):
     rank = """
         import sys, time
         from dataclasses import asdict
@@ -45,13 +124,12 @@ def test_ranks_end_with_a_parent_that_is_killed(tmp_path, free_port, stopped):
     parent = """
         import sys
         from pathlib import Path
-        from halo_cluster import Nodes, run_ranks
-        logs, port, rank, who = sys.argv[1:]
-        command = [sys.executable, "-c", rank, who]
-        run_ranks(command, 1, Path(logs), Nodes(1, 0, "127.0.0.1", int(port)), lambda: False)
+        from halo_cluster import run_ranks
+        logs, rank, who = sys.argv[1:]
+        run_ranks([sys.executable, "-c", rank, who], 1, Path(logs))
     """
     who, end = tmp_path / "who.json", time.monotonic() + 60
-    words = [textwrap.dedent(parent), str(tmp_path), str(free_port), textwrap.dedent(rank), str(who)]
+    words = [textwrap.dedent(parent), str(tmp_path), textwrap.dedent(rank), str(who)]
     with subprocess.Popen([sys.executable, "-c", *words]) as process:
         while not who.exists():
             assert time.monotonic() < end and process.poll() is None

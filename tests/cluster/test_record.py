@@ -147,7 +147,7 @@ def test_killed_attempt_is_counted_by_its_heartbeat_and_the_next_goes_on(record:
     second, output = begin(record)
     assert second.label == "2"
     closed = read_json(first / "exit.json")
-    assert (closed["outcome"], closed["seconds"]) == ("interrupted", 123.456)
+    assert (closed["state"], closed["seconds"]) == ("interrupted", 123.456)
     published = second.publish([output], {})
     assert published["attempt"] == "2"
     assert published["seconds"] >= 123.456
@@ -172,15 +172,15 @@ def test_what_a_worker_may_be_writing_is_removed_when_the_stage_is_done(record: 
     deep = record.folder / "tasks" / "workers" / "one.json.unfinished-0a1b2c3d"
     deep.parent.mkdir(parents=True)
     deep.write_text("half")
-    record.settle()
+    record.cleanup()
     assert deep.exists()
     attempt.publish([output], {})
-    record.settle()
+    record.cleanup()
     assert not deep.exists() and deep.parent.exists()
     assert record.verify() == []
 
 
-def test_last_words_have_room_on_a_full_disk(mounted_disk) -> None:
+def test_the_end_can_be_recorded_on_a_full_disk(mounted_disk) -> None:
     disk = mounted_disk("200k")
     record = StageRecord(disk / "small" / "align" / input_hash({}))
 
@@ -200,7 +200,7 @@ def test_last_words_have_room_on_a_full_disk(mounted_disk) -> None:
     )
 
 
-def test_truncated_or_missing_output_is_named_with_the_mend(record: StageRecord) -> None:
+def test_truncated_or_missing_output_is_named_with_the_fix(record: StageRecord) -> None:
     attempt, output = begin(record)
     attempt.publish([output], {})
     output.write_text("wei")
@@ -226,7 +226,7 @@ def test_done_file_of_another_stage_is_refused(record: StageRecord) -> None:
     attempt.publish([output], {})
     moved = StageRecord(record.folder.with_name("0123456789ab"))
     record.folder.rename(moved.folder)
-    with pytest.raises(ValueError, match=f"is of distill.uniform/{record.input_hash}; move it back"):
+    with pytest.raises(ValueError, match=f"belongs to distill.uniform/{record.input_hash}; move it back"):
         moved.done()
 
 
@@ -244,10 +244,10 @@ def test_output_that_was_not_written_or_lies_elsewhere_is_a_failure(
     record: StageRecord, tmp_path: Path
 ) -> None:
     attempt = record.begin_attempt()
-    with pytest.raises(RuntimeError, match=r"was to write .*missing\.bin and did not"):
+    with pytest.raises(RuntimeError, match=r"did not write its output .*missing\.bin"):
         attempt.publish([record.folder / "missing.bin"], {})
     (record.folder / "empty").mkdir()
-    with pytest.raises(RuntimeError, match=r"was to write .*empty and did not"):
+    with pytest.raises(RuntimeError, match=r"did not write its output .*empty"):
         attempt.publish([record.folder / "empty"], {})
     elsewhere = tmp_path / "elsewhere.bin"
     elsewhere.write_text("x")

@@ -149,7 +149,7 @@ def test_file_in_place_of_the_runs_folder_is_one_sentence(run: RunFolder) -> Non
         pytest.fail("opened a run below a file")
     sentence = str(refusal.value)
     assert sentence.startswith(f"{run.folder} cannot be written: ")
-    assert "move the file away that stands where a folder should be" in sentence
+    assert "move the file that is in the place of a folder" in sentence
     assert "\n" not in sentence
 
 

@@ -209,7 +209,7 @@ def test_training_asked_to_stop_saves_first(finished, tmp_path):
     assert training["step"] == done and training["consumed_samples"] == 4 * done
     assert training["recipe_hash"] == align.name and training["section"]["learning_rate"] == 1e-3
     end = read_json(align / "attempt.1" / "exit.json")
-    assert end["outcome"] == "interrupted" and "stopped by SIGUSR2" in end["reason"]
+    assert end["state"] == "interrupted" and "stopped by SIGUSR2" in end["reason"]
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_status_and_report_of_an_unfinished_run(finished, tmp_path):
     (run / "report.html").unlink()
     (attempt,) = (run / "finetune.hybrid").glob("*/attempt.1")
     (attempt.parent / "DONE.json").unlink()
-    end = {**read_json(attempt / "exit.json"), "outcome": "failed", "reason": "the [disk] was full"}
+    end = {**read_json(attempt / "exit.json"), "state": "failed", "reason": "the [disk] was full"}
     (attempt / "exit.json").write_text(json.dumps(end))
     with open(attempt.parent / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 4, "lo')

@@ -111,7 +111,7 @@ def _kill_once(rng: random.Random, ranks: Ranks, folder: Path, layout: dict, mom
     has_begun = _inode(metrics) != log
     world.send(victim, signal.SIGKILL)
     if not has_begun:
-        # Before the ranks have met, one cannot know that another will never come; a launcher then ends all of them.
+        # Before the ranks have met, one cannot know that another will never come; `run_ranks` then ends all of them.
         time.sleep(1.0)
         world.send(1 - victim, signal.SIGKILL)
     codes = world.wait(seconds=60)

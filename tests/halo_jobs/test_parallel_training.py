@@ -68,10 +68,10 @@ def _deviations(cells: list[Cell], folder: Path, single: Path) -> dict[str, tupl
 
 
 def _assert_equal_to_single(
-    ranks: int, cells: list[Cell], weights: Path, single: Path, folder: Path, port: int
+    ranks: int, cells: list[Cell], weights: Path, single: Path, folder: Path
 ):
     assert len({cell.name for cell in cells}) == len(cells)
-    run_ranks(ranks, port, cells, weights, folder)
+    run_ranks(ranks, cells, weights, folder)
     deviations = _deviations(cells, folder, single)
     apart = {
         name: (loss, norm)
@@ -116,19 +116,19 @@ def test_the_numbers_mean_something(single):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_layouts_equal_one_process(weights, single, tmp_path, free_port, ranks):
+def test_layouts_equal_one_process(weights, single, tmp_path, ranks):
     cells = [
         Cell(kind, (row + column) % 2 == 0, layout)
         for row, layout in enumerate(LAYOUTS[ranks])
         for column, kind in enumerate(KINDS)
     ]
-    _assert_equal_to_single(ranks, cells, weights, single, tmp_path, free_port)
+    _assert_equal_to_single(ranks, cells, weights, single, tmp_path)
 
 
 @pytest.mark.grid
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_whole_grid(weights, single, tmp_path, free_port, ranks):
+def test_whole_grid(weights, single, tmp_path, ranks):
     layouts = [*LAYOUTS.get(ranks, []), *MORE_LAYOUTS[ranks]]
     cells = [Cell(kind, tied, layout) for layout in layouts for kind in KINDS for tied in (True, False)]
-    _assert_equal_to_single(ranks, cells, weights, single, tmp_path, free_port)
+    _assert_equal_to_single(ranks, cells, weights, single, tmp_path)

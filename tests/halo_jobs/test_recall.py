@@ -205,7 +205,7 @@ def haystack(corpus: Corpus, tmp_path: Path) -> TokenStore:
 def test_store_is_the_same_with_one_process_and_with_two(
     corpus: Corpus, haystack: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recall_store, "_TOKENS_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(recall_store, "_TOKENS_PER_PROCESS", 1)
     stores = [
         write_recall_store(
             tmp_path / f"recall-{workers}",

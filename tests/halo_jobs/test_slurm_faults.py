@@ -121,20 +121,20 @@ def test_kill_9_of_a_rank(training):
     training.interrupted(
         "kill -9 of a rank",
         since,
-        f"process 1 of 2 was killed by SIGKILL on {node}",
+        f"rank 1 of 2 was killed by SIGKILL on {node}",
         "from the last checkpoint",
     )
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["first_node", "second_node"])
-def test_kill_9_of_the_launcher(training, which):
+def test_kill_9_of_the_stage_process(training, which):
     run, node = training.run, training.run.nodes()[which]
     since = time.monotonic()
     (pid,) = run.processes(node, "halo_jobs.stage_job")
     os.kill(pid, signal.SIGKILL)
     # Of the second node's, rank 0 may have time to say that rank 1 is gone.
     words = ("killed, or the machine stopped (job",) if which == 0 else ()
-    training.interrupted(f"kill -9 of the launcher on the {WHICH[which]} node", since, *words)
+    training.interrupted(f"kill -9 of the stage process on the {WHICH[which]} node", since, *words)
 
 
 def test_kill_9_of_the_driver(training):
@@ -206,7 +206,7 @@ def test_controller_killed_and_started_again(training):
         "kill -9 of slurmctld, started again after 20 s",
         lambda: next(line for line in run.said().splitlines() if line.startswith("scheduler")),
         "Unable to contact slurm controller",
-        "jobs go on, trying again",
+        "jobs continue, trying again",
     )
 
 
@@ -253,7 +253,7 @@ def test_node_that_always_fails(disturbed):
     finally:
         run.slurm.control("power-cut", "n2")  # and with it the mount
     assert "submitted, not on n2" in run.said()
-    assert [end["host"] for end in run.exits() if end["outcome"] == "failed"] == ["n2", "n2"]
+    assert [end["host"] for end in run.exits() if end["state"] == "failed"] == ["n2", "n2"]
 
 
 def test_two_drivers_at_once(disturbed):
@@ -278,7 +278,7 @@ def test_clock_that_goes_backwards(training):
     later = time.time() + 3600
     for path in attempt.iterdir():
         os.utime(path, (later, later))
-    training.interrupted("a clock that goes backwards", since, "process 0 of 2 was killed by SIGKILL")
+    training.interrupted("a clock that goes backwards", since, "rank 0 of 2 was killed by SIGKILL")
     done = read_json(run.folder / "DONE.json")
     assert 0 < done["seconds"] < 600
     assert done["started"] <= done["finished"]

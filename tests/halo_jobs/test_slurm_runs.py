@@ -44,7 +44,7 @@ def test_a_run_survives_a_killed_rank_a_killed_driver_and_a_requeue(slurm, recip
     run.finish()
     assert trained_weights(run.runs) == trained_weights(undisturbed)
     first = run.exits()[0]
-    assert first["outcome"] == "failed" and "was killed by SIGKILL" in first["reason"]
+    assert first["state"] == "failed" and "was killed by SIGKILL" in first["reason"]
     assert not live_jobs(), "no job is left in the queue"
 
 

@@ -139,25 +139,26 @@ def _get(url: str, token: str | None = None) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def _served(run: Path, token_file: Path, port: int) -> subprocess.Popen[str]:
-    """`halo metrics`, up."""
+def _served(run: Path, token_file: Path) -> tuple[subprocess.Popen[str], int]:
+    """`halo metrics`, running, and the port that it printed."""
     server = subprocess.Popen(
-        _command("metrics", run, "--port", port, "--token-file", token_file),
+        _command("metrics", run, "--port", 0, "--token-file", token_file),
         stdout=subprocess.PIPE,
         text=True,
     )
     assert server.stdout is not None
-    assert f"http://127.0.0.1:{port}/metrics serves {run}; runs found: 1" in server.stdout.readline()
+    line = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/metrics serves (.*); runs found: 1\n", server.stdout.readline())
+    assert line and line[2] == str(run)
     assert str(token_file) in server.stdout.readline()
-    return server
+    return server, int(line[1])
 
 
-def test_metrics_are_for_those_who_have_the_token(training_run, tmp_path, free_port):
+def test_metrics_are_for_those_who_have_the_token(training_run, tmp_path):
     token_file = tmp_path / "configuration" / "token"
-    server = _served(training_run.parent, token_file, free_port)
+    server, port = _served(training_run.parent, token_file)
     try:
         assert stat.S_IMODE(token_file.stat().st_mode) == 0o600
-        token, url = token_file.read_text().strip(), f"http://127.0.0.1:{free_port}/metrics"
+        token, url = token_file.read_text().strip(), f"http://127.0.0.1:{port}/metrics"
         assert len(token) >= 40
         for wrong in (None, "", token[:-1], token + "x"):
             status, content = _get(url, wrong)
@@ -168,9 +169,9 @@ def test_metrics_are_for_those_who_have_the_token(training_run, tmp_path, free_p
         listening = [
             c.laddr for c in psutil.Process(server.pid).net_connections("tcp") if c.status == "LISTEN"
         ]
-        assert listening == [("127.0.0.1", free_port)]
-        taken = _halo("metrics", training_run, "--port", free_port, "--token-file", token_file)
-        assert taken.returncode == 2 and "choose another with --port" in taken.stderr
+        assert listening == [("127.0.0.1", port)]
+        taken = _halo("metrics", training_run, "--port", port, "--token-file", token_file)
+        assert taken.returncode == 2 and "choose another with --port, or 0" in taken.stderr
     finally:
         server.terminate()
         server.wait(20)
@@ -239,32 +240,30 @@ def prometheus(training_run, tmp_path_factory) -> Iterator[int]:
     """A real Prometheus that scrapes the run as the page says, every second; its port."""
     folder = tmp_path_factory.mktemp("prometheus")
     program = _prometheus_program(folder)
-    ports = []
-    for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        own_port = probe.getsockname()[1]
     token_file = folder / "token"
+    exporter, port = _served(training_run, token_file)
     content = _configurations()["halo"]
     (job,) = content["scrape_configs"]
     job["authorization"]["credentials_file"] = str(token_file)
-    job["static_configs"] = [{"targets": [f"127.0.0.1:{ports[0]}"]}]
+    job["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
     job["scrape_interval"] = job["scrape_timeout"] = "1s"
     (folder / "prometheus.yml").write_text(yaml.safe_dump(content))
-    exporter = _served(training_run, token_file, ports[0])
     options = [
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{ports[1]}",
+        f"--web.listen-address=127.0.0.1:{own_port}",
     ]
     with open(folder / "log.txt", "w") as log:
         server = subprocess.Popen([program, *options], stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 60
-        while not _has_scraped(ports[1]):
+        while not _has_scraped(own_port):
             assert server.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
             time.sleep(0.2)
-        yield ports[1]
+        yield own_port
     finally:
         for process in (server, exporter):
             process.terminate()

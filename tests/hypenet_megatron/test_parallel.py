@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, model_parallel
 from hypenet_tools.model_weights import load_weights, read_weights, save_weights
+from tests.support.world import describe_world
 
 RANKS = 2
 SHAPE = ModelShape("tiny", 3, 48, 80, 4, 2, 16, 96, tied_embeddings=False)
@@ -76,13 +76,8 @@ def _measured(model: HypeNetModel) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy().copy() for name, value in found.items()}
 
 
-def _rank_main(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _rank_main(rank: int, folder: Path) -> None:
+    describe_world(rank, RANKS, folder / "world")
     torch.set_num_threads(1)
     with model_parallel(ParallelLayout(tensor=RANKS), seed=7):
         for sequence_parallel in (False, True):
@@ -98,7 +93,7 @@ def _rank_main(rank: int, port: int, folder: Path) -> None:
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="two gloo ranks on the CPU backend; with CUDA it is off"
 )
-def test_tensor_parallel_equals_one_process(megatron_cpu, tmp_path, free_port):
+def test_tensor_parallel_equals_one_process(megatron_cpu, tmp_path):
     single = _model()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # norm weights of one, the same on both ranks, would hide a swapped shard
@@ -107,7 +102,7 @@ def test_tensor_parallel_equals_one_process(megatron_cpu, tmp_path, free_port):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     save_weights(tmp_path / "one", single)
     expected = _measured(single)
-    torch.multiprocessing.spawn(_rank_main, (free_port, tmp_path), nprocs=RANKS)
+    torch.multiprocessing.spawn(_rank_main, (tmp_path,), nprocs=RANKS)
 
     assert np.abs(expected["logits"]).max() > 0.5
     for sequence_parallel in (False, True):

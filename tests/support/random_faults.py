@@ -48,7 +48,7 @@ class RandomFaults:
         kinds: list[Callable[[], str]] = [
             self.rank_killed,
             self.rank_stopped,
-            self.launcher_killed,
+            self.stage_process_killed,
             self.driver_killed,
             self.job_requeued,
             self.power_cut,
@@ -76,8 +76,8 @@ class RandomFaults:
         """Hangs, as far as others can see."""
         return self._signal(signal.SIGSTOP, "halo_jobs.worker")
 
-    def launcher_killed(self) -> str:
-        """Submitit's process of a node, or the stage's that it starts."""
+    def stage_process_killed(self) -> str:
+        """The process of a node, which is Submitit's until it becomes the stage's."""
         return self._signal(signal.SIGKILL, self.rng.choice(["submitit.core._submit", "halo_jobs.stage_job"]))
 
     def driver_killed(self) -> str:

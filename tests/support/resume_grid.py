@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from halo_training.trainer import Trainer
 from hypenet_megatron.runtime import ParallelLayout, joined_world, model_parallel
 from hypenet_tools.model_weights import save_weights
 from tests.support.training_grid import SECTION, Cell, RandomWindows, objective_of
+from tests.support.world import describe_world
 
 SAVED_STEP = 3
 RESUMED_SECTION = SECTION.model_copy(update={"checkpoint_every": 2 * SAVED_STEP})
@@ -128,13 +127,8 @@ def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     return whole
 
 
-def _rank_main(rank: int, ranks: int, port: int, tasks: Sequence[Task], weights: Path, root: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _rank_main(rank: int, ranks: int, meeting: Path, tasks: Sequence[Task], weights: Path, root: Path) -> None:
+    describe_world(rank, ranks, meeting)
     torch.set_num_threads(1)
     with joined_world():
         for task in tasks:
@@ -145,8 +139,5 @@ def _rank_main(rank: int, ranks: int, port: int, tasks: Sequence[Task], weights:
 def run(tasks: Sequence[Task], weights: Path, root: Path) -> None:
     """All `tasks`, those of one number of ranks one after the other in the same processes."""
     for ranks in sorted({task.world.ranks for task in tasks}):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
         here = [task for task in tasks if task.world.ranks == ranks]
-        torch.multiprocessing.spawn(_rank_main, (ranks, port, here, weights, root), nprocs=ranks)
+        torch.multiprocessing.spawn(_rank_main, (ranks, root / f"world-{ranks}", here, weights, root), nprocs=ranks)

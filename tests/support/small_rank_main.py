@@ -29,6 +29,7 @@ from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, cpu_backend, model_parallel, reset_seeds
 from hypenet_tools.model_weights import save_weights
 from tests.support.small_ranks import EVERY, STEPS, Job
+from tests.support.world import describe_world
 from tokenized_data import Window
 
 cpu_backend.install()
@@ -106,12 +107,7 @@ def _stretch_writes(job: Job, rank: int) -> None:
 
 def main(job: Job, rank: int) -> NoReturn:
     """Never returns to the server that was forked."""
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(job.ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(job.port),
-    }
+    describe_world(rank, job.ranks, Path(job.meeting))
     os.dup2(os.open(f"{job.folder}/stderr.{os.getpid()}", os.O_WRONLY | os.O_CREAT), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ class Job:
     stall_at: int | None = None
     unwritable_step: int | None = None
     watchdog_seconds: float = 60.0
-    port: int = 0
+    meeting: str = ""
 
 
 class World:
@@ -88,10 +88,7 @@ class Ranks:
 
     def start(self, folder: Path, **settings: Any) -> World:
         folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        world = World(Job(str(folder), port=port, **settings), self._server)
+        world = World(Job(str(folder), meeting=mkdtemp(dir=folder), **settings), self._server)
         self._worlds.append(world)
         return world
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from hypenet_megatron.model import LocalModel, build_model
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout, joined_world, model_parallel, reset_seeds
 from hypenet_tools.model_weights import load_weights, save_weights
+from tests.support.world import describe_world
 from tokenized_data import Window
 
 LAYOUTS = {  # by the number of ranks
@@ -195,13 +196,8 @@ def numbers(cell: Cell, folder: Path) -> np.ndarray:
     return np.array([[row["loss"], row["gradient_norm"]] for row in rows])
 
 
-def _rank_main(rank: int, ranks: int, port: int, cells: Sequence[Cell], weights: Path, folder: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _rank_main(rank: int, ranks: int, meeting: Path, cells: Sequence[Cell], weights: Path, folder: Path) -> None:
+    describe_world(rank, ranks, meeting)
     torch.set_num_threads(1)
     with joined_world():
         for cell in cells:
@@ -210,6 +206,6 @@ def _rank_main(rank: int, ranks: int, port: int, cells: Sequence[Cell], weights:
             gc.collect()  # models refer to themselves by their hooks, and keep the groups of their layout alive
 
 
-def run_ranks(ranks: int, port: int, cells: Sequence[Cell], weights: Path, folder: Path) -> None:
+def run_ranks(ranks: int, cells: Sequence[Cell], weights: Path, folder: Path) -> None:
     """All `cells`, one after the other, in one world of `ranks` processes."""
-    torch.multiprocessing.spawn(_rank_main, (ranks, port, cells, weights, folder), nprocs=ranks)
+    torch.multiprocessing.spawn(_rank_main, (ranks, Path(mkdtemp(dir=folder)), cells, weights, folder), nprocs=ranks)

@@ -1,6 +1,5 @@
 """Converted weights are the same model: transformers' logits, at one process and at TP 2 x PP 2."""
 
-import os
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from hypenet_tools.model_weights import load_weights
 from hypenet_tools.open_model import open_model
 from hypenet_tools.verify import verify
 from tests.support.tiny_models import TINY, tiny
+from tests.support.world import describe_world
 
 SETTINGS = {
     "vocab_size": 96,
@@ -57,13 +57,8 @@ def test_teacher_through_the_folder_equals_transformers(tmp_path, tokenizer_fold
     assert report["logits"]["cosine"] > 1 - 1e-6
 
 
-def _rank_main(rank, port, folder, tied):
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(TENSOR * PIPELINE),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _rank_main(rank, folder, tied):
+    describe_world(rank, TENSOR * PIPELINE, folder / "world")
     torch.set_num_threads(1)
     layout = ParallelLayout(tensor=TENSOR, pipeline=PIPELINE)
     with model_parallel(layout, seed=3), torch.no_grad():
@@ -89,13 +84,13 @@ def _rank_main(rank, port, folder, tied):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks on the CPU backend; with CUDA it is off")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_teacher_at_tensor_2_by_pipeline_2_equals_transformers(tmp_path, tokenizer_folder, free_port, tied):
+def test_teacher_at_tensor_2_by_pipeline_2_equals_transformers(tmp_path, tokenizer_folder, tied):
     judge = _teacher(tmp_path / "teacher", tokenizer_folder, tied)
     layout = Layout(TENSOR, PIPELINE)
     assert run_job(convert_job(tmp_path / "teacher", tmp_path / "weights", layout, max_shard_bytes=50_000))
     ids = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(1))
     np.save(tmp_path / "ids.npy", ids.numpy())
-    torch.multiprocessing.spawn(_rank_main, (free_port, tmp_path, tied), nprocs=TENSOR * PIPELINE)
+    torch.multiprocessing.spawn(_rank_main, (tmp_path, tied), nprocs=TENSOR * PIPELINE)
     halves = [np.load(tmp_path / f"logits-{rank}.npy") for rank in range(TENSOR)]
     with torch.no_grad():
         expected = judge(ids).logits.numpy()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from halo_cluster.fan_out import ray_crew, ray_node, slurm_array, worker
+from halo_cluster.fan_out import ray_driver, ray_node, slurm_array, worker
 
 _ROLES: dict[str, Callable[..., int | None]] = {
     "worker": worker.main,
     "array-element": slurm_array.main,
-    "ray-crew": ray_crew.main,
+    "ray-driver": ray_driver.main,
     "ray-node": ray_node.main,
 }
 

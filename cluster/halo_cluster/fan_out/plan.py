@@ -1,4 +1,4 @@
-"""What is to be done: the tasks, and the function that does them, as JSON that any worker can read."""
+"""The tasks of a fan-out and the function that does them, as JSON that any worker can read."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 from durable_files import publish_once, read_json
 from halo_cluster.record import input_hash
 
-Worker = Callable[[Any], Any]
-MakeWorker = Callable[[Any], Worker]
-"""`make_worker(setup)` returns a function of a task's arguments; setup, arguments and results are JSON values."""
+WorkerFunction = Callable[[Any], Any]
+"""Maps a task's arguments to its result. Setup, arguments and results are JSON values."""
+MakeWorker = Callable[[Any], WorkerFunction]
+"""`make_worker(setup)` loads what is expensive and returns a worker function."""
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def import_function(path: str) -> Any:
-    """What "module:function" names."""
+    """The function that "module:function" names."""
     assert _IMPORT_PATH.fullmatch(path), f"{path!r} is not module:function"
     module, _, function = path.partition(":")
     return getattr(importlib.import_module(module), function)
@@ -37,9 +38,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tasks in the order in which they are handed out; the longest first leaves the least waiting at the end.
+    """Tasks in the order in which workers take them. With the longest first, workers wait least at the end.
 
-    A task that ends in an exception is tried again `retries` times.
+    A task that raises an exception is retried `retries` times.
     """
 
     worker: str
@@ -52,14 +53,14 @@ class Plan:
         names = [task.name for task in self.tasks]
         assert len(set(names)) == len(names), "two tasks have the same name"
         for name in names:
-            assert _TASK_NAME.fullmatch(name), f"{name!r} cannot be a file's name"
+            assert _TASK_NAME.fullmatch(name), f"{name!r} cannot be a file name"
 
     @property
     def digest(self) -> str:
         return input_hash(asdict(self))
 
     def save(self, folder: Path) -> Path:
-        """Put the plan into `folder` under a name that no other plan has."""
+        """Save the plan in `folder` under its digest; returns the path."""
         path = folder / "plans" / f"{self.digest}.json"
         if not path.exists():
             publish_once(path, asdict(self))
@@ -71,7 +72,7 @@ class Plan:
         tasks = tuple(Task(task["name"], task["arguments"]) for task in content["tasks"])
         return cls(content["worker"], content["setup"], tasks, content["retries"])
 
-    def make_worker(self) -> Worker:
+    def make_worker(self) -> WorkerFunction:
         """Import the worker function and let it load what it needs."""
         make: MakeWorker = import_function(self.worker)
         return make(self.setup)

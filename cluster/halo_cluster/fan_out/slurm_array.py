@@ -1,8 +1,7 @@
 """Workers as the elements of Slurm job arrays, submitted through Submitit.
 
-Elements are not requeued by Slurm, which would hold them back for two minutes: their driver submits others. They need
-no driver to go on with the tasks that are left, and a driver that is started again takes them for its own, by their
-name.
+Slurm does not requeue elements, which would delay them by two minutes: the driver submits others. Elements continue
+without a driver, and a driver that is started again recognises them by their job name.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import getpass
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from halo_cluster.fan_out.crews import Crew, Launch
 from halo_cluster.fan_out.worker import open_pool, work
+from halo_cluster.fan_out.worker_pools import Launch, WorkerPool
 from halo_cluster.jobs import SchedulerUnreachable
 from halo_cluster.record import input_hash
+from halo_cluster.signals import unblock_stop_signals
+from halo_cluster.slurm.job import Exec
 from halo_cluster.slurm.queue import call
 from halo_cluster.slurm.settings import SlurmSettings
 from halo_cluster.slurm.submit import refusal_of, submitit_executor
@@ -32,7 +32,7 @@ _ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED"}
 
 @dataclass(frozen=True)
 class SlurmArray:
-    """`workers` jobs of one task each. What they ask for is `settings`, with these CPUs, GPUs and this memory."""
+    """`workers` jobs of one task each. They request `settings`, with these CPUs, GPUs and this memory."""
 
     workers: int
     settings: SlurmSettings = field(default_factory=SlurmSettings)
@@ -41,12 +41,12 @@ class SlurmArray:
     memory_gb_per_worker: float | None = None
 
     @contextmanager
-    def crew(self, launch: Launch) -> Iterator[Crew]:
-        crew = _Elements(self, launch)
+    def worker_pool(self, launch: Launch) -> Iterator[WorkerPool]:
+        elements = _Elements(self, launch)
         try:
-            yield crew
+            yield elements
         finally:
-            crew.end()
+            elements.end()
 
     def job_settings(self) -> SlurmSettings:
         return replace(
@@ -57,37 +57,26 @@ class SlurmArray:
         )
 
 
-@dataclass(frozen=True)
-class _BecomeWorker:
-    """What Submitit calls in the job: from there on Submitit has no part in it, neither its signals nor its pickles."""
-
-    plan_file: str
-
-    def __call__(self) -> None:
-        module = ["-m", "halo_cluster.fan_out", "array-element", self.plan_file]
-        os.execv(sys.executable, [sys.executable, *module])
-
-
 class _Elements:
     def __init__(self, backend: SlurmArray, launch: Launch) -> None:
         self._backend, self._launch = backend, launch
         place = {"folder": str(launch.pool.folder.resolve()), "plan": launch.pool.plan.digest}
         self.job_name = re.sub(r"[^\w.-]", ".", f"{launch.name}.{input_hash(place)}")
         self._seen: set[str] = set()
-        self._next_look = 0.0
+        self._next_poll = 0.0
 
-    def tend(self) -> int:
-        """Looks into the queue every QUEUE_SECONDS; a controller that is away is asked again."""
+    def ensure_running(self) -> int:
+        """Reads the queue every QUEUE_SECONDS, also while the controller does not answer."""
         pool, now = self._launch.pool, time.monotonic()
-        if now < self._next_look:
+        if now < self._next_poll:
             return 0
-        self._next_look = now + QUEUE_SECONDS
+        self._next_poll = now + QUEUE_SECONDS
         try:
             alive = self._alive()
             self._seen |= alive
             for element in self._seen:
                 if element not in alive:
-                    pool.ended(_worker_name(element), "its Slurm job ended")
+                    pool.mark_ended(_worker_name(element), "its Slurm job ended")
                 elif pool.has_to_end(_worker_name(element)):
                     call(["scancel", element])
                     alive = alive - {element}
@@ -107,12 +96,14 @@ class _Elements:
 
     def _submit(self, count: int) -> None:
         executor = self._executor()
+        plan_file = str(self._launch.plan_file.resolve())
+        command = Exec(("-m", "halo_cluster.fan_out", "array-element", plan_file))
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         try:
             with _outside_of_own_job(), executor.batch():
                 for _ in range(count):
-                    executor.submit(_BecomeWorker(str(self._launch.plan_file.resolve())))
+                    executor.submit(command)
         except (FailedJobError, FailedSubmissionError) as refusal:
             raise refusal_of(str(refusal)) from None
 
@@ -131,7 +122,7 @@ class _Elements:
         return executor
 
     def end(self) -> None:
-        """Workers that find nothing left end by themselves; those that still wait in the queue would for nothing."""
+        """Running workers that find nothing left end by themselves; those that wait in the queue are cancelled."""
         states = ["--state=PENDING"] if self._launch.pool.nothing_left() else []
         with suppress(SchedulerUnreachable):
             call(["scancel", f"--name={self.job_name}", f"--user={getpass.getuser()}", *states])
@@ -143,7 +134,7 @@ def _worker_name(element: str) -> str:
 
 @contextmanager
 def _outside_of_own_job() -> Iterator[None]:
-    """A job may submit jobs, but they are not to inherit its size, memory and numbers."""
+    """Hide this process's own Slurm job: jobs that it submits must not inherit its size, memory and numbers."""
     own = {
         key: value for key, value in os.environ.items() if key.startswith("SLURM_") and key != "SLURM_CONF"
     }
@@ -157,6 +148,7 @@ def _outside_of_own_job() -> Iterator[None]:
 
 def main(plan_file: str) -> None:
     """The process of an element."""
+    unblock_stop_signals()
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     element = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     work(open_pool(Path(plan_file)), _worker_name(element))

@@ -1,20 +1,20 @@
-"""The tasks of one fan-out as files that workers and drivers share, without locks and without a clock in common.
+"""The tasks of one fan-out, as files that workers and drivers share without locks and without a common clock.
 
 results/<task>.json             arguments, result, who made it; published once
-tries/<task>@<n>.claim.json     the n-th try belongs to this worker; published once, never taken back
+tries/<task>@<n>.claim.json     the n-th try belongs to this worker; published once, never withdrawn
       <task>@<n>.failed.json    it ended in an exception
-      <task>@<n>.refused.json   it ended in a ValueError, which no other try would mend
+      <task>@<n>.refused.json   it ended in a ValueError, which another try would repeat
       <task>@<n>.lost.json      its worker was lost
-      <task>@<n>.forgiven.json  a failure of an earlier call, which the next call does not count
+      <task>@<n>.reset.json     a failure of an earlier call, which later calls do not count
 workers/<worker>.json           its process
         <worker>.heartbeat      rewritten every second
-        <worker>.ended.json     somebody knows that it has ended
-        <worker>.failed.json    it could not be made
-        given-up.json           no backend can do better
+        <worker>.ended.json     the worker has ended, or has to
+        <worker>.failed.json    its setup failed
+        given-up.json           the backend cannot keep its workers alive
 
-A task can be claimed while it has no result and its newest try has ended. Whoever publishes the next claim has it: a
-hard link lets one only. A worker that was given up for lost may still finish: results are published once, so the second
-one is dropped. Nothing ever waits for a file to be removed.
+A task can be claimed while it has no result and its newest try has ended. The worker that publishes the next claim has
+the task: a hard link lets only one. A worker that was given up as lost may still finish: results are published once, so
+the second one is dropped. Nothing ever waits for a file to be removed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from halo_cluster.fan_out.plan import Plan, Task
 from halo_cluster.processes import ProcessIdentity
 
 SILENT_SECONDS = 30.0
-"""A worker whose heartbeat stands still for so long is given up. Watched by the clock of whoever watches."""
-MOST_LOSSES = 10
-"""A task that loses its worker so often is at fault itself: it may exhaust the memory."""
+"""A worker whose heartbeat does not change for this long, by the observer's clock, is given up as lost."""
+MAX_LOSSES = 10
+"""A task that loses its worker this often is at fault itself: it may exhaust the memory."""
 
-_TRY = re.compile(r"(?P<task>[^@]+)@(?P<number>\d+)\.(?P<what>claim|failed|refused|lost|forgiven)\.json")
+_TRY = re.compile(r"(?P<task>[^@]+)@(?P<number>\d+)\.(?P<what>claim|failed|refused|lost|reset)\.json")
 
 
 class FanOutFailed(RuntimeError):
@@ -54,7 +54,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a fan-out cannot go on: one sentence, whether it is the user's to mend, and the traceback if there is one."""
+    """Why a fan-out cannot continue: one sentence, whether the error is the user's, and the traceback if any."""
 
     sentence: str
     user_error: bool
@@ -63,7 +63,7 @@ class Failure:
 
 @dataclass
 class _Tries:
-    """What is known of one task's tries: by number the words after it."""
+    """The tries of one task: by number, the kinds of files that exist."""
 
     marks: dict[int, set[str]] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class _Tries:
 
     @property
     def is_open(self) -> bool:
-        """Somebody works on it, as far as is known."""
+        """A worker has the task, as far as is known."""
         return self.newest > 0 and not self.marks[self.newest] - {"claim"}
 
     def count(self, what: str) -> int:
@@ -81,7 +81,7 @@ class _Tries:
 
 
 class TaskPool:
-    """One fan-out as seen from one process. Remembers which heartbeats it saw move, and nothing else that matters."""
+    """One fan-out as seen from one process. Its only state in memory is when each heartbeat last changed."""
 
     def __init__(self, folder: Path, plan: Plan, silent_seconds: float = SILENT_SECONDS) -> None:
         self.folder = folder
@@ -138,15 +138,15 @@ class TaskPool:
         return found
 
     def claim(self, worker: str) -> Claim | None:
-        """The next task that nobody works on, now `worker`'s; None while there is none."""
+        """Claim the next free task for `worker`; None while there is none."""
         tries, published = self._all_tries(), self.published()
         for task in self.plan.tasks:
             mine = tries[task.name]
-            if task.name in published or mine.is_open or self._is_spent(mine):
+            if task.name in published or mine.is_open or self._is_exhausted(mine):
                 continue
             claim = Claim(task.name, mine.newest + 1, worker)
             won = publish_once(self._try_path(claim.task, claim.number, "claim"), asdict(claim))
-            # The try before may have been given up for lost and published after we looked.
+            # The try before may have been given up as lost, and have published since we looked.
             if won and not self.result_path(task.name).exists():
                 return claim
         return None
@@ -157,27 +157,27 @@ class TaskPool:
             self._try_path(claim.task, claim.number, what), {"worker": claim.worker, **asdict(failure)}
         )
 
-    def _is_spent(self, tries: _Tries) -> bool:
-        """Another try would be of no use."""
+    def _is_exhausted(self, tries: _Tries) -> bool:
+        """No further try is allowed."""
         return (
             tries.count("refused") > 0
             or tries.count("failed") > self.plan.retries
-            or tries.count("lost") >= MOST_LOSSES
+            or tries.count("lost") >= MAX_LOSSES
         )
 
     def nothing_left(self) -> bool:
         """Every task has a result or is given up."""
         published, tries = self.published(), self._all_tries()
-        return all(name in published or self._is_spent(own) for name, own in tries.items())
+        return all(name in published or self._is_exhausted(own) for name, own in tries.items())
 
-    def forgive(self) -> None:
-        """Begin anew with what failed: called once by a driver, before it starts workers."""
+    def reset_failures(self) -> None:
+        """Give failed tasks new tries: a driver calls this once, before it starts workers."""
         for name in os.listdir(self.tries):
             match = _TRY.fullmatch(name)
             if match and match["what"] in ("failed", "refused", "lost"):
                 with suppress(FileNotFoundError):  # a second driver did
                     os.rename(
-                        self.tries / name, self._try_path(match["task"], int(match["number"]), "forgiven")
+                        self.tries / name, self._try_path(match["task"], int(match["number"]), "reset")
                     )
         for path in [*self.workers.glob("*.failed.json"), self._given_up]:
             path.unlink(missing_ok=True)
@@ -191,47 +191,47 @@ class TaskPool:
         return self.workers / "given-up.json"
 
     def failure(self) -> Failure | None:
-        """Why this fan-out cannot be finished, or None as long as it can."""
+        """Why this fan-out cannot be finished; None while it can."""
         unmade = [Failure(**read_json(path)) for path in sorted(self.workers.glob("*.failed.json"))]
         for failure in unmade:
             if failure.user_error:
                 return failure
         if len(unmade) > self.plan.retries:
-            return replace(unmade[-1], sentence=f"no worker could be made: {unmade[-1].sentence}")
+            return replace(unmade[-1], sentence=f"no worker could be set up: {unmade[-1].sentence}")
         published = self.published()
         for task, tries in self._all_tries().items():
-            if task not in published and self._is_spent(tries):
-                return self._why_spent(task, tries)
+            if task not in published and self._is_exhausted(tries):
+                return self._why_exhausted(task, tries)
         return Failure(**read_json(self._given_up)) if self._given_up.exists() else None
 
-    def _why_spent(self, task: str, tries: _Tries) -> Failure | None:
-        if tries.count("lost") >= MOST_LOSSES:
-            lost = f"task {task} lost its worker {MOST_LOSSES} times; it may need more memory than there is"
+    def _why_exhausted(self, task: str, tries: _Tries) -> Failure | None:
+        if tries.count("lost") >= MAX_LOSSES:
+            lost = f"task {task} lost its worker {MAX_LOSSES} times; it may need more memory than there is"
             return Failure(f"{lost}: look into {self.workers}", user_error=False)
         what = "refused" if tries.count("refused") else "failed"
         path = self._try_path(task, max(n for n, marks in tries.marks.items() if what in marks), what)
         try:
             content = read_json(path)
         except ValueError:
-            return None  # another driver forgave it just now
+            return None  # another driver has just reset it
         said = Failure(content["sentence"], content["user_error"], content["traceback"])
         if said.user_error:
             return said
-        times = f"task {task} failed {tries.count('failed')} times, at last with: {said.sentence.rstrip('.')}"
+        times = f"task {task} failed {tries.count('failed')} times, the last time with: {said.sentence.rstrip('.')}"
         return Failure(f"{times}; the traceback is in {path}", False, said.traceback)
 
     # workers
 
-    def enter(self, worker: str) -> Path:
-        """Sign in; returns the path of the worker's heartbeat."""
+    def register(self, worker: str) -> Path:
+        """Register; returns the path of the worker's heartbeat."""
         publish_once(self.workers / f"{worker}.json", asdict(ProcessIdentity.current()))
         return self.workers / f"{worker}.heartbeat"
 
     def worker_failed(self, worker: str, failure: Failure) -> None:
         publish_once(self.workers / f"{worker}.failed.json", asdict(failure))
 
-    def ended(self, worker: str, reason: str) -> None:
-        """Somebody who knows says that `worker` has ended, or is given up and has to."""
+    def mark_ended(self, worker: str, reason: str) -> None:
+        """Record that `worker` has ended, or has to."""
         if not self.has_to_end(worker):
             publish_once(self.workers / f"{worker}.ended.json", {"reason": reason})
 
@@ -239,14 +239,14 @@ class TaskPool:
         return (self.workers / f"{worker}.ended.json").exists()
 
     def workers_named(self, prefix: str) -> list[str]:
-        """Workers that signed in and whose name begins so."""
+        """Registered workers whose names begin with `prefix`."""
         named = re.compile(re.escape(prefix) + r"[^.]*\.json")
         return [
             name.removesuffix(".json") for name in sorted(os.listdir(self.workers)) if named.fullmatch(name)
         ]
 
     def holders(self) -> dict[str, Claim]:
-        """Who works on what, by worker, as far as is known."""
+        """The open claims by worker, as far as is known."""
         published = self.published()
         found = {}
         for task, tries in self._all_tries().items():
@@ -274,10 +274,10 @@ class TaskPool:
         return now - self._last_beat[worker][1] > self.silent_seconds
 
     def release_lost(self) -> None:
-        """End the tries of lost workers, so that others may have their tasks."""
+        """End the tries of lost workers, so that others can claim their tasks."""
         for worker, claim in self.holders().items():
             if self._is_lost(worker):
-                self.ended(worker, "lost: it had a task in hand, and ended or showed no life")
-                # It may have published in its last moment.
+                self.mark_ended(worker, "lost: it ended or stopped its heartbeat while it had a task")
+                # It may have published just before it ended.
                 if not self.result_path(claim.task).exists():
                     publish_once(self._try_path(claim.task, claim.number, "lost"), {"worker": worker})

@@ -9,28 +9,28 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from halo_cluster.fan_out.plan import Plan, Worker
+from halo_cluster.children import end_with_parent
+from halo_cluster.fan_out.plan import Plan, WorkerFunction
 from halo_cluster.fan_out.task_pool import Claim, Failure, TaskPool
 from halo_cluster.heartbeat import Heartbeat
-from halo_cluster.ranks import end_with_parent
 
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.05, 1.0
 
 
 def open_pool(plan_file: Path) -> TaskPool:
-    """The pool that a plan lies in."""
+    """The task pool of a saved plan."""
     return TaskPool(plan_file.parent.parent, Plan.read(plan_file))
 
 
-def work(pool: TaskPool, name: str, look: Callable[[], None] = lambda: None) -> None:
-    """Do tasks as worker `name` until every task has a result or is given up; calls `look` between them.
+def work(pool: TaskPool, name: str, check: Callable[[], None] = lambda: None) -> None:
+    """Do tasks as worker `name` until every task has a result or is given up; calls `check` between them.
 
-    Failures of tasks, and of making the worker, are left in the pool for the driver; this function raises only what
-    `look` raises, and OSError of the pool's own folder.
+    Failures of tasks, and of the worker function's setup, are left in the pool for the driver. This function raises
+    only what `check` raises, and OSError of the pool's folder.
     """
-    beat = Heartbeat(pool.enter(name))
+    beat = Heartbeat(pool.register(name))
     try:
-        do: Worker | None = None
+        do: WorkerFunction | None = None
         wait = _SHORTEST_WAIT
         while not (pool.nothing_left() or pool.has_to_end(name)):
             if do is None:
@@ -43,16 +43,16 @@ def work(pool: TaskPool, name: str, look: Callable[[], None] = lambda: None) -> 
                 wait = _SHORTEST_WAIT
             else:
                 pool.release_lost()
-                time.sleep(wait * random.uniform(0.5, 1.0))  # so that workers do not look all at once
+                time.sleep(wait * random.uniform(0.5, 1.0))  # so that workers do not all poll at once
                 wait = min(2 * wait, _LONGEST_WAIT)
-            look()
+            check()
     finally:
         beat.stop()
         with suppress(OSError):
-            pool.ended(name, "it left")
+            pool.mark_ended(name, "it left")
 
 
-def _make(pool: TaskPool, name: str) -> Worker | None:
+def _make(pool: TaskPool, name: str) -> WorkerFunction | None:
     try:
         return pool.plan.make_worker()
     except Exception as problem:
@@ -60,7 +60,7 @@ def _make(pool: TaskPool, name: str) -> Worker | None:
         return None
 
 
-def _attempt(pool: TaskPool, claim: Claim, do: Worker) -> None:
+def _attempt(pool: TaskPool, claim: Claim, do: WorkerFunction) -> None:
     arguments = next(task.arguments for task in pool.plan.tasks if task.name == claim.task)
     begun = time.monotonic()
     try:

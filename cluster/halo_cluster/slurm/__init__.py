@@ -1,9 +1,9 @@
-"""Slurm: stages as jobs, submitted through Submitit, looked after in batches.
+"""Slurm: stages as jobs, submitted through Submitit and monitored in batches.
 
-settings.py   what a site wants to be told (partition, account, ...), from a recipe
+settings.py   what a job requests (partition, account, ...), from a recipe
 queue.py      squeue, sacct, scancel, scontrol: one call for all jobs
 submit.py     a stage's batch script
-launcher.py   what runs on every node of a job
+job.py        inside a job: which attempt and which node this is, and when the job is requeued
 """
 
 from halo_cluster.slurm.settings import SlurmSettings

@@ -1,14 +1,16 @@
-"""Slurm's commands, called with lists of words and read line by line; one call for all jobs."""
+"""Slurm's commands. Each function makes one call for all jobs."""
 
 from __future__ import annotations
 
 import getpass
 import subprocess
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from halo_cluster.jobs import EndedJob, LiveJob, LiveState, SchedulerUnreachable
+from halo_cluster.jobs import EndedJob, LiveJob, LiveState, SchedulerUnreachable, StageJob
+from halo_cluster.record import StageRecord
 
-PATIENCE_SECONDS = 60
+CALL_TIMEOUT_SECONDS = 60
 _SEPARATOR = "|"
 _STATES: dict[str, LiveState] = {
     "PENDING": "pending",
@@ -23,15 +25,15 @@ _STATES: dict[str, LiveState] = {
 
 
 def call(command: Sequence[str]) -> str:
-    """Run one of Slurm's commands; its stdout. SchedulerUnreachable with what it said otherwise."""
+    """Run one of Slurm's commands; returns its stdout. SchedulerUnreachable if it fails, with its last line."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CALL_TIMEOUT_SECONDS, check=False)
     except FileNotFoundError:
         raise ValueError(
             f"`{command[0]}` is not on PATH; run this where Slurm's commands are, or choose --executor local"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SchedulerUnreachable(f"`{command[0]}` gave no answer in {PATIENCE_SECONDS} s") from None
+        raise SchedulerUnreachable(f"`{command[0]}` did not answer within {CALL_TIMEOUT_SECONDS} s") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise SchedulerUnreachable(f"`{command[0]}` failed: {said[-1] if said else done.returncode}")
@@ -42,9 +44,8 @@ def live_jobs() -> dict[str, list[LiveJob]]:
     """This user's jobs in the queue by name, oldest first."""
     form = _SEPARATOR.join(("%A", "%T", "%r", "%N", "%j"))
     found: dict[str, list[LiveJob]] = {}
-    for line in call(
-        ["squeue", "--noheader", f"--user={getpass.getuser()}", f"--format={form}"]
-    ).splitlines():
+    words = ["squeue", "--noheader", f"--user={getpass.getuser()}", f"--format={form}"]
+    for line in call(words).splitlines():
         job, state, reason, nodes, name = line.split(_SEPARATOR, 4)
         if state in _STATES:
             found.setdefault(name, []).append(LiveJob(job, name, _STATES[state], reason, nodes))
@@ -54,21 +55,13 @@ def live_jobs() -> dict[str, list[LiveJob]]:
 
 
 def ended_jobs(jobs: Iterable[str]) -> dict[str, EndedJob]:
-    """How jobs ended, from the accounting; empty where a site keeps none."""
+    """How jobs ended, from the accounting; empty at a site without accounting."""
     wanted = ",".join(sorted(set(jobs)))
     if not wanted:
         return {}
     try:
-        lines = call(
-            [
-                "sacct",
-                "-X",
-                "--noheader",
-                "--parsable2",
-                f"--jobs={wanted}",
-                "--format=JobIDRaw,State,NodeList",
-            ]
-        )
+        form = "--format=JobIDRaw,State,NodeList"
+        lines = call(["sacct", "-X", "--noheader", "--parsable2", f"--jobs={wanted}", form])
     except (SchedulerUnreachable, ValueError):
         return {}
     rows = (line.split(_SEPARATOR) for line in lines.splitlines())
@@ -81,12 +74,22 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def start_now(jobs: Sequence[str]) -> None:
-    """Slurm holds a requeued job back for two minutes; its owner may lift that."""
+    """Start requeued jobs, which Slurm would delay by two minutes."""
     if jobs:
         call(["scontrol", "update", f"JobId={','.join(jobs)}", "StartTime=now"])
 
 
 def release(jobs: Sequence[str]) -> None:
-    """Slurm holds a job that a node would not begin; its owner may let it go."""
+    """Release jobs that Slurm holds because a node could not start them."""
     if jobs:
         call(["scontrol", "release", ",".join(jobs)])
+
+
+def cancel_run(run_folder: Path, stage: str | None) -> list[str]:
+    """Cancel the jobs of a run, or of one of its stages, that Slurm has in its queue; returns their ids."""
+    live = live_jobs()
+    records = (StageRecord(folder) for folder in run_folder.glob("*/*") if (folder / "jobs").is_dir())
+    names = [StageJob(record.stage, record, {}).job_name for record in records if stage in (None, record.stage)]
+    jobs = [entry.job for name in names for entry in live.get(name, [])]
+    cancel(jobs)
+    return jobs

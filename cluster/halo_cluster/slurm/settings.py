@@ -1,4 +1,4 @@
-"""What a job asks Slurm for."""
+"""What a job requests of Slurm."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 _FLAG = re.compile(r"[a-z][a-z-]*")
-# Set by us; another value would break what keeps stages from running twice or from being lost.
-_OURS = {
+# The executor sets these. Other values would let a stage run twice or get lost.
+_RESERVED = {
     "dependency",
     "job-name",
     "kill-on-invalid-dep",
@@ -23,17 +23,17 @@ _OURS = {
 
 @dataclass(frozen=True)
 class SlurmSettings:
-    """Everything but the number of nodes and `time_minutes` may be left to the site's defaults."""
+    """None leaves a setting to the site's default."""
 
     nodes: int = 1
-    """Of training stages; the others run on one."""
+    """Nodes of a training stage; the other stages run on one."""
     gpus_per_node: int | None = None
     cpus_per_node: int | None = None
     memory_gb: float | None = None
     time_minutes: int = 240
-    """After it the job saves, goes back into the queue and continues."""
+    """The time limit. A job that reaches it saves, is requeued and continues."""
     grace_seconds: int = 120
-    """How long before its time limit a job is told to save."""
+    """How long before its time limit a job is asked to save."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -44,19 +44,19 @@ class SlurmSettings:
     """Further sbatch flags by their long names."""
 
     def check(self) -> None:
-        """ValueError with the mend for what Slurm would read as something else, or that is not ours to give."""
+        """ValueError, with the fix, for a value that Slurm would misread or a flag that the executor sets."""
         for flag in self.sbatch:
             if not _FLAG.fullmatch(flag):
                 raise ValueError(f"sbatch flag {flag!r} is not a long name like 'mail-user'; correct it")
-            if flag in _OURS:
+            if flag in _RESERVED:
                 raise ValueError(f"sbatch flag {flag!r} is set by the executor; remove it")
         for name, value in {**asdict(self), **self.sbatch}.items():
-            # A line of its own in a batch script would be a command.
+            # In a batch script a second line would be a command.
             if isinstance(value, str) and not value.isprintable():
-                raise ValueError(f"{name} has a line break or another control character in it; correct it")
+                raise ValueError(f"{name} contains a line break or another control character; correct it")
 
     def submitit_parameters(self, nodes: int) -> dict[str, Any]:
-        """As Submitit's SlurmExecutor names them; what is left to the site is absent."""
+        """Parameters of Submitit's SlurmExecutor; those left to the site are absent."""
         parameters: dict[str, Any] = {
             "nodes": nodes,
             "ntasks_per_node": 1,

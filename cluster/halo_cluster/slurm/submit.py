@@ -1,52 +1,43 @@
-"""A stage's batch job, by Submitit."""
+"""Submits stages as batch jobs, through Submitit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from durable_files import publish_once, write_json
 from halo_cluster.attempts import utc_now
-from halo_cluster.jobs import EndedJob, LiveJob, SchedulerUnreachable, StageJob, SubmissionRefused
+from halo_cluster.jobs import SchedulerUnreachable, StageJob, SubmissionRefused
 from halo_cluster.record import input_hash
 from halo_cluster.slurm import queue
-from halo_cluster.slurm.launcher import Launcher
+from halo_cluster.slurm.job import Exec
 from halo_cluster.slurm.settings import SlurmSettings
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """The Scheduler for Slurm. `program` is called on every node with the path of a stage's work as its last word."""
+    """The Scheduler for Slurm. Every node runs `python MODULE... WORK_FILE RETRIES`."""
 
     settings: SlurmSettings
-    program: tuple[str, ...]
-    failures: int = 0
-    """Retries by the job itself; for chains that no driver looks after."""
+    module: tuple[str, ...]
+    retries: int = 0
+    """How often a job requeues itself after a failure; for jobs that no driver monitors."""
 
-    def live(self) -> dict[str, list[LiveJob]]:
-        return queue.live_jobs()
-
-    def ended(self, jobs: Iterable[str]) -> dict[str, EndedJob]:
-        return queue.ended_jobs(jobs)
-
-    def cancel(self, jobs: Sequence[str]) -> None:
-        queue.cancel(jobs)
-
-    def start_now(self, jobs: Sequence[str]) -> None:
-        queue.start_now(jobs)
-
-    def release(self, jobs: Sequence[str]) -> None:
-        queue.release(jobs)
+    live = staticmethod(queue.live_jobs)
+    ended = staticmethod(queue.ended_jobs)
+    cancel = staticmethod(queue.cancel)
+    start_now = staticmethod(queue.start_now)
+    release = staticmethod(queue.release)
 
     def submit(self, job: StageJob, *, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
         executor = self._executor(job, after, exclude)
-        launcher = Launcher((*self.program, str(_write_work(job))), self.failures)
+        command = Exec((*self.module, str(_write_work(job)), str(self.retries)))
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         try:
-            submitted = executor.submit(launcher)
+            submitted = executor.submit(command)
         except (FailedJobError, FailedSubmissionError) as refusal:
             raise refusal_of(str(refusal)) from None
         note = {
@@ -59,8 +50,9 @@ class Slurm:
         return str(submitted.job_id)
 
     def preview(self, job: StageJob) -> str:
-        """The batch script, as it would be submitted now. Writes nothing."""
+        """The batch script that `submit` would submit. Writes nothing."""
         executor = self._executor(job, (), ())
+        # Submitit has no public way to make a script without submitting it; a test compares this with a submission.
         return str(executor._make_submission_file_text(executor._submitit_command_str, "preview"))
 
     def _executor(self, job: StageJob, after: Sequence[str], exclude: Sequence[str]) -> Any:
@@ -82,7 +74,7 @@ class Slurm:
 
 
 def submitit_executor(folder: Path) -> Any:
-    """Submitit's, with its files in `folder`; ValueError where it or Slurm is missing."""
+    """A SlurmExecutor with its files in `folder`; ValueError if Submitit or Slurm is missing."""
     try:
         from submitit import SlurmExecutor
     except ModuleNotFoundError:
@@ -94,7 +86,7 @@ def submitit_executor(folder: Path) -> Any:
 
 
 def refusal_of(said: str) -> Exception:
-    """What sbatch said: its last line. A controller that is away is no verdict on the job."""
+    """The exception for the output of a failed sbatch. A controller that does not answer has not refused the job."""
     lines = [line for line in said.strip().splitlines() if line.strip()]
     line = next((line for line in lines if "sbatch: error" in line), lines[-1] if lines else "sbatch failed")
     if "Unable to contact" in said or "Connection refused" in said or "timed out" in said:
@@ -103,7 +95,7 @@ def refusal_of(said: str) -> Exception:
 
 
 def _write_work(job: StageJob) -> Path:
-    """Under the name of its content: submissions of the same work share it, whoever makes them."""
+    """Named by its content: all submissions of the same work share the file."""
     path = job.jobs_folder / f"work.{input_hash(job.work)}.json"
     publish_once(path, job.work)
     return path

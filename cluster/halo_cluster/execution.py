@@ -1,4 +1,4 @@
-"""One try at a stage: its function is run, and its end recorded, whatever that is."""
+"""Runs one attempt at a stage, and records how it ended."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class StageFailed(RuntimeError):
 
 
 class StopRequested(Exception):
-    """A stage was asked to stop, has saved what it had, and ends unfinished; the message says by what and where.
+    """A stage was asked to stop, has saved its state, and ends unfinished; the message says by whom and where.
 
-    `by_user`: not by a signal, which may be the scheduler's. Then nothing but the user begins it again.
+    `by_user`: the request was no signal, which a scheduler may have sent. Only the user starts the stage again.
     """
 
     def __init__(self, message: str, *, by_user: bool = False) -> None:
@@ -36,11 +36,11 @@ class StopRequested(Exception):
         self.by_user = by_user
 
 
-def carry_out(name: str, attempt: Attempt, run: Callable[[Attempt], StageResult]) -> dict[str, Any]:
+def execute_attempt(name: str, attempt: Attempt, run: Callable[[Attempt], StageResult]) -> dict[str, Any]:
     """Run the stage `name` and publish what it made; returns DONE.json.
 
-    If it does not finish, the attempt says why, and what is raised is a ValueError (a user error, as the stage raised
-    it), StorageError, StageFailed, StopRequested, or KeyboardInterrupt.
+    If it does not finish, the attempt records why, and this function raises ValueError (a user error, as the stage
+    raised it), StorageError, StageFailed, StopRequested, or KeyboardInterrupt.
     """
     try:
         with attempt.captured_logging():
