@@ -8,7 +8,12 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LONGEST_FILE = 400
+# A file holds one idea, and a reader can keep it in mind. A limit of 400 lines made us cut files in two for no other
+# reason.
+LONGEST_FILE = 600
+# What users install. More capabilities are to come from fewer ideas, so a change that needs more lines has to find
+# others to delete; raising the limit is a decision.
+PRODUCT_LINES = 22_500
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh", ".html", ".json", ""}
 # Data of others may hold any text; this file has to name what it forbids.
 EXEMPT = ("halo_jobs/assets/", "tests/test_architecture.py")
@@ -41,7 +46,16 @@ def test_python_files_stay_short() -> None:
     files = tracked("*.py")
     assert len(files) > 20
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
-    assert {name: length for name, length in lengths.items() if length >= LONGEST_FILE} == {}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_product_stays_small() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = [pattern.rstrip("*") for pattern in setuptools["packages"]["find"]["include"]]
+    folders = [ROOT / place / room for place in setuptools["packages"]["find"]["where"] for room in rooms]
+    files = [path for folder in folders if folder.is_dir() for path in tracked(f"{folder}/*.py")]
+    assert len(files) == len(set(files)) > 150
+    assert sum(len(path.read_text().splitlines()) for path in files) <= PRODUCT_LINES
 
 
 def test_no_path_of_somebodys_machine() -> None:

@@ -1,9 +1,10 @@
-"""scripts/bootstrap.sh, with scripts in place of the interpreters and without a network."""
+"""scripts/bootstrap.sh without the network: what it chooses, with stand-ins for interpreters; one real installation."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,49 @@ def test_finds_a_python_that_only_uv_knows(checkout: Path) -> None:
     uv.chmod(0o755)
     assert bootstrap(checkout).returncode == 0
     assert installs(checkout) == 1
+
+
+PROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+[project]
+name = "installed-by-the-test"
+version = "1.0"
+[project.optional-dependencies]
+dev = []
+"""
+# A build backend that needs no package: an editable installation is a wheel with a .pth file in it.
+BACKEND = """
+import pathlib, zipfile
+
+def build_editable(folder, config_settings=None, metadata_directory=None):
+    info = "installed_by_the_test-1.0.dist-info"
+    facts = "Metadata-Version: 2.1\\nName: installed-by-the-test\\nVersion: 1.0\\nProvides-Extra: dev\\n"
+    files = {
+        "installed_by_the_test.pth": str(pathlib.Path.cwd()),
+        f"{info}/METADATA": facts,
+        f"{info}/WHEEL": "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\\n" for name in [*files, f"{info}/RECORD"])
+    name = "installed_by_the_test-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(pathlib.Path(folder) / name, "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(path, content)
+    return name
+"""
+
+
+def test_installs_the_project_with_a_real_python_and_pip(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "pyproject.toml").write_text(PROJECT)
+    (checkout / "backend.py").write_text(BACKEND)
+    (checkout / "constraints.txt").write_text("")
+    (checkout / "room.py").write_text("answer = 42\n")
+    (checkout.parent / "bin" / "python3").symlink_to(sys.executable)
+    done = bootstrap(checkout)
+    assert done.returncode == 0, done.stderr
+    command = [str(checkout / ".venv" / "bin" / "python"), "-c", "import room; print(room.answer)"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (said.stdout, said.stderr) == ("42\n", "")
+    assert bootstrap(checkout).stdout == "", "nothing is installed again"

@@ -6,12 +6,14 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from halo_cluster.ray_metrics import Sample, published_in_ray
+from halo_cluster import ray_metrics
+from halo_cluster.ray_metrics import RayGauges, Sample, published_in_ray
 
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -82,9 +84,24 @@ def test_outside_ray_nothing_happens() -> None:
     assert said.stdout.strip() == "False"
 
 
-def test_readings_that_fail_end_nothing() -> None:
-    def fail() -> list[Sample]:
-        raise OSError("the disk is away")
+def test_readings_that_fail_once_are_published_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error while reading neither ends the work that is watched nor the watching."""
+    published: list[list[Sample]] = []
+    readings: Iterator[list[Sample]] = iter([[Sample("halo_step", {}, 1.0)], [Sample("halo_step", {}, 2.0)]])
+    failures = iter([True, False])
+    monkeypatch.setattr(ray_metrics, "PUBLISH_SECONDS", 0.01)
+    monkeypatch.setattr(RayGauges, "publish", lambda self, samples: published.append(list(samples)))
 
-    with published_in_ray(fail):
-        pass
+    def read() -> list[Sample]:
+        if next(failures, False):
+            raise OSError("the disk is away")
+        return next(readings, [])
+
+    with published_in_ray(read):
+        deadline = time.monotonic() + 30
+        while len(published) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        during = len(published)
+    assert [sample.value for samples in published[:2] for sample in samples] == [1.0, 2.0]
+    assert len(published) > during, "once more at the end"

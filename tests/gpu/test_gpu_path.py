@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from halo_evaluation.selection.sweep import LayerSwitch
 from halo_jobs.recipe import TrainingSection
-from halo_training.batches import BatchCursor
 from halo_training.checkpointing.copies import HeldCopies
 from halo_training.checkpointing.storage import write_safetensors
 from halo_training.models import is_student_key
@@ -37,7 +36,7 @@ from hypenet_tools.hugging_face.weights import SafetensorsWeights
 from hypenet_tools.model_weights import load_weights
 from tests.support.reference_model import hypenet_forward
 from tests.support.tiny_models import HYBRID, TINY
-from tokenized_data import Window
+from tests.support.windows import RandomWindows, cursor_of_this_rank
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,14 +143,6 @@ def test_teacher_logits(device, tmp_path, ids, dtype):
     assert _relative_error(_logits(model, ids, device), expected) <= TOLERANCE[dtype]
 
 
-class _Windows:
-    def window(self, sample: int) -> Window:
-        rng = np.random.default_rng(sample)
-        return Window(
-            rng.integers(0, SHAPE.vocab_size, 65), rng.choice([1.0, 4.0], 64).astype(np.float32), "random", 0
-        )
-
-
 SECTION = TrainingSection(
     steps=3,
     context_length=64,
@@ -187,7 +178,7 @@ def test_training_runs_and_resumes(device, tmp_path, kind):
     for _ in range(2):
         objective = _objective(kind, device)
         before = {name: p.detach().clone() for name, p in objective.model.named_parameters()}
-        cursor = BatchCursor(_Windows(), SECTION.global_batch, SECTION.micro_batch, device)
+        cursor = cursor_of_this_rank(RandomWindows(64, SHAPE.vocab_size), SECTION, device)
         keep = is_student_key if kind == "align" else None
         trainer = Trainer(kind, SECTION, objective, cursor, tmp_path, Console(quiet=True), keep)
         assert np.isfinite(trainer.run()["final_loss"])

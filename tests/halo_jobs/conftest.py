@@ -53,26 +53,30 @@ def tiny_tokenizer(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory, tiny_tokenizer) -> Path:
-    """A random Qwen3 folder of 4 layers."""
-    shape = ModelShape("tiny", 4, 32, 48, 2, 1, 16, 600, tied_embeddings=True, max_positions=512)
+def write_teacher(folder: Path, tokenizer: Path, *, layers: int) -> Path:
+    """A random Qwen3 folder."""
+    shape = ModelShape("tiny", layers, 32, 48, 2, 1, 16, 600, tied_embeddings=True, max_positions=512)
     generator = torch.Generator().manual_seed(1)
     plan = conversion_plan(shape, shape.teacher_mixers(), gated=False)
     tensors = {
         name: torch.ones(size) if "norm" in name else torch.randn(size, generator=generator) * 0.1
         for name, size in megatron_shapes(plan).items()
     }
-    folder = tmp_path_factory.mktemp("teacher") / "tiny"
     write_qwen3_folder(
         folder,
         tensors,
         shape,
-        tokenizer_folder=tiny_tokenizer,
+        tokenizer_folder=tokenizer,
         dtype=torch.float32,
         model_card="---\nlicense: apache-2.0\n---\ntiny\n",
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A random Qwen3 folder of 4 layers."""
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "tiny", tiny_tokenizer, layers=4)
 
 
 TRAINING = {

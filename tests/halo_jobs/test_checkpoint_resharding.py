@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +15,9 @@ from halo_training.models import write_shape
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.folder_job import run_job
 from hypenet_tools.layout import Layout
+from tests.support.halo import halo
 from tests.support.resume_grid import checkpoint_tensors
-from tests.support.small_ranks import Ranks, server
+from tests.support.small_ranks import Ranks, ranks_to_kill
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +31,7 @@ LAYOUTS = {"tp2": {"tensor": 2}, "distopt": {"distributed_optimizer": True}, "pp
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with server() as started:
+    with ranks_to_kill() as started:
         yield started
 
 
@@ -116,8 +115,7 @@ def test_a_damaged_checkpoint_is_not_given_new_checksums(trained, tmp_path):
 
 def test_the_command(trained, tmp_path):
     source = newest(trained["tp2"])
-    halo = [sys.executable, "-m", "halo_jobs.cli", "reshard", source, tmp_path / "out", "--pp", "2"]
-    done = subprocess.run([*halo], capture_output=True, text=True, check=False)
+    done = halo("reshard", source, tmp_path / "out", "--pp", 2)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert len(list((tmp_path / "out").glob("rank-*"))) == 2
     with pytest.raises(

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -10,7 +9,6 @@ from rich.console import Console
 from durable_files import write_json
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.release_sources import release_source, weights_source
-from halo_training.batches import BatchCursor
 from halo_training.checkpoint_weights import shape_of
 from halo_training.models import write_shape
 from halo_training.objectives import NextTokenObjective
@@ -25,16 +23,10 @@ from hypenet_tools.folder_job import run_job
 from hypenet_tools.inspection import inspect_model
 from hypenet_tools.layout import Layout
 from hypenet_tools.weights_folder import WeightsFolder
-from tokenized_data import Window
+from tests.support.windows import RandomWindows, cursor_of_this_rank
 
 SHAPE = ModelShape("tiny", 4, 32, 48, 4, 2, 8, 64, tied_embeddings=False)
 MIXERS = SHAPE.hybrid_mixers((1,))
-
-
-class _Windows:
-    def window(self, sample: int) -> Window:
-        tokens = np.random.default_rng(sample).integers(0, 64, 17)
-        return Window(tokens, np.ones(16, dtype=np.float32), "random", sample)
 
 
 @pytest.fixture
@@ -57,7 +49,7 @@ def trained(tmp_path):
     write_shape(run / "init" / "0", SHAPE)
     with model_parallel(seed=1):
         config = HypeNetConfig.from_shape(SHAPE, MIXERS, hybrid=True, dtype=torch.bfloat16)
-        cursor = BatchCursor(_Windows(), section.global_batch, section.micro_batch, torch.device("cpu"))
+        cursor = cursor_of_this_rank(RandomWindows(16, 64), section)
         objective = NextTokenObjective(HypeNetModel(config))
         trainer = Trainer("test", section, objective, cursor, stage, Console(quiet=True), None)
         trainer.run()

@@ -23,23 +23,8 @@ from durable_files import read_json
 from halo_jobs.cli import app
 from halo_jobs.commands.run import command_name
 from halo_reports.monitoring.readings import StageReading
+from tests.support.halo import error_sentence, halo, halo_command
 from tokenized_data import TokenStore, tokenize_text
-
-
-def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "halo_jobs.cli", *map(str, arguments)]
-
-
-def _halo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=200, check=False)
-
-
-def _error(result: subprocess.CompletedProcess[str], code: int) -> str:
-    """The sentence that is all of stderr."""
-    assert result.returncode == code, result.stdout + result.stderr
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def _weights(run: Path) -> str:
@@ -56,7 +41,9 @@ def finished(
     recipe = folder / "tiny.yaml"
     content = {**pipeline_recipe_content, "select": {"context_length": 128, "items": 4}}
     recipe.write_text(yaml.safe_dump(content))
-    done = _halo("run", recipe, "--runs", folder / "runs")
+    # A fresh interpreter: what libraries say while they are imported must not reach the terminal.
+    command = halo_command("run", recipe, "--runs", folder / "runs")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return recipe, folder / "runs" / "tiny", done
 
@@ -74,7 +61,7 @@ def test_nothing_but_progress_on_the_terminal(finished):
 def test_sweep_and_evaluations_on_ray(finished, tmp_path):
     recipe, whole, _ = finished
     options = ("--runs", tmp_path, "--executor", "ray", "--set", "fan_out.workers=2")
-    done = _halo("run", recipe, *options)
+    done = halo("run", recipe, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "tiny"
     assert _weights(run) == _weights(whole)
@@ -123,7 +110,7 @@ def test_printed_command_is_one_that_the_user_can_call(monkeypatch, invoked, on_
 
 def test_finished_run_to_a_folder_to_upload(finished, tmp_path):
     _, run, _ = finished
-    done = _halo("export", run, tmp_path / "release", "--shard-gb", "0.0001")
+    done = halo("export", run, tmp_path / "release", "--shard-gb", "0.0001")
     assert done.returncode == 0, done.stdout + done.stderr
     (published,) = run.glob("export/*/hypenet")
     card = (tmp_path / "release" / "README.md").read_text()
@@ -131,7 +118,7 @@ def test_finished_run_to_a_folder_to_upload(finished, tmp_path):
     assert "## Scores" in card and "## Data" in card and "layer selection" in card
     assert 'license: "apache-2.0"' in card, "the teacher's"
     assert len(list((tmp_path / "release").glob("model-*.safetensors"))) > 2
-    same = _halo("verify", published, tmp_path / "release", "--json")
+    same = halo("verify", published, tmp_path / "release", "--json")
     assert same.returncode == 0, same.stdout + same.stderr
     assert json.loads(same.stdout)["match"] is True
     assert json.loads(same.stdout).keys() <= words_of_help("verify")
@@ -140,7 +127,7 @@ def test_finished_run_to_a_folder_to_upload(finished, tmp_path):
 def test_weights_of_a_stage_say_how_they_came_about(finished):
     _, run, _ = finished
     (weights,) = run.glob("finetune.hybrid/*/hybrid")
-    done = _halo("inspect", weights, "--json")
+    done = halo("inspect", weights, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(done.stdout)
     assert facts.keys() <= words_of_help("inspect")
@@ -153,7 +140,7 @@ def test_weights_of_a_stage_say_how_they_came_about(finished):
 def test_interrupted_run_goes_on_to_the_same_weights(finished, tmp_path, number):
     recipe, whole, _ = finished
     rng = random.Random(f"{os.environ.get('HALO_TEST_SEED', '5')} {number}")
-    command = _command("run", recipe, "--runs", tmp_path)
+    command = halo_command("run", recipe, "--runs", tmp_path)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -179,7 +166,7 @@ def test_interrupted_run_goes_on_to_the_same_weights(finished, tmp_path, number)
         assert stderr == "interrupted; the same command resumes\n"
     with pytest.raises(ProcessLookupError):  # nobody is left of its session
         os.killpg(process.pid, 0)
-    again = _halo("run", recipe, "--runs", tmp_path)
+    again = halo("run", recipe, "--runs", tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert _weights(tmp_path / "tiny") == _weights(whole)
 
@@ -189,7 +176,7 @@ def test_training_asked_to_stop_saves_first(finished, tmp_path):
     changes = ("align.steps=100000", "align.checkpoint_every=100000", "align.recall_share=0")
     settings = [word for change in changes for word in ("--set", change)]
     process = subprocess.Popen(
-        _command("run", recipe, "--runs", tmp_path, *settings), stderr=subprocess.PIPE, text=True
+        halo_command("run", recipe, "--runs", tmp_path, *settings), stderr=subprocess.PIPE, text=True
     )
     while not any(path.read_text().count("\n") >= 2 for path in tmp_path.glob("tiny/align/*/metrics.jsonl")):
         assert process.poll() is None, process.communicate()[1]
@@ -220,14 +207,14 @@ def small_disk(mounted_disk) -> Path:
 
 def test_full_disk(finished, small_disk):
     recipe, whole, _ = finished
-    message = _error(_halo("run", recipe, "--runs", small_disk), 1)
+    message = error_sentence(halo("run", recipe, "--runs", small_disk), 1)
     (align,) = (small_disk / "tiny" / "align").iterdir()
     assert f"{align} cannot be written: No space left on device" in message
     assert "free some space there" in message
     kept = {path: path.stat().st_mtime_ns for path in small_disk.rglob("DONE.json")}
     assert [path.parent.parent.name for path in sorted(kept)] == ["init", "recall.128", "tokenize"]
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
-    again = _halo("run", recipe, "--runs", small_disk)
+    again = halo("run", recipe, "--runs", small_disk)
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert _weights(small_disk / "tiny") == _weights(whole)
@@ -236,14 +223,14 @@ def test_full_disk(finished, small_disk):
 def test_read_only_disk(finished, small_disk):
     recipe, _, _ = finished
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    message = _error(_halo("run", recipe, "--runs", small_disk / "runs"), 1)
+    message = error_sentence(halo("run", recipe, "--runs", small_disk / "runs"), 1)
     assert f"{small_disk / 'runs'}" in message and "remount it writable" in message
 
 
 def test_training_that_diverges(finished, tmp_path):
     recipe, _, _ = finished
     settings = ["--set", "align.learning_rate=1e30", "--set", "align.warmup_steps=0"]
-    message = _error(_halo("run", recipe, "--runs", tmp_path, *settings), 1)
+    message = error_sentence(halo("run", recipe, "--runs", tmp_path, *settings), 1)
     assert "stage align failed: " in message and "lower the learning rate" in message
     (saved,) = (tmp_path / "tiny" / "align").glob("*/bad_batch.json")
     batch = read_json(saved)
@@ -259,14 +246,14 @@ def test_teacher_that_is_not_finite(finished, tiny_teacher, tmp_path):
     tensors = load_file(file)
     tensors[name][3, 5] = torch.nan
     save_file(tensors, file)
-    message = _error(_halo("run", recipe, "--runs", tmp_path, "--set", f"teacher={teacher}"), 2)
+    message = error_sentence(halo("run", recipe, "--runs", tmp_path, "--set", f"teacher={teacher}"), 2)
     assert f"{file}: tensor {name} holds NaN or infinite values; " in message
 
 
 def test_malformed_line(tiny_corpus, tiny_tokenizer, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text((tiny_corpus / "text.jsonl").read_text() + '{"text": "cut sho')
-    message = _error(_halo("tokenize", text, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "store"), 2)
+    message = error_sentence(halo("tokenize", text, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "store"), 2)
     assert f"{text}:61 " in message
     assert sorted(tmp_path.iterdir()) == [text]
 
@@ -275,7 +262,7 @@ def test_corrupt_parquet_ends_a_run(finished, tmp_path):
     recipe, _, _ = finished
     text = tmp_path / "text.parquet"
     text.write_bytes(b"PAR1" + bytes(100) + b"PAR1")
-    message = _error(_halo("run", recipe, "--runs", tmp_path, "--set", f"corpus.train=[{text}]"), 2)
+    message = error_sentence(halo("run", recipe, "--runs", tmp_path, "--set", f"corpus.train=[{text}]"), 2)
     assert f"{text} is not a readable parquet file" in message and "fetch it again" in message
 
 
@@ -290,7 +277,7 @@ def test_store_of_another_tokenizer(finished, tiny_corpus, tiny_tokenizer, tmp_p
     store = tmp_path / "runs" / "tiny" / "tokenize" / stage.name / "train"
     store.parent.mkdir(parents=True)
     tokenize_text([tiny_corpus], foreign, store)
-    message = _error(_halo("run", recipe, "--runs", tmp_path / "runs"), 2)
+    message = error_sentence(halo("run", recipe, "--runs", tmp_path / "runs"), 2)
     assert f"{store} was made with the tokenizer" in message
     assert "tokenize the text again" in message
 
@@ -308,32 +295,32 @@ def test_status_and_report_of_an_unfinished_run(finished, tmp_path):
     (attempt / "exit.json").write_text(json.dumps(end))
     with open(attempt.parent / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 4, "lo')
-    seen = _halo("status", run)
+    seen = halo("status", run)
     assert seen.returncode == 0, seen.stderr
     rows = {line.split()[0]: line for line in seen.stdout.splitlines()[:-1] if line.strip()}
     last = json.loads((attempt.parent / "metrics.jsonl").read_text().splitlines()[2])
     assert "failed" in rows["finetune.hybrid"] and f"{last['loss']:.4g}" in rows["finetune.hybrid"]
     assert "done" in rows["align"]
     assert seen.stdout.splitlines()[-1] == "finetune.hybrid failed: the [disk] was full"
-    written = _halo("report", run)
+    written = halo("report", run)
     assert written.returncode == 0, written.stderr
     page = (run / "report.html").read_text()
     assert "Layer importance" in page or "Which layers stay attention" in page
 
 
 def test_status_of_what_is_no_run(tmp_path):
-    assert "is not a run's folder" in _error(_halo("status", tmp_path), 2)
+    assert "is not a run's folder" in error_sentence(halo("status", tmp_path), 2)
 
 
 def test_tokenize_makes_a_store_once(tiny_corpus, tiny_tokenizer, tmp_path):
     arguments = ("tokenize", tiny_corpus, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "store")
     (tmp_path / "store.unfinished-deadbeef").mkdir()  # of one that was killed
-    made = _halo(*arguments)
+    made = halo(*arguments)
     assert made.returncode == 0, made.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     store = TokenStore.open(tmp_path / "store")
     assert f"{store.num_tokens:,} tokens in 60 documents" in made.stdout
-    assert "already exists" in _error(_halo(*arguments), 2)
+    assert "already exists" in error_sentence(halo(*arguments), 2)
 
 
 def test_help_loads_nothing_heavy():
@@ -344,7 +331,7 @@ def test_help_loads_nothing_heavy():
     )
     loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
-    shown = _halo("--help")
+    shown = halo("--help")
     assert shown.returncode == 0
     for command in ("demo", "run", "status", "logs", "metrics", "report", "tokenize", "generate", "doctor"):
         assert f"│ {command} " in shown.stdout
@@ -361,7 +348,7 @@ def test_keys_of_status_are_in_its_help():
 def test_inspect_without_json_is_readable(finished):
     _, run, _ = finished
     (weights,) = run.glob("finetune.hybrid/*/hybrid")
-    shown = _halo("inspect", weights)
+    shown = halo("inspect", weights)
     assert shown.returncode == 0, shown.stderr
     assert f"folder: {weights}\nkind: " in shown.stdout and "\nlayout:\n  tensor: 1\n" in shown.stdout
 

@@ -25,7 +25,7 @@ from halo_training.checkpointing import TrainingCheckpoints
 from halo_training.supervision.stop import STOP_FILE
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.model_weights import read_weights
-from tests.support.small_ranks import EVERY, SAVED, STEPS, Ranks, World, server
+from tests.support.small_ranks import EVERY, SAVED, STEPS, Ranks, World, ranks_to_kill
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +39,7 @@ GOES_ON = "the same command resumes from the last checkpoint"
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with server() as started:
+    with ranks_to_kill() as started:
         yield started
 
 

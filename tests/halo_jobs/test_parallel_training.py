@@ -23,9 +23,9 @@ from tests.support.training_grid import (
     SINGLE,
     Cell,
     numbers,
-    run_ranks,
     save_whole_weights,
     train,
+    train_in_ranks,
 )
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5  # relative
@@ -67,11 +67,9 @@ def _deviations(cells: list[Cell], folder: Path, single: Path) -> dict[str, tupl
     return found
 
 
-def _assert_equal_to_single(
-    ranks: int, cells: list[Cell], weights: Path, single: Path, folder: Path
-):
+def _assert_equal_to_single(ranks: int, cells: list[Cell], weights: Path, single: Path, folder: Path):
     assert len({cell.name for cell in cells}) == len(cells)
-    run_ranks(ranks, cells, weights, folder)
+    train_in_ranks(ranks, cells, weights, folder)
     deviations = _deviations(cells, folder, single)
     apart = {
         name: (loss, norm)

@@ -11,7 +11,7 @@ from hypenet_megatron.presets import HYPENET_PRESETS
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED_RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_load_by_name(path, monkeypatch):
+def test_shipped_recipes_load_by_name(path):
     recipe = load_recipe(path.with_suffix("").relative_to(SHIPPED_RECIPES))
     assert recipe.name == path.stem
     assert isinstance(recipe, PretrainRecipe if path.stem.startswith("teacher") else ConversionRecipe)

@@ -24,7 +24,8 @@ import yaml
 from durable_files import read_json, write_json
 from halo_cluster.slurm.queue import live_jobs
 from tests.support.fault_table import FaultRow
-from tests.support.slurm_runs import ON_SLURM, TOGETHER, SlurmRun, halo, run_command, slowed, trained_weights
+from tests.support.halo import checked_halo
+from tests.support.slurm_runs import ON_SLURM, TOGETHER, SlurmRun, run_command, slowed, trained_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 SETTINGS = (*TOGETHER, "align.steps=120", "align.checkpoint_every=10", "align.watchdog_seconds=20")
@@ -222,7 +223,7 @@ def test_disk_full(training_on_small_disk):
     assert (
         last.startswith("error: ") and "No space left on device" in last and "free some space there" in last
     )
-    assert "No space left on device" in halo("status", run.runs / "tiny")
+    assert "No space left on device" in checked_halo("status", run.runs / "tiny")
     filler.unlink()
     since = time.monotonic()
     attempts = len(run.attempts())

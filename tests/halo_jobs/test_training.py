@@ -2,12 +2,10 @@
 
 import io
 import json
-import math
 import re
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -24,7 +22,7 @@ from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import model_parallel, reset_seeds
 from hypenet_tools.model_weights import load_weights, read_weights, save_weights
-from tokenized_data import Window
+from tests.support.windows import RandomWindows
 
 SHAPE = ModelShape("tiny", 4, 32, 48, 4, 2, 8, 64, tied_embeddings=True)
 SECTION = TrainingSection(
@@ -36,20 +34,7 @@ SECTION = TrainingSection(
     warmup_steps=2,
     checkpoint_every=3,
 )
-
-
-class _Windows:
-    """Random windows; sample `poisoned` has loss weight NaN, as a broken store might."""
-
-    def __init__(self, poisoned: int | None = None):
-        self.poisoned = poisoned
-
-    def window(self, sample: int) -> Window:
-        rng = np.random.default_rng(sample)
-        weights = np.where(rng.random(16) < 0.5, 1.0, 4.0).astype(np.float32)
-        if sample == self.poisoned:
-            weights[:] = math.nan
-        return Window(rng.integers(0, 64, 17), weights, "random", sample)
+WINDOWS = RandomWindows(16, 64)
 
 
 def _objective(kind: str, dtype: torch.dtype):
@@ -65,7 +50,7 @@ def _objective(kind: str, dtype: torch.dtype):
 
 def _trainer(folder: Path, kind: str, dtype=torch.float32, section=SECTION, windows=None) -> Trainer:
     cursor = BatchCursor(
-        windows or _Windows(), section.global_batch, section.micro_batch, torch.device("cpu")
+        windows or WINDOWS, section.global_batch, section.micro_batch, torch.device("cpu")
     )
     keep = is_student_key if kind == "align" else None
     return Trainer("test", section, _objective(kind, dtype), cursor, folder, Console(quiet=True), keep)
@@ -88,7 +73,7 @@ def test_resume_is_bit_exact(world, tmp_path, kind, dtype):
     whole.run()
     # Stopped in the middle: the schedule is that of 8 steps, but a NaN in step 8's data ends the run at step 7.
     stopped = _trainer(
-        tmp_path / "stopped", kind, dtype, windows=_Windows(poisoned=60) if kind != "align" else None
+        tmp_path / "stopped", kind, dtype, windows=RandomWindows(16, 64, poisoned=60) if kind != "align" else None
     )
     if kind == "align":
         stopped.objective.accumulate = _stop_after(stopped.objective.accumulate, 7)
@@ -135,7 +120,7 @@ def test_distillation_starts_at_zero_for_equal_models(world):
     teacher, student = HypeNetModel(config), HypeNetModel(config)
     student.load_state_dict(teacher.state_dict())
     objective = DistillationObjective(student, teacher)
-    cursor = BatchCursor(_Windows(), 4, 2, torch.device("cpu"))
+    cursor = BatchCursor(WINDOWS, 4, 2, torch.device("cpu"))
     assert abs(float(objective.accumulate(cursor.batches(0)))) < 1e-6
 
 
@@ -200,7 +185,7 @@ def test_long_waits_for_a_save_are_spoken_of(world, tmp_path, monkeypatch):
 
 
 def test_nan_stops_and_names_the_batch(world, tmp_path):
-    trainer = _trainer(tmp_path, "finetune", windows=_Windows(poisoned=29))
+    trainer = _trainer(tmp_path, "finetune", windows=RandomWindows(16, 64, poisoned=29))
     with pytest.raises(TrainingDiverged, match=r"loss is nan at step 4 \(samples 24 to 31\)"):
         trainer.run()
     bad = json.loads((tmp_path / "bad_batch.json").read_text())
@@ -231,10 +216,10 @@ def test_weights_folder_round_trip(world, tmp_path):
 @pytest.mark.parametrize(("data_ranks", "context_ranks"), [(2, 1), (4, 1), (1, 2), (2, 4)])
 def test_any_world_reads_the_batches_of_one_rank(data_ranks, context_ranks):
     """Micro-batches go round the data-parallel ranks in order; context-parallel ranks have slices of the same ones."""
-    one = BatchCursor(_Windows(), 8, 2, torch.device("cpu"))
+    one = BatchCursor(WINDOWS, 8, 2, torch.device("cpu"))
     ranks = [
         [
-            BatchCursor(_Windows(), 8, 2, torch.device("cpu"), data, data_ranks, context, context_ranks)
+            BatchCursor(WINDOWS, 8, 2, torch.device("cpu"), data, data_ranks, context, context_ranks)
             for context in range(context_ranks)
         ]
         for data in range(data_ranks)
@@ -253,4 +238,4 @@ def test_any_world_reads_the_batches_of_one_rank(data_ranks, context_ranks):
 
 def test_batches_that_cannot_be_dealt_out():
     with pytest.raises(ValueError, match="data-parallel ranks"):
-        BatchCursor(_Windows(), 6, 2, torch.device("cpu"), 0, 2)
+        BatchCursor(WINDOWS, 6, 2, torch.device("cpu"), 0, 2)

@@ -8,7 +8,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -26,20 +25,13 @@ from halo_reports.monitoring.exporter import MetricsServer, exposition, read_or_
 from halo_reports.monitoring.families import ALL_METRICS, EXTRA_LABELS
 from halo_reports.monitoring.readings import last_metrics, read_run
 from halo_training.progress import peak_memory
+from tests.support.halo import halo, halo_command
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "watching.md"
 DASHBOARD = ROOT / "halo_jobs" / "assets" / "grafana" / "halo.json"
 STEPS = 100_000
 SAVED = 25  # training saves twice in `checkpoint_every` steps
-
-
-def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "halo_jobs.cli", *map(str, arguments)]
-
-
-def _halo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +43,7 @@ def training_run(tmp_path_factory, pipeline_recipe_content) -> Iterator[Path]:
     select = {"context_length": 128, "items": 4}
     recipe.write_text(yaml.safe_dump({**pipeline_recipe_content, "finetune": finetune, "select": select}))
     with open(folder / "out.txt", "w") as out:
-        process = subprocess.Popen(_command("run", recipe, "--runs", folder / "runs"), stdout=out, stderr=out)
+        process = subprocess.Popen(halo_command("run", recipe, "--runs", folder / "runs"), stdout=out, stderr=out)
     run = folder / "runs" / "tiny"
     try:
         while not any(run.glob("finetune.hybrid/*/checkpoints/step-????????")):
@@ -65,7 +57,7 @@ def training_run(tmp_path_factory, pipeline_recipe_content) -> Iterator[Path]:
 
 
 def test_status_while_it_trains(training_run):
-    seen = _halo("status", training_run, "--json")
+    seen = halo("status", training_run, "--json")
     assert seen.returncode == 0, seen.stderr
     stages = {stage["stage"]: stage for stage in json.loads(seen.stdout)["stages"]}
     finetune, select, init = (stages[name] for name in ("finetune.hybrid", "select", "init"))
@@ -78,18 +70,18 @@ def test_status_while_it_trains(training_run):
     assert finetune["host_memory_bytes"] > 10**7
     assert select["state"] == "done" and select["tasks_done"] == select["tasks"] > 1
     assert init["progress"] == 1.0 and init["step"] is None and init["seconds_left"] is None
-    table = _halo("status", training_run).stdout
+    table = halo("status", training_run).stdout
     (row,) = (line for line in table.splitlines() if "finetune.hybrid" in line)
     assert re.search(rf"running +1 +░+ +[\d,]+/{STEPS:,} .*{socket.gethostname()}", row)
 
 
 def test_logs_of_a_stage(training_run):
-    shown = _halo("logs", training_run, "align")
+    shown = halo("logs", training_run, "align")
     assert shown.returncode == 0, shown.stderr
     assert f"== attempt 1 on {socket.gethostname()}: log.txt" in shown.stdout
     assert re.search(r"align: 6/6  loss .* tokens/s", shown.stdout)
     assert shown.stdout.splitlines()[-1] == "== align done"
-    absent = _halo("logs", training_run, "alin")
+    absent = halo("logs", training_run, "alin")
     assert absent.returncode == 2
     assert "has begun no stage 'alin'; begun are: tokenize, " in absent.stderr
 
@@ -142,7 +134,7 @@ def _get(url: str, token: str | None = None) -> tuple[int, str]:
 def _served(run: Path, token_file: Path) -> tuple[subprocess.Popen[str], int]:
     """`halo metrics`, running, and the port that it printed."""
     server = subprocess.Popen(
-        _command("metrics", run, "--port", 0, "--token-file", token_file),
+        halo_command("metrics", run, "--port", 0, "--token-file", token_file),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -170,13 +162,13 @@ def test_metrics_are_for_those_who_have_the_token(training_run, tmp_path):
             c.laddr for c in psutil.Process(server.pid).net_connections("tcp") if c.status == "LISTEN"
         ]
         assert listening == [("127.0.0.1", port)]
-        taken = _halo("metrics", training_run, "--port", port, "--token-file", token_file)
+        taken = halo("metrics", training_run, "--port", port, "--token-file", token_file)
         assert taken.returncode == 2 and "choose another with --port, or 0" in taken.stderr
     finally:
         server.terminate()
         server.wait(20)
     token_file.chmod(0o640)
-    refused = _halo("metrics", training_run, "--token-file", token_file)
+    refused = halo("metrics", training_run, "--token-file", token_file)
     assert refused.returncode == 2 and f"run `chmod 600 {token_file}`" in refused.stderr
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,14 +17,7 @@ from halo_cluster.jobs import StageJob
 from halo_reports.monitoring.exporter import exposition
 from halo_reports.monitoring.readings import read_run
 from halo_training.progress import ProgressReporter
-
-
-def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "halo_jobs.cli", *map(str, arguments)]
-
-
-def _halo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=60, check=False)
+from tests.support.halo import halo, halo_command
 
 
 def test_logs_follow_across_attempts_until_done(tmp_path):
@@ -35,7 +27,7 @@ def test_logs_follow_across_attempts_until_done(tmp_path):
         record.begin_attempt().log(f"work of attempt {number}")
     first, second = record.folder / "attempt.1", record.folder / "attempt.2"
     follower = subprocess.Popen(
-        _command("logs", tmp_path, "align", "--follow"), stdout=subprocess.PIPE, text=True
+        halo_command("logs", tmp_path, "align", "--follow"), stdout=subprocess.PIPE, text=True
     )
     assert follower.stdout is not None
     lines = iter(follower.stdout.readline, "")
@@ -78,7 +70,7 @@ def submitted_run(tmp_path) -> Path:
 
 
 def test_job_that_began_no_attempt(submitted_run):
-    shown = _halo("logs", submitted_run, "align")
+    shown = halo("logs", submitted_run, "align")
     assert shown.stdout.splitlines() == [
         "== the scheduler's log: 12_0_log.out",
         "job 12: python: not found",
@@ -98,14 +90,14 @@ def test_status_asks_slurm_why_a_stage_waits(submitted_run, tmp_path_factory, mo
     squeue.write_text(f"#!/bin/sh\necho '12|PENDING|Resources||{name}'\necho '13|RUNNING|None|n1|other'\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    shown = _halo("status", submitted_run)
+    shown = halo("status", submitted_run)
     assert shown.stdout.splitlines()[-1] == "align is job 12, pending (Resources)"
-    stage = json.loads(_halo("status", submitted_run, "--json").stdout)["stages"][0]
+    stage = json.loads(halo("status", submitted_run, "--json").stdout)["stages"][0]
     assert (stage["state"], stage["queue"]["reason"]) == ("pending", "Resources")
     squeue.write_text(
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
     )
-    away = _halo("status", submitted_run)
+    away = halo("status", submitted_run)
     assert away.returncode == 0 and "pending" in away.stdout
     assert "Unable to contact slurm controller; showing what the run's folder says" in away.stderr
 
@@ -116,10 +108,10 @@ def test_status_of_a_stage_on_a_node_that_is_gone(submitted_run):
     begun = {"host": "node7", "pid": 5, "birth": "x", "started": "2026-01-01T00:00:00+00:00"}
     (attempt / "started.json").write_text(json.dumps(begun))
     (attempt / "heartbeat").write_text("         90.000\n")
-    assert "last heartbeat" not in _halo("status", submitted_run).stdout
+    assert "last heartbeat" not in halo("status", submitted_run).stdout
     long_ago = time.time() - 600
     os.utime(attempt / "heartbeat", (long_ago, long_ago))
-    shown = _halo("status", submitted_run).stdout
+    shown = halo("status", submitted_run).stdout
     assert re.search(r"align +running", shown)
     assert re.search(r"align sent its last heartbeat 10 min 0\d s ago; node7 may be down, or the disk slow", shown)
 

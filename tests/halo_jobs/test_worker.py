@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import yaml
 from durable_files import read_json
 from halo_cluster import Nodes
 from halo_jobs.worker import join_processes
+from tests.support.halo import halo_command, set_options
 
 TWO = ("layout.processes=2", "layout.pipeline=2")
 
@@ -26,8 +26,7 @@ def recipe(pipeline_recipe_content, tmp_path):
 
 
 def _start(recipe: Path, runs: Path, *changes: str) -> subprocess.Popen[str]:
-    settings = [word for change in changes for word in ("--set", change)]
-    command = [sys.executable, "-m", "halo_jobs.cli", "run", str(recipe), "--runs", str(runs), *settings]
+    command = halo_command("run", recipe, "--runs", runs, *set_options(*changes))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

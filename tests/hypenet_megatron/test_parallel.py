@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from halo_training.batches import TokenBatch
@@ -18,7 +17,7 @@ from hypenet_megatron.model import HypeNetModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, model_parallel
 from hypenet_tools.model_weights import load_weights, read_weights, save_weights
-from tests.support.world import describe_world
+from tests.support.fork_server import run_ranks
 
 RANKS = 2
 SHAPE = ModelShape("tiny", 3, 48, 80, 4, 2, 16, 96, tied_embeddings=False)
@@ -77,8 +76,6 @@ def _measured(model: HypeNetModel) -> dict[str, np.ndarray]:
 
 
 def _rank_main(rank: int, folder: Path) -> None:
-    describe_world(rank, RANKS, folder / "world")
-    torch.set_num_threads(1)
     with model_parallel(ParallelLayout(tensor=RANKS), seed=7):
         for sequence_parallel in (False, True):
             model = _model(tensor_parallel=RANKS, sequence_parallel=sequence_parallel)
@@ -102,7 +99,7 @@ def test_tensor_parallel_equals_one_process(megatron_cpu, tmp_path):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     save_weights(tmp_path / "one", single)
     expected = _measured(single)
-    torch.multiprocessing.spawn(_rank_main, (tmp_path,), nprocs=RANKS)
+    run_ranks(RANKS, _rank_main, tmp_path)
 
     assert np.abs(expected["logits"]).max() > 0.5
     for sequence_parallel in (False, True):

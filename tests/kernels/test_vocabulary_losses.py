@@ -1,14 +1,15 @@
 """Chunked losses against torch's own, values and gradients."""
 
-import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 
 from hypenet_kernels import chunked_cross_entropy, chunked_kl_divergence
+from hypenet_megatron.runtime import joined_world
+from tests.support.fork_server import run_ranks
 
 TOKENS, HIDDEN, VOCABULARY = 23, 8, 12
 
@@ -69,9 +70,12 @@ def test_kl_of_equal_models_is_zero():
     assert abs(float(chunked_kl_divergence(hidden, weight, hidden, weight, token_weights))) < 1e-6
 
 
-def _vocabulary_parallel(rank: int, port: int, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _vocabulary_parallel(rank: int, folder: Path):
+    with joined_world():
+        _vocabulary_parallel_in_world(rank, folder)
+
+
+def _vocabulary_parallel_in_world(rank: int, folder: Path):
     hidden, weight, teacher_hidden, teacher_weight, labels, token_weights = _inputs()
     rows = slice(rank * VOCABULARY // 2, (rank + 1) * VOCABULARY // 2)
     hidden.requires_grad_()
@@ -89,13 +93,11 @@ def _vocabulary_parallel(rank: int, port: int, results):
         hidden, mine, labels, token_weights, group=dist.group.WORLD, chunk_tokens=7
     )
     gradients = torch.autograd.grad(kl + cross_entropy, (hidden, mine))
-    results[rank] = [kl.item(), cross_entropy.item(), *(g.tolist() for g in gradients)]
-    dist.destroy_process_group()
+    torch.save([kl, cross_entropy, *gradients], folder / f"rank-{rank}.pt")
 
 
-def test_vocabulary_split_over_two_ranks(free_port):
-    results = multiprocessing.get_context("spawn").Manager().dict()
-    multiprocessing.spawn(_vocabulary_parallel, (free_port, results), nprocs=2)
+def test_vocabulary_split_over_two_ranks(tmp_path):
+    run_ranks(2, _vocabulary_parallel, tmp_path)
     hidden, weight, teacher_hidden, teacher_weight, labels, token_weights = _inputs()
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -103,9 +105,9 @@ def test_vocabulary_split_over_two_ranks(free_port):
     cross_entropy = (F.cross_entropy(hidden @ weight.t(), labels, reduction="none") * token_weights).sum()
     hidden_gradient, weight_gradient = torch.autograd.grad(kl + cross_entropy, (hidden, weight))
     for rank in range(2):
-        their_kl, their_cross_entropy, their_hidden, their_weight = results[rank]
-        assert their_kl == pytest.approx(kl.item(), rel=1e-5)
-        assert their_cross_entropy == pytest.approx(cross_entropy.item(), rel=1e-5)
+        their_kl, their_cross_entropy, their_hidden, their_weight = torch.load(tmp_path / f"rank-{rank}.pt")
+        assert their_kl.item() == pytest.approx(kl.item(), rel=1e-5)
+        assert their_cross_entropy.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
         half = weight_gradient[rank * VOCABULARY // 2 : (rank + 1) * VOCABULARY // 2]
-        torch.testing.assert_close(torch.tensor(their_hidden).double(), hidden_gradient, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(torch.tensor(their_weight).double(), half, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(their_hidden, hidden_gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(their_weight, half, rtol=1e-4, atol=1e-5)

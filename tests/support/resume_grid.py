@@ -1,6 +1,6 @@
 """Save at one layout, load at another: a task trains from the start, or goes on from what another task saved.
 
-`run` spawns processes once per number of ranks.
+`run` starts processes once for each number of ranks.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from megatron.core import parallel_state
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
 from durable_files import read_json
-from halo_training.batches import BatchCursor
 from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
 from halo_training.models import is_student_key
 from halo_training.optimizer import build_optimizer
 from halo_training.trainer import Trainer
 from hypenet_megatron.runtime import ParallelLayout, joined_world, model_parallel
 from hypenet_tools.model_weights import save_weights
-from tests.support.training_grid import SECTION, Cell, RandomWindows, objective_of
-from tests.support.world import describe_world
+from tests.support.fork_server import run_ranks
+from tests.support.training_grid import SECTION, WINDOWS, Cell, objective_of
+from tests.support.windows import cursor_of_this_rank
 
 SAVED_STEP = 3
 RESUMED_SECTION = SECTION.model_copy(update={"checkpoint_every": 2 * SAVED_STEP})
@@ -64,16 +62,7 @@ class Task:
 
 
 def _trainer(cell: Cell, weights: Path, folder: Path) -> Trainer:
-    cursor = BatchCursor(
-        RandomWindows(),
-        SECTION.global_batch,
-        SECTION.micro_batch,
-        torch.device("cpu"),
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-        parallel_state.get_context_parallel_rank(),
-        parallel_state.get_context_parallel_world_size(),
-    )
+    cursor = cursor_of_this_rank(WINDOWS, SECTION)
     keep = is_student_key if cell.kind == "align" else None
     objective = objective_of(cell, weights)
     return Trainer(cell.name, RESUMED_SECTION, objective, cursor, folder, Console(quiet=True), keep)
@@ -127,9 +116,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     return whole
 
 
-def _rank_main(rank: int, ranks: int, meeting: Path, tasks: Sequence[Task], weights: Path, root: Path) -> None:
-    describe_world(rank, ranks, meeting)
-    torch.set_num_threads(1)
+def _rank_main(rank: int, tasks: Sequence[Task], weights: Path, root: Path) -> None:
     with joined_world():
         for task in tasks:
             with model_parallel(task.world.layout, seed=7):
@@ -140,4 +127,4 @@ def run(tasks: Sequence[Task], weights: Path, root: Path) -> None:
     """All `tasks`, those of one number of ranks one after the other in the same processes."""
     for ranks in sorted({task.world.ranks for task in tasks}):
         here = [task for task in tasks if task.world.ranks == ranks]
-        torch.multiprocessing.spawn(_rank_main, (ranks, root / f"world-{ranks}", here, weights, root), nprocs=ranks)
+        run_ranks(ranks, _rank_main, here, weights, root, seconds=2500)

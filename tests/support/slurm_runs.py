@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from halo_cluster.jobs import LiveJob
 from halo_cluster.slurm.queue import live_jobs
 from scripts.slurm_sandbox.nodes import processes_of_jobs
 from tests.support.cluster_sandbox import SlurmSandbox
+from tests.support.halo import checked_halo, halo_command, set_options
 
 TOGETHER = ("layout.processes=2", "layout.pipeline=2", "select.baselines=[]")
 ON_SLURM = ("cluster.nodes=2", "cluster.time_minutes=20", "cluster.backoff_seconds=1")
@@ -29,8 +29,7 @@ TRAINED = ("align", "distill.hybrid", "finetune.hybrid")
 
 
 def run_command(recipe: Path, runs: Path, settings: tuple[str, ...], *options: str) -> list[str]:
-    words = [word for setting in settings for word in ("--set", setting)]
-    return [sys.executable, "-m", "halo_jobs.cli", "run", str(recipe), "--runs", str(runs), *words, *options]
+    return halo_command("run", recipe, "--runs", runs, *set_options(*settings), *options)
 
 
 def trained_weights(runs: Path, stages: tuple[str, ...] = TRAINED) -> dict[str, dict[str, str]]:
@@ -40,14 +39,6 @@ def trained_weights(runs: Path, stages: tuple[str, ...] = TRAINED) -> dict[str, 
         stage: {name: digest for name, digest in records[stage]["outputs"].items() if "safetensors" in name}
         for stage in stages
     }
-
-
-def halo(*words: str | Path) -> str:
-    """What another command of halo prints."""
-    command = [sys.executable, "-m", "halo_jobs.cli", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @dataclass
@@ -161,7 +152,7 @@ class SlurmRun:
             return len(self.attempts()) > attempts
 
         self.slurm.until(begun, "the next attempt", seconds=150)
-        said = halo("status", self.runs / "tiny")
+        said = checked_halo("status", self.runs / "tiny")
         self.slurm.until(lambda: self.steps() > reached, f"a step after {reached}", seconds=120)
         return said, time.monotonic() - since
 

@@ -10,16 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
-from megatron.core import parallel_state
 from rich.console import Console
 from torch import Tensor
 
 from halo_cluster import StopRequested
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.terminal import STOPPED_EXIT_CODE, sentence
-from halo_training.batches import BatchCursor, TokenBatch
+from halo_training.batches import TokenBatch
 from halo_training.checkpointing import saver
 from halo_training.objectives import NextTokenObjective
 from halo_training.trainer import Trainer
@@ -28,19 +26,13 @@ from hypenet_megatron.model import build_model
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, cpu_backend, model_parallel, reset_seeds
 from hypenet_tools.model_weights import save_weights
+from tests.support.fork_server import describe_world
 from tests.support.small_ranks import EVERY, STEPS, Job
-from tests.support.world import describe_world
-from tokenized_data import Window
+from tests.support.windows import RandomWindows, cursor_of_this_rank
 
 cpu_backend.install()
 SHAPE = ModelShape("tiny", 2, 32, 48, 4, 2, 8, 64, tied_embeddings=True)
 CONTEXT = 16
-
-
-class _Windows:
-    def window(self, sample: int) -> Window:
-        rng = np.random.default_rng(sample)
-        return Window(rng.integers(0, 64, CONTEXT + 1), np.ones(CONTEXT, np.float32), "random", sample)
 
 
 class _Objective(NextTokenObjective):
@@ -64,7 +56,7 @@ class _Objective(NextTokenObjective):
 
 def _train(job: Job, rank: int) -> None:
     layout = ParallelLayout(**job.layout)
-    with model_parallel(layout, seed=7) as device:
+    with model_parallel(layout, seed=7):
         section = TrainingSection(
             steps=STEPS,
             context_length=CONTEXT,
@@ -75,14 +67,7 @@ def _train(job: Job, rank: int) -> None:
             checkpoint_every=EVERY,
             watchdog_seconds=job.watchdog_seconds,
         )
-        cursor = BatchCursor(
-            _Windows(),
-            8,
-            2,
-            device,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-        )
+        cursor = cursor_of_this_rank(RandomWindows(CONTEXT, SHAPE.vocab_size), section)
         folder = Path(job.folder)
         objective = _Objective(job, rank, layout)
         trainer = Trainer("small", section, objective, cursor, folder, Console(quiet=True))
@@ -106,7 +91,7 @@ def _stretch_writes(job: Job, rank: int) -> None:
 
 
 def main(job: Job, rank: int) -> NoReturn:
-    """Never returns to the server that was forked."""
+    """The whole life of one rank."""
     describe_world(rank, job.ranks, Path(job.meeting))
     os.dup2(os.open(f"{job.folder}/stderr.{os.getpid()}", os.O_WRONLY | os.O_CREAT), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,7 +1,7 @@
 """The grid of trainings that have to come out the same: kinds of training x parallel layouts x tied and untied heads.
 
-`train` runs one cell with the real trainer from whole weights on disk. `run_ranks` spawns a world once and runs all
-cells of that size in it.
+`train` runs one cell with the real trainer from whole weights on disk. `train_in_ranks` starts a world of processes
+once and runs all cells of that size in it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import torch
-import torch.multiprocessing
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from rich.console import Console
 
 from halo_jobs.recipe import TrainingSection
 from halo_training import objectives
-from halo_training.batches import BatchCursor
 from halo_training.models import ModelBuilder
 from halo_training.objectives import (
     AlignmentObjective,
@@ -38,8 +34,8 @@ from hypenet_megatron.model import LocalModel, build_model
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout, joined_world, model_parallel, reset_seeds
 from hypenet_tools.model_weights import load_weights, save_weights
-from tests.support.world import describe_world
-from tokenized_data import Window
+from tests.support.fork_server import run_ranks
+from tests.support.windows import RandomWindows, cursor_of_this_rank
 
 LAYOUTS = {  # by the number of ranks
     2: [
@@ -115,13 +111,7 @@ class Cell:
         return f"{self.kind}-{'tied' if self.tied else 'untied'}-{sizes}"
 
 
-class RandomWindows:
-    """Sample n is the same random tokens and weights everywhere."""
-
-    def window(self, sample: int) -> Window:
-        rng = np.random.default_rng(sample)
-        weights = np.where(rng.random(CONTEXT_LENGTH) < 0.5, 1.0, 4.0).astype(np.float32)
-        return Window(rng.integers(0, 96, CONTEXT_LENGTH + 1), weights, "random", sample)
+WINDOWS = RandomWindows(CONTEXT_LENGTH, 96)
 
 
 def _model(part: str, tied: bool, layout: ParallelLayout) -> LocalModel:
@@ -175,16 +165,7 @@ def train(cell: Cell, weights: Path, folder: Path) -> None:
         save_weights(folder / cell.name / FRESH, builder.fresh_teacher(seed=5))
     if cell.layout.overlap:  # many small buckets, as a large model has
         objectives.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)
-    cursor = BatchCursor(
-        RandomWindows(),
-        SECTION.global_batch,
-        SECTION.micro_batch,
-        torch.device("cpu"),
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-        parallel_state.get_context_parallel_rank(),
-        parallel_state.get_context_parallel_world_size(),
-    )
+    cursor = cursor_of_this_rank(WINDOWS, SECTION)
     objective = objective_of(cell, weights)
     Trainer(cell.name, SECTION, objective, cursor, folder / cell.name, Console(quiet=True)).run()
 
@@ -196,9 +177,7 @@ def numbers(cell: Cell, folder: Path) -> np.ndarray:
     return np.array([[row["loss"], row["gradient_norm"]] for row in rows])
 
 
-def _rank_main(rank: int, ranks: int, meeting: Path, cells: Sequence[Cell], weights: Path, folder: Path) -> None:
-    describe_world(rank, ranks, meeting)
-    torch.set_num_threads(1)
+def _rank_main(rank: int, cells: Sequence[Cell], weights: Path, folder: Path) -> None:
     with joined_world():
         for cell in cells:
             with model_parallel(cell.layout, seed=7):
@@ -206,6 +185,6 @@ def _rank_main(rank: int, ranks: int, meeting: Path, cells: Sequence[Cell], weig
             gc.collect()  # models refer to themselves by their hooks, and keep the groups of their layout alive
 
 
-def run_ranks(ranks: int, cells: Sequence[Cell], weights: Path, folder: Path) -> None:
+def train_in_ranks(ranks: int, cells: Sequence[Cell], weights: Path, folder: Path) -> None:
     """All `cells`, one after the other, in one world of `ranks` processes."""
-    torch.multiprocessing.spawn(_rank_main, (ranks, Path(mkdtemp(dir=folder)), cells, weights, folder), nprocs=ranks)
+    run_ranks(ranks, _rank_main, cells, weights, folder, seconds=2500)

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from hypenet_tools.folder_job import keep_or_write, run_job
 from hypenet_tools.layout import Layout
 from hypenet_tools.open_model import open_model
 from hypenet_tools.weights_folder import WeightsFolder
+from tests.support.halo import halo, halo_command
 from tests.support.tiny_models import TINY
 
 KILLS = int(os.environ.get("HALO_CONVERT_KILLS", "3"))
@@ -31,18 +31,7 @@ LAYOUT, SHARD_BYTES = Layout(2, 2), 300_000
 
 def command(source, out, *options, kind="convert"):
     layout = [] if kind == "export" else ["--tp", 2, "--pp", 2]
-    halo = [sys.executable, "-m", "halo_jobs.cli", kind, source, out, *layout]
-    return [*map(str, halo), "--shard-gb", str(SHARD_BYTES / 1e9), *map(str, options)]
-
-
-def halo(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "halo_jobs.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return halo_command(kind, source, out, *layout, "--shard-gb", SHARD_BYTES / 1e9, *options)
 
 
 def content(folder):

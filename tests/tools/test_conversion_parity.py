@@ -1,11 +1,9 @@
 """Converted weights are the same model: transformers' logits, at one process and at TP 2 x PP 2."""
 
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hypenet_megatron.config import HypeNetConfig
@@ -20,8 +18,8 @@ from hypenet_tools.logits import logits
 from hypenet_tools.model_weights import load_weights
 from hypenet_tools.open_model import open_model
 from hypenet_tools.verify import verify
+from tests.support.fork_server import run_ranks
 from tests.support.tiny_models import TINY, tiny
-from tests.support.world import describe_world
 
 SETTINGS = {
     "vocab_size": 96,
@@ -57,9 +55,7 @@ def test_teacher_through_the_folder_equals_transformers(tmp_path, tokenizer_fold
     assert report["logits"]["cosine"] > 1 - 1e-6
 
 
-def _rank_main(rank, folder, tied):
-    describe_world(rank, TENSOR * PIPELINE, folder / "world")
-    torch.set_num_threads(1)
+def _rank_main(rank, folder):
     layout = ParallelLayout(tensor=TENSOR, pipeline=PIPELINE)
     with model_parallel(layout, seed=3), torch.no_grad():
         opened = open_model(folder / "weights")
@@ -90,7 +86,7 @@ def test_teacher_at_tensor_2_by_pipeline_2_equals_transformers(tmp_path, tokeniz
     assert run_job(convert_job(tmp_path / "teacher", tmp_path / "weights", layout, max_shard_bytes=50_000))
     ids = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(1))
     np.save(tmp_path / "ids.npy", ids.numpy())
-    torch.multiprocessing.spawn(_rank_main, (tmp_path, tied), nprocs=TENSOR * PIPELINE)
+    run_ranks(TENSOR * PIPELINE, _rank_main, tmp_path)
     halves = [np.load(tmp_path / f"logits-{rank}.npy") for rank in range(TENSOR)]
     with torch.no_grad():
         expected = judge(ids).logits.numpy()
