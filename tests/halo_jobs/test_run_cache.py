@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import yaml
 from durable_files import read_json
 from halo_cluster import RunFolder
 from halo_jobs.commands.gc import gc
+from tests.support.halo import checked_halo, halo_command, set_options
 
 AFTER_FINETUNE = {
     "finetune.hybrid",
@@ -36,17 +36,9 @@ sys.addaudithook(_hook)
 """
 
 
-def _halo(*arguments: object, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "halo_jobs.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def _hooked_halo(environment: dict[str, str], *arguments: object) -> None:
+    """Run a command in interpreters that begin with HOOK, ranks included."""
+    subprocess.run(halo_command(*arguments), env=environment, timeout=280, check=True, capture_output=True)
 
 
 def _done(run: Path) -> dict[Path, int]:
@@ -59,7 +51,7 @@ def finished(tmp_path_factory, request) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("cache")
     recipe = folder / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(request.getfixturevalue("pipeline_recipe_content")))
-    _halo("run", recipe, "--runs", folder / "runs")
+    checked_halo("run", recipe, "--runs", folder / "runs")
     return recipe, folder / "runs" / "tiny"
 
 
@@ -69,14 +61,14 @@ def changed(finished, tmp_path_factory) -> Path:
     recipe, whole = finished
     run = tmp_path_factory.mktemp("changed") / "tiny"
     shutil.copytree(whole, run)
-    _halo("run", recipe, "--runs", run.parent, "--set", CHANGE)
+    checked_halo("run", recipe, "--runs", run.parent, "--set", CHANGE)
     return run
 
 
 def test_dry_run_names_the_change_and_writes_nothing(finished) -> None:
     recipe, run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    printed = _halo("run", recipe, "--runs", run.parent, "--set", CHANGE, "--dry-run")
+    printed = checked_halo("run", recipe, "--runs", run.parent, "--set", CHANGE, "--dry-run")
     lines = {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in printed.splitlines()}
     assert lines["distill.hybrid"] == lines["align"] == lines["tokenize"] == "kept"
     assert lines["finetune.uniform"] == "new, because finetune.learning_rate changed from 0.001 to 0.002"
@@ -93,9 +85,9 @@ def test_changed_learning_rate_runs_exactly_the_stages_after_it(finished, change
 def test_changed_checkpoint_interval_runs_nothing_and_becomes_the_runs_recipe(finished, changed) -> None:
     recipe, before = finished[0], _done(changed)
     settings = ("--set", CHANGE, "--set", "align.checkpoint_every=2", "--set", "finetune.spike_factor=30")
-    printed = _halo("run", recipe, "--runs", changed.parent, "--set", CHANGE, *settings, "--dry-run")
+    printed = checked_halo("run", recipe, "--runs", changed.parent, "--set", CHANGE, *settings, "--dry-run")
     assert " new" not in printed and " resumes" not in printed
-    _halo("run", recipe, "--runs", changed.parent, *settings)
+    checked_halo("run", recipe, "--runs", changed.parent, *settings)
     assert _done(changed) == before
     assert yaml.safe_load((changed / "recipe.yaml").read_text())["align"]["checkpoint_every"] == 2
     (attempt,) = changed.glob("align/*/attempt.1")
@@ -103,23 +95,23 @@ def test_changed_checkpoint_interval_runs_nothing_and_becomes_the_runs_recipe(fi
 
 
 def test_compare_shows_the_change_and_what_came_of_it(finished, changed) -> None:
-    seen = json.loads(_halo("compare", finished[1], changed, "--json"))
+    seen = json.loads(checked_halo("compare", finished[1], changed, "--json"))
     assert seen["recipe"]["finetune.learning_rate"] == [0.001, 0.002]
     assert not any(key.startswith("distill") for key in seen["recipe"])
     one, other = seen["results"]["finetune.hybrid final loss"]
     assert one != other
     one, other = seen["results"]["distill.hybrid final loss"]
     assert one == other
-    table = _halo("compare", finished[1], changed)
+    table = checked_halo("compare", finished[1], changed)
     assert "finetune.learning_rate" in table and "hybrid perplexity" in table
 
 
 def test_status_and_export_follow_the_latest_recipe(finished, changed, tmp_path) -> None:
-    stages = {stage["stage"]: stage for stage in json.loads(_halo("status", changed, "--json"))["stages"]}
+    stages = {stage["stage"]: stage for stage in json.loads(checked_halo("status", changed, "--json"))["stages"]}
     old = {folder.parts[0]: folder.parts[1] for folder in _done(finished[1])}
     assert stages["align"]["input_hash"] == old["align"]
     assert stages["finetune.hybrid"]["input_hash"] != old["finetune.hybrid"]
-    _halo("export", changed, tmp_path / "release")
+    checked_halo("export", changed, tmp_path / "release")
     (folder,) = changed.glob(f"export/{stages['export']['input_hash']}/hypenet")
     (weights,) = folder.glob("*.safetensors")
     (released,) = (tmp_path / "release").glob("*.safetensors")
@@ -130,7 +122,7 @@ def test_gc_lists_and_removes_what_the_latest_recipe_does_not_refer_to(finished,
     run = tmp_path / "tiny"
     shutil.copytree(changed, run)
     old = {folder for folder in _done(finished[1]) if folder.parts[0] in AFTER_FINETUNE}
-    listed = _halo("gc", run)
+    listed = checked_halo("gc", run)
     assert all(folder.name in listed for folder in old)
     assert old <= _done(run).keys(), "without --yes nothing goes"
     held, *others = sorted(old)
@@ -138,10 +130,10 @@ def test_gc_lists_and_removes_what_the_latest_recipe_does_not_refer_to(finished,
     (began / "exit.json").unlink()
     process = read_json(began / "started.json") | {"host": "another"}
     (began / "started.json").write_text(json.dumps(process))
-    _halo("gc", run, "--yes")
+    checked_halo("gc", run, "--yes")
     assert held in _done(run), "a stage in which a process may work stays"
     assert not set(others) & _done(run).keys()
-    _halo("run", finished[0], "--runs", run.parent, "--set", CHANGE)
+    checked_halo("run", finished[0], "--runs", run.parent, "--set", CHANGE)
     assert _done(run).keys() == _done(changed).keys() - set(others)
 
 
@@ -170,15 +162,15 @@ def test_a_removed_corpus_is_not_missed_and_no_rank_reads_a_source(finished, tmp
         "OPENED_BELOW": str(moved),
     }
     before = _done(tmp_path / "tiny")
-    _halo("run", recipe, *settings, environment=environment)
+    _hooked_halo(environment, "run", recipe, *settings)
     assert _done(tmp_path / "tiny") == before, "the same text in another place is the same source"
     assert set(log.read_text().splitlines()) == {str(moved / "text.jsonl")}, "read once, for its checksum"
     log.unlink()
-    _halo("run", recipe, *settings, environment=environment)
-    _halo("status", tmp_path / "tiny", environment=environment)
-    _halo("run", recipe, *settings, "--set", CHANGE, "--set", "layout.processes=2", environment=environment)
+    _hooked_halo(environment, "run", recipe, *settings)
+    _hooked_halo(environment, "status", tmp_path / "tiny")
+    _hooked_halo(environment, "run", recipe, *settings, *set_options(CHANGE, "layout.processes=2"))
     assert not log.exists()
     assert list(tmp_path.glob("tiny/finetune.hybrid/*/attempt.1/rank-1.txt"))
     shutil.rmtree(moved)
-    _halo("run", recipe, *settings, "--set", "calibrate.windows=1")
+    checked_halo("run", recipe, *settings, "--set", "calibrate.windows=1")
     assert len(_done(tmp_path / "tiny")) > len(before) + len(AFTER_FINETUNE)
