@@ -175,7 +175,7 @@ DRIVER = """
             sys.stdin.readline()
         return StageResult([steps], {})
 
-    with run.opened("name: small"):
+    with run.opened():
         stages = [("init", "0" * 12, quick, ()), ("align", "1" * 12, slow, ("init",))]
         plan = [PlannedStage(name, run.stage(name, key), body, needs) for name, key, body, needs in stages]
         run_stages(plan, Console(quiet=True))
