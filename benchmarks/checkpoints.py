@@ -32,7 +32,7 @@ from halo_training.checkpointing.layout import current_layout
 from halo_training.checkpointing.saver import BackgroundSaver
 from halo_training.objectives import NextTokenObjective
 from halo_training.optimizer import build_optimizer
-from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import build_model
 from hypenet_megatron.presets import HYPENET_PRESETS, HypeNetPreset, ModelShape
 from hypenet_megatron.runtime import model_parallel
@@ -45,8 +45,8 @@ class Training:
     """Steps of one model on the same random batch."""
 
     def __init__(self, preset: HypeNetPreset, context_length: int, device: torch.device):
-        mixers = preset.shape.hybrid_mixers(preset.attention_layers)
-        config = HypeNetConfig.from_shape(preset.shape, mixers, hybrid=True, dtype=torch.bfloat16)
+        mixers = preset.shape.hybrid_mixers(preset.attention_layers, "lightning")
+        config = DecoderConfig.from_shape(preset.shape, mixers, dtype=torch.bfloat16)
         self.model = build_model(config).to(device)
         self.objective = NextTokenObjective(self.model)
         section = TrainingSection(

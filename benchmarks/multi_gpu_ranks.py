@@ -40,7 +40,7 @@ from halo_training.objectives import (
 )
 from halo_training.optimizer import build_optimizer
 from halo_training.trainer import Trainer
-from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import LocalModel, build_model, model_chunks
 from hypenet_megatron.presets import HYPENET_PRESETS, HypeNetPreset, ModelShape
 from hypenet_megatron.runtime import ParallelLayout, joined_world, model_parallel
@@ -112,10 +112,9 @@ class Setting:
         """part: "teacher", "hybrid" or "aligned"."""
         shape = self.preset.shape
         hybrid = part == "hybrid"
-        config = HypeNetConfig.from_shape(
+        config = DecoderConfig.from_shape(
             shape,
-            shape.hybrid_mixers(self.preset.attention_layers) if hybrid else shape.teacher_mixers(),
-            hybrid=hybrid,
+            shape.hybrid_mixers(self.preset.attention_layers, "lightning") if hybrid else shape.teacher_mixers(),
             dtype=DTYPES[self.row.precision],
             # Made where it is used: drawing billions of numbers on the CPU takes minutes.
             **{
@@ -124,7 +123,7 @@ class Setting:
                 "perform_initialization": False,
             },
         )
-        model = build_model(config, aligned=part == "aligned").to(self.device)
+        model = build_model(config, student="lightning" if part == "aligned" else None).to(self.device)
         initialise(model, seed=len(part))
         for name, parameter in model.named_parameters():
             assert parameter.device.type == self.device.type, f"{name} is on {parameter.device}"

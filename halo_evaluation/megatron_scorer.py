@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halo_evaluation.interface import ScoreBatch, TokenScores
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import DecoderModel
 
 _ROWS_AT_ONCE = 1024
 
@@ -19,7 +19,7 @@ def to_device(batch: ScoreBatch, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(batch.input_ids)).to(device)
 
 
-def score_hidden(model: HypeNetModel, hidden: Tensor, batch: ScoreBatch) -> TokenScores:
+def score_hidden(model: DecoderModel, hidden: Tensor, batch: ScoreBatch) -> TokenScores:
     """Scores from final hidden states [length, items, d]: token t is predicted from position t - 1."""
     items, positions = np.nonzero(batch.target_mask)
     rows = hidden[torch.from_numpy(positions - 1), torch.from_numpy(items)]
@@ -39,7 +39,7 @@ def score_hidden(model: HypeNetModel, hidden: Tensor, batch: ScoreBatch) -> Toke
 class MegatronScorer:
     """A Scorer (see interface.py) over a teacher or hybrid held whole by this process."""
 
-    model: HypeNetModel
+    model: DecoderModel
     device: torch.device
 
     def __call__(self, batch: ScoreBatch) -> TokenScores:

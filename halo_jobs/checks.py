@@ -19,6 +19,7 @@ from halo_evaluation.suites import recall_tasks
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, resolve_path
 from halo_jobs.stages.context import layout_of
 from halo_jobs.stages.data import WORDS_FILE
+from hypenet_megatron.mixers import student_mixer
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools import read_model_folder
 from tokenized_data import TokenizerIdentity, load_tokenizer_identity
@@ -51,6 +52,8 @@ def check_recipe(recipe: Recipe, *, tokenized: bool = False) -> ModelShape:
                 f"{shape.vocab_size}; put the model's own tokenizer back"
             )
     if isinstance(recipe, ConversionRecipe):
+        with named_in_errors("student"):
+            layout_of(recipe).check_mixer(student_mixer(recipe.student))
         _check_selection(recipe, shape)
     _check_layout(recipe, shape)
     _check_fan_out(recipe)
@@ -100,7 +103,7 @@ def _check_selection(recipe: ConversionRecipe, shape: ModelShape) -> None:
         if len(set(layers)) < len(layers):
             raise ValueError(f"{layers} names a layer twice; name each once")
         try:
-            shape.hybrid_mixers(layers)
+            shape.hybrid_mixers(layers, recipe.student)
         except ValueError as error:
             raise ValueError(f"{error}; choose from 0 to {shape.num_layers - 1}") from None
 

@@ -7,12 +7,14 @@ matrix product, of which training usually attains a known share.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from halo_jobs.recipe import ConversionRecipe, Recipe, TrainingSection
 from halo_training.models import DTYPES
+from hypenet_megatron.mixers import mixer
 from hypenet_megatron.presets import ModelShape
 
 ATTAINED_SHARE = {"cpu": 0.35, "cuda": 0.12}
@@ -32,23 +34,12 @@ class StageCost:
     seconds: float
 
 
-def mixer_parameters(shape: ModelShape, *, lightning: bool, gated: bool) -> int:
-    queries = shape.query_heads * shape.head_dim
-    keys = queries if lightning else shape.kv_groups * shape.head_dim
-    norms = 2 * shape.head_dim + (queries if lightning else 0)
-    return shape.hidden_size * (2 * queries + 2 * keys + (queries if gated else 0)) + norms
-
-
-def model_parameters(shape: ModelShape, attention_layers: int | None) -> int:
-    """Parameters of the teacher (None) or of a hybrid with so many attention layers."""
+def model_parameters(shape: ModelShape, mixers: Sequence[str]) -> int:
+    """Parameters of a model with these mixers, one per layer."""
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
     mlp = 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
-    if attention_layers is None:
-        mixers = shape.num_layers * mixer_parameters(shape, lightning=False, gated=False)
-    else:
-        mixers = attention_layers * mixer_parameters(shape, lightning=False, gated=True)
-        mixers += (shape.num_layers - attention_layers) * mixer_parameters(shape, lightning=True, gated=True)
-    return embeddings + shape.num_layers * mlp + mixers + shape.hidden_size
+    of_mixers = sum(mixer(name).parameters(shape) for name in mixers)
+    return embeddings + shape.num_layers * mlp + of_mixers + shape.hidden_size
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -103,12 +94,12 @@ def training_costs(recipe: Recipe, shape: ModelShape, device: torch.device) -> l
     """One row per training stage; baselines repeat distill and finetune."""
     dtype = DTYPES[recipe.precision]
     speed = measured_flops(device, dtype) * ATTAINED_SHARE[device.type]
-    teacher = model_parameters(shape, None)
+    teacher = model_parameters(shape, shape.teacher_mixers())
     rates = _Rates(shape, dtype.itemsize, speed)
     if not isinstance(recipe, ConversionRecipe):
         return [_training_cost("pretrain", recipe.pretrain, rates, 0, teacher)]
-    students = shape.num_layers * mixer_parameters(shape, lightning=True, gated=True)
-    hybrid = model_parameters(shape, shape.num_layers // 4)
+    students = shape.num_layers * mixer(recipe.student).parameters(shape)
+    hybrid = model_parameters(shape, shape.hybrid_mixers(range(shape.num_layers // 4), recipe.student))
     rows = [_training_cost("align", recipe.align, rates, teacher, students)]
     for variant in ("hybrid", *recipe.select.baselines):
         rows.append(_training_cost(f"distill.{variant}", recipe.distill, rates, teacher, hybrid))

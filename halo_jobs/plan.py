@@ -124,7 +124,7 @@ class _Planner:
 
     def _conversion(self, recipe: ConversionRecipe) -> None:
         teacher = Source("teacher", resolve_path(recipe.teacher), "weights")
-        self._add(INIT, (), self.numerics, (teacher,))
+        self._add(INIT, (), {**self.numerics, "student": recipe.student}, (teacher,))
         self._training(ALIGN, (TOKENIZE, INIT))
         select = {**self.numerics, "select": recipe.select.result_settings()}
         self._add(SELECT, (TOKENIZE, INIT, ALIGN), select)

@@ -164,6 +164,8 @@ class ConversionRecipe(_Common):
 
     kind: Annotated[Literal["conversion"], OPERATION] = "conversion"
     teacher: Annotated[str, SOURCE]
+    student: str = "lightning"
+    """The mixer that replaces attention: a name of `hypenet_megatron.mixers`, or `module:VARIABLE` of your own."""
     align: TrainingSection
     select: SelectSection = SelectSection()
     distill: TrainingSection

@@ -94,6 +94,7 @@ def hybrid_model_card(
     title: str,
     base_model: str,
     config: Mapping[str, Any],
+    student: str,
     parameters: int,
     licence: str,
     data: Sequence[DataSource],
@@ -101,15 +102,15 @@ def hybrid_model_card(
 ) -> str:
     """Card of a HypeNet hybrid converted from `base_model`.
 
-    `config` is its exported config.json, `command` the line that converts it again. Raises ValueError when
-    `config` lacks a dimension.
+    `config` is its exported config.json, `student` the title of its recurrent mixer, `command` the line that converts
+    it again. Raises ValueError when `config` lacks a dimension.
     """
     sections = []
     if run.selection is not None:
         sections = [
             "## Architecture and layer selection",
-            f"{selection_sentence(run)} The other layers are Lightning Attention, a linear recurrence with a "
-            "state of constant size. Attention layers have no position encoding, recurrent layers have RoPE.",
+            f"{selection_sentence(run)} The other layers are {student}, a linear recurrence with a state of "
+            "constant size. Attention layers have no position encoding, recurrent layers have RoPE.",
             _choices_table(run),
         ]
     calibration = run.calibrations.get("hybrid")

@@ -1,4 +1,4 @@
-"""Teacher, aligned pair and hybrid as built by the stages: shape, weights folders, device."""
+"""The models that stages build: teacher, teacher with students beside it, hybrid."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from durable_files import read_json, write_json
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel, LocalModel, build_model, model_chunks
-from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel, LocalModel, build_model, model_chunks
+from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from hypenet_tools.hugging_face.initialise import hybrid_of
 from hypenet_tools.model_weights import load_weights, read_weights, sharded_tensors
@@ -36,7 +36,7 @@ def is_student_key(key: str) -> bool:
 
 
 def _teacher_key(key: str) -> str:
-    """Where a key of the aligned model lies in the teacher's weights; "" for students."""
+    """The name of an aligned model's tensor in the teacher's weights; "" for a student's."""
     return "" if is_student_key(key) else key.replace(".self_attention.teacher.", ".self_attention.")
 
 
@@ -44,16 +44,18 @@ def _student_key(key: str) -> str:
     return key if is_student_key(key) else ""
 
 
-def whole(model: LocalModel) -> HypeNetModel:
-    """A model built without a layout, as the one process holds it that selects and evaluates."""
-    assert isinstance(model, HypeNetModel)
+def single_part(model: LocalModel) -> DecoderModel:
+    """The model of a process that shares it with no other: selection and evaluation have no layout."""
+    assert isinstance(model, DecoderModel)
     return model
 
 
 @torch.no_grad()
 def _initialise(model: LocalModel, seed: int) -> None:
-    """Draw every matrix anew with Megatron's initialisers, from (seed, name) alone: Megatron draws them one after the
-    other as the modules are made, which is another sequence in every pipeline stage."""
+    """Draw every matrix anew with Megatron's initialisers, from (seed, name) alone.
+
+    Megatron draws them as modules are built, which is another sequence in every pipeline stage.
+    """
     config = model_chunks(model)[0].config
     for piece in sharded_tensors(model):
         if len(piece.global_shape) < 2:
@@ -69,16 +71,18 @@ def _initialise(model: LocalModel, seed: int) -> None:
 
 @dataclass(frozen=True)
 class ModelBuilder:
-    """Builds the models of a run in one dtype on one device: of each, this rank's part in `layout`."""
+    """Builds this rank's part of the models of a run, in one dtype on one device."""
 
     shape: ModelShape
     dtype: torch.dtype
     device: torch.device
     layout: ParallelLayout = ONE_PROCESS
     transformer_impl: str = "local"
+    student: str | None = None
+    """The mixer of aligned models and hybrids; None where only teachers are built."""
 
-    def _config(self, mixers: tuple[MixerType, ...], **options: Any) -> HypeNetConfig:
-        return HypeNetConfig.from_shape(
+    def _config(self, mixers: tuple[str, ...], **options: Any) -> DecoderConfig:
+        return DecoderConfig.from_shape(
             self.shape,
             mixers,
             dtype=self.dtype,
@@ -87,11 +91,11 @@ class ModelBuilder:
             **self.layout.megatron_options(),
         )
 
-    def _build(self, config: HypeNetConfig, *, aligned: bool = False) -> LocalModel:
-        return build_model(config, aligned=aligned).to(self.device)
+    def _build(self, config: DecoderConfig, *, student: str | None = None) -> LocalModel:
+        return build_model(config, student=student).to(self.device)
 
-    def _teacher_config(self) -> HypeNetConfig:
-        return self._config(self.shape.teacher_mixers(), hybrid=False)
+    def _teacher_config(self) -> DecoderConfig:
+        return self._config(self.shape.teacher_mixers())
 
     def fresh_teacher(self, seed: int) -> LocalModel:
         """A randomly initialised Qwen3-architecture model (pretraining), the same in every layout."""
@@ -106,19 +110,20 @@ class ModelBuilder:
 
     def aligned(self, teacher_weights: Path, student_weights: Path) -> LocalModel:
         """Teacher with a student mixer in every layer, from the two weights folders."""
-        model = self._build(self._teacher_config(), aligned=True)
+        model = self._build(self._teacher_config(), student=self.student)
         load_weights(teacher_weights, model, rename=_teacher_key)
         load_weights(student_weights, model, rename=_student_key)
         return model
 
-    def _hybrid(self, attention_layers: Collection[int], logits_scaling_base: float | None) -> LocalModel:
-        mixers = self.shape.hybrid_mixers(tuple(attention_layers))
-        return self._build(self._config(mixers, hybrid=True, logits_scaling_base=logits_scaling_base))
+    def _mixers(self, attention_layers: Collection[int]) -> tuple[str, ...]:
+        assert self.student is not None
+        return self.shape.hybrid_mixers(attention_layers, self.student)
 
     def hybrid(
         self, weights: Path, attention_layers: Collection[int], logits_scaling_base: float | None = None
     ) -> LocalModel:
-        model = self._hybrid(attention_layers, logits_scaling_base)
+        mixers = self._mixers(attention_layers)
+        model = self._build(self._config(mixers, logits_scaling_base=logits_scaling_base))
         load_weights(weights, model)
         return model
 
@@ -126,9 +131,8 @@ class ModelBuilder:
         self, teacher_weights: Path, student_weights: Path, attention_layers: Collection[int], seed: int
     ) -> LocalModel:
         """The hybrid that distillation starts from: teacher, aligned students, fresh gates in attention layers."""
-        model = self._hybrid(attention_layers, None)
-        hybrid = hybrid_of(
-            read_weights(teacher_weights), read_weights(student_weights), self.shape, attention_layers, seed
-        )
-        load_weights(hybrid, model)
+        mixers = self._mixers(attention_layers)
+        model = self._build(self._config(mixers))
+        teacher, students = read_weights(teacher_weights), read_weights(student_weights)
+        load_weights(hybrid_of(teacher, students, self.shape, mixers, seed), model)
         return model

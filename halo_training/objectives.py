@@ -26,8 +26,8 @@ from torch import Tensor
 from halo_training.batches import TokenBatch
 from hypenet_kernels import chunked_cross_entropy, chunked_kl_divergence
 from hypenet_megatron.alignment import Route
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel, LocalModel, model_chunks
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel, LocalModel, model_chunks
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 
 
@@ -48,7 +48,7 @@ def wrap_for_gradients(
 ) -> list[DistributedDataParallel]:
     """Megatron DDP around every part of the model: contiguous fp32 gradient buffers, reduced over the ranks that hold
     the same weights. `overlap` communicates while computing (see `ParallelLayout`)."""
-    config: HypeNetConfig = model_chunks(model)[0].config
+    config: DecoderConfig = model_chunks(model)[0].config
     chunks = [
         DistributedDataParallel(
             config,
@@ -234,7 +234,7 @@ class AlignmentObjective:
             for name, parameter in part.named_parameters():
                 parameter.requires_grad_(".student." in name)
             part.set_route(Route.ALIGN)
-        self.config: HypeNetConfig = parts[0].config
+        self.config: DecoderConfig = parts[0].config
         # No overlap: Megatron starts overlapped reductions from its backward schedule, which never runs here.
         self.chunks = wrap_for_gradients(model, distributed_optimizer=layout.distributed_optimizer)
 
@@ -251,7 +251,7 @@ class AlignmentObjective:
         ) -> tuple[Tensor, Callable[..., Any]]:
             # The teacher runs without a graph; each aligned mixer switches gradients on for its student alone.
             hidden = model(next(batches).input_ids)
-            part: HypeNetModel = model.module
+            part: DecoderModel = model.module
             losses = [mixer.loss for mixer in part.aligned_mixers()]
             loss = torch.stack([x for x in losses if x is not None]).sum() / parts
             loss.backward()

@@ -1,4 +1,4 @@
-"""HALO stage 1 inside a layer: the teacher's attention and the student's mixer fed the same normalised input."""
+"""HALO stage 1 inside a layer: the teacher's attention and the student's mixer on the same normalised input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
-from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.config import DecoderConfig
 
 
 class Route(Enum):
@@ -22,19 +22,24 @@ class Route(Enum):
 
 
 class AlignedSelfAttention(MegatronModule):
-    """Drop-in `self_attention`: teacher softmax attention (frozen) and Lightning student over one input.
+    """Drop-in `self_attention`: the teacher's softmax attention (frozen) and the mixer `student` over one input.
 
     On the ALIGN route `loss` holds the mean squared distance of the student's output to the teacher's, over this rank's
-    tokens and all channels (fp32 scalar with gradient to the student only); the residual stream stays the teacher's.
+    tokens and all channels (fp32 scalar with gradient to the student only). The residual stream stays the teacher's.
     """
 
     def __init__(
-        self, config: HypeNetConfig, submodules: dict[str, ModuleSpec], layer_number: int, **options: Any
+        self,
+        config: DecoderConfig,
+        submodules: dict[str, ModuleSpec],
+        layer_number: int,
+        student: str,
+        **options: Any,
     ) -> None:
         super().__init__(config)
         options = {**options, "layer_number": layer_number}
         self.teacher = build_module(submodules["teacher"], config=config, **options)
-        self.student = build_module(submodules["student"], config=config.lightning_config(), **options)
+        self.student = build_module(submodules["student"], config=config.for_mixer(student), **options)
         self.teacher.requires_grad_(False)
         self.route = Route.TEACHER
         self.loss: Tensor | None = None

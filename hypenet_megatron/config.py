@@ -1,68 +1,63 @@
-"""HypeNetConfig: a Megatron TransformerConfig that knows the mixer of every layer."""
+"""DecoderConfig: a Megatron TransformerConfig that knows the mixer of every layer."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_megatron.mixers import mixer
+from hypenet_megatron.presets import TEACHER, ModelShape
 
 
 @dataclass
-class HypeNetConfig(TransformerConfig):
-    """Qwen3 teacher (`hybrid=False`) or HypeNet hybrid (`hybrid=True`) as Megatron sees it.
+class DecoderConfig(TransformerConfig):
+    """A Qwen3 teacher or a HypeNet hybrid as Megatron sees it: the sizes of the teacher, and a mixer per layer.
 
-    The teacher has softmax attention with RoPE and no gates in every layer. A hybrid has NoPE in its attention layers,
-    RoPE in its Lightning layers (HyPE) and an output gate in both. `logits_scaling_base` is the `a` of
-    s_t = log(t + a) / log(a), applied to attention queries at inference only; None turns it off.
+    `mixer_types` names the mixers (`hypenet_megatron.mixers`); only in a teacher all are the teacher's.
+    `logits_scaling_base` is the `a` of s_t = log(t + a) / log(a), applied to attention queries at inference only; None
+    turns it off.
     """
 
-    mixer_types: Sequence[MixerType] = ()
-    hybrid: bool = False
+    mixer_types: Sequence[str] = ()
     logits_scaling_base: float | None = None
     vocab_size: int = 0
     tied_embeddings: bool = True
     rope_theta: float = 1e6
     max_positions: int = 40_960
-    # TransformerBlock asks get_config_for_layer for each layer's own config when this is set.
+    # With this TransformerBlock asks get_config_for_layer for the config of each layer.
     heterogeneous_block_specs: bool = True
-    _layer_configs: dict[str, HypeNetConfig] = field(default_factory=dict, repr=False)
+    _mixer_configs: dict[str, DecoderConfig] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.mixer_types) != self.num_layers:
             raise ValueError(
                 f"mixer_types names {len(self.mixer_types)} layers but the model has {self.num_layers}; "
-                "give one of 'attn' or 'lightning' per layer"
+                "give one mixer per layer"
             )
-        unknown = sorted(set(self.mixer_types) - set(get_args(MixerType)))
-        if unknown:
-            raise ValueError(f"mixer_types names {unknown[0]!r}; give one of 'attn' or 'lightning' per layer")
-        if self.hybrid:
-            self.attention_output_gate = True
-            self.no_rope_freq = [1 if mixer == "attn" else 0 for mixer in self.mixer_types]
-        elif "lightning" in self.mixer_types:
-            raise ValueError(
-                "a teacher has only 'attn' layers; set hybrid=True for a model with Lightning layers"
-            )
+        for name in self.mixer_types:
+            mixer(name)
         super().__post_init__()
+
+    @property
+    def hybrid(self) -> bool:
+        return any(name != TEACHER for name in self.mixer_types)
 
     @classmethod
     def from_shape(
         cls,
         shape: ModelShape,
-        mixer_types: Sequence[MixerType],
+        mixer_types: Sequence[str],
         *,
-        hybrid: bool,
         dtype: torch.dtype = torch.float32,
         logits_scaling_base: float | None = None,
         **megatron_options: Any,
-    ) -> HypeNetConfig:
+    ) -> DecoderConfig:
         """Config of `shape` in `dtype`; `megatron_options` are parallel sizes and the like, passed through."""
         return cls(
             num_layers=shape.num_layers,
@@ -77,7 +72,6 @@ class HypeNetConfig(TransformerConfig):
             max_positions=shape.max_positions,
             layernorm_epsilon=shape.norm_epsilon,
             mixer_types=tuple(mixer_types),
-            hybrid=hybrid,
             logits_scaling_base=logits_scaling_base,
             params_dtype=dtype,
             pipeline_dtype=dtype,
@@ -85,23 +79,21 @@ class HypeNetConfig(TransformerConfig):
             **{**_QWEN3_BLOCK, **megatron_options},
         )
 
-    def get_config_for_layer(self, layer_number: int) -> HypeNetConfig:
-        """Config of 1-based layer `layer_number`: Lightning layers have as many kv heads as query heads."""
-        mixer = self.mixer_types[layer_number - 1]
-        if mixer == "attn":
-            return self
-        return self.lightning_config()
+    def get_config_for_layer(self, layer_number: int) -> DecoderConfig:
+        """Config of 1-based layer `layer_number`."""
+        return self.for_mixer(self.mixer_types[layer_number - 1])
 
-    def lightning_config(self) -> HypeNetConfig:
-        """This config for a Lightning mixer: kv heads cloned to one per query head, output gate on."""
-        if "lightning" not in self._layer_configs:
-            config = copy.copy(
-                self
-            )  # dataclasses.replace would run __post_init__ again and double its effects
-            config.num_query_groups = self.num_attention_heads
-            config.attention_output_gate = True
-            self._layer_configs["lightning"] = config
-        return self._layer_configs["lightning"]
+    def for_mixer(self, name: str) -> DecoderConfig:
+        """This config as the mixer `name` wants it: its key/value heads, its output gate, RoPE or not."""
+        if name not in self._mixer_configs:
+            spec = mixer(name)
+            config = copy.copy(self)  # dataclasses.replace would run __post_init__ twice, which changes more
+            config.attention_output_gate = spec.gated
+            config.no_rope_freq = [0 if spec.rope else 1] * self.num_layers
+            if spec.clones_heads:
+                config.num_query_groups = self.num_attention_heads
+            self._mixer_configs[name] = config
+        return self._mixer_configs[name]
 
 
 _QWEN3_BLOCK: dict[str, Any] = {

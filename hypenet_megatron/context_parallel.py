@@ -1,19 +1,16 @@
-"""What mixers exchange when the sequence is split over ranks: heads for softmax attention, states for Lightning.
+"""How ranks share a sequence: rank r of n holds tokens r * s / n ... (r + 1) * s / n - 1, in every layer.
 
-Rank r of n holds tokens r * s / n ... (r + 1) * s / n - 1: contiguous slices, for everything. A recurrent layer then
-hands on one state per rank (with the zig-zag slices of ring attention it would be two), and softmax attention does not
-mind: after the all-to-all every rank has whole sequences of some heads, so causality costs all ranks the same.
+With contiguous slices a recurrent mixer passes one state per rank (the zig-zag slices of ring attention would need
+two). Softmax attention exchanges heads: after the all-to-all every rank has whole sequences of some heads, so the
+causal mask costs all ranks the same.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import all_to_all
 from torch import Tensor
 
 
@@ -51,30 +48,3 @@ def shared_heads_for_sequence(x: Tensor, query_heads: int, group: dist.ProcessGr
     repeats = group.size() // math.gcd(groups, group.size())
     assert query_heads % (groups * repeats) == 0, "ParallelLayout.check_model lets no such layout pass"
     return heads_for_sequence(x.repeat_interleave(repeats, 2) if repeats > 1 else x, group)
-
-
-@functools.lru_cache
-def _rates(slopes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Decay rates of the heads. Kept, for to make them is a copy to the GPU that waits for all it has to do."""
-    return torch.tensor(slopes, dtype=dtype, device=device)
-
-
-def state_before_slice(k: Tensor, v: Tensor, slopes: Sequence[float], group: dist.ProcessGroup) -> Tensor:
-    """Lightning's state before this rank's slice, from every rank's keys and values, differentiable.
-
-        S(r)      = sum over t in slice r of gamma^(L - 1 - t) k_t^T v_t
-        before(r) = sum over j < r of gamma^((r - 1 - j) L) S(j)
-
-    k, v [batch, L, heads, head_dim]; the result is [batch, heads, head_dim, head_dim], fp32 (fp64 when k is). What
-    travels is one state per rank and layer, whatever the length: an all-gather forward, a reduce-scatter backward.
-    """
-    ranks, length = group.size(), k.shape[1]
-    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-    rates = _rates(tuple(slopes), dtype, k.device)
-    to_end = torch.arange(length - 1, -1, -1, dtype=dtype, device=k.device)
-    weighted = k * torch.exp(-to_end[:, None] * rates)[:, :, None].to(k.dtype)
-    state = torch.einsum("blhk,blhv->bhkv", weighted, v).to(dtype)
-    states = gather_from_sequence_parallel_region(state[None], group=group)
-    distance = group.rank() - 1 - torch.arange(ranks, dtype=dtype, device=k.device)
-    decay = torch.exp(-distance.clamp(min=0)[:, None] * length * rates) * (distance >= 0)[:, None]
-    return torch.einsum("rh,rbhkv->bhkv", decay, states)

@@ -1,6 +1,6 @@
-"""Which Megatron modules a layer is built from: stock TransformerLayer and SelfAttention; only the core differs.
+"""Which Megatron modules a layer is built from: a stock TransformerLayer around the mixer of the layer.
 
-The norms stay separate from the linear layers after them also with Transformer Engine: alignment taps the normalised
+Norms stay separate from the linear layers behind them, with Transformer Engine too: alignment taps the normalised
 input, and the checkpoint keys are then the same on both paths.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,11 +24,11 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from hypenet_megatron.alignment import AlignedSelfAttention
-from hypenet_megatron.attention import SoftmaxAttentionCore, scale_queries
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.mixers import LightningCore, LightningSelfAttention
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.mixers import mixer
+from hypenet_megatron.mixers.softmax_layer import SoftmaxAttentionCore, scale_queries
 from hypenet_megatron.norms import RMSNorm
-from hypenet_megatron.presets import MixerType
+from hypenet_megatron.presets import TEACHER
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Backend:
 LOCAL_BACKEND = Backend(RMSNorm, ColumnParallelLinear, RowParallelLinear, SoftmaxAttentionCore)
 
 
-def backend_for(config: HypeNetConfig) -> Backend:
+def backend_for(config: DecoderConfig) -> Backend:
     """Modules for `config.transformer_impl`: "local" or "transformer_engine" (which must be installed)."""
     if config.transformer_impl == "local":
         return LOCAL_BACKEND
-    # Megatron's own TE module imports without TE, over mocks that fail when a layer is built.
+    # Megatron's TE module can be imported without TE; its mocks fail when a layer is built.
     from megatron.core.extensions import transformer_engine as te
 
     if not te.HAVE_TE:
@@ -64,21 +64,20 @@ def backend_for(config: HypeNetConfig) -> Backend:
             query = scale_queries(query, self.config, training=self.training)
             return super().forward(query, *args, **options)
 
-    # Transformer Engine's context parallelism wants zig-zag slices of the sequence, ours are contiguous.
+    # Transformer Engine's context parallelism expects zig-zag slices of the sequence; ours are contiguous.
     contiguous = config.context_parallel_size > 1
     softmax_core = SoftmaxAttentionCore if contiguous else ScaledTEDotProductAttention
     return Backend(te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear, softmax_core)
 
 
-def mixer_spec(mixer: MixerType, backend: Backend) -> ModuleSpec:
-    """SelfAttention (qkv projection, q/k norm, RoPE, gate, output projection) around one mixer's core."""
-    lightning = mixer == "lightning"
+def self_attention_spec(backend: Backend, module: type, core: Any) -> ModuleSpec:
+    """Megatron's SelfAttention or a subclass of it (`module`) around a mixer's `core`."""
     return ModuleSpec(
-        module=LightningSelfAttention if lightning else SelfAttention,
+        module=module,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_linear,
-            core_attention=LightningCore if lightning else backend.softmax_core,
+            core_attention=core,
             linear_proj=backend.row_linear,
             q_layernorm=backend.norm,
             k_layernorm=backend.norm,
@@ -86,11 +85,12 @@ def mixer_spec(mixer: MixerType, backend: Backend) -> ModuleSpec:
     )
 
 
-def aligned_mixer_spec(backend: Backend) -> ModuleSpec:
-    """Teacher attention and its Lightning student side by side (HALO stage 1)."""
+def aligned_spec(student: str, backend: Backend) -> ModuleSpec:
+    """The teacher's attention and the mixer `student` side by side (HALO stage 1)."""
     return ModuleSpec(
         module=AlignedSelfAttention,
-        submodules={"teacher": mixer_spec("attn", backend), "student": mixer_spec("lightning", backend)},
+        params={"student": student},
+        submodules={"teacher": mixer(TEACHER).layer(backend), "student": mixer(student).layer(backend)},
     )
 
 
@@ -112,9 +112,9 @@ def _layer_spec(self_attention: ModuleSpec, backend: Backend) -> ModuleSpec:
 
 
 def block_spec(
-    config: HypeNetConfig, *, pp_rank: int, vp_stage: int | None = None, aligned: bool = False
+    config: DecoderConfig, *, pp_rank: int, vp_stage: int | None = None, student: str | None = None
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers that pipeline rank `pp_rank` (and virtual stage) builds."""
+    """Specs of the layers that pipeline rank `pp_rank` (and virtual stage) builds, with `student` those of stage 1."""
     if config.pipeline_model_parallel_layout is not None:
         layers = config.pipeline_model_parallel_layout.get_layer_id_list(
             layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
@@ -124,7 +124,7 @@ def block_spec(
         layers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     backend = backend_for(config)
     mixers = [
-        aligned_mixer_spec(backend) if aligned else mixer_spec(config.mixer_types[layer], backend)
+        aligned_spec(student, backend) if student else mixer(config.mixer_types[layer]).layer(backend)
         for layer in layers
     ]
     return TransformerBlockSubmodules(

@@ -19,23 +19,23 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from hypenet_megatron.alignment import AlignedSelfAttention, Route
-from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.context_parallel import sequence_slice
 from hypenet_megatron.layer_specs import block_spec
 from hypenet_megatron.norms import weight_in_use
 
 
-class HypeNetModel(LanguageModule):
-    """Teacher, hybrid or (with `aligned`) the teacher with a student mixer beside each attention.
+class DecoderModel(LanguageModule):
+    """Teacher, hybrid or (with `student`) the teacher with that mixer beside each attention.
 
     `forward` takes token ids [b, s] and returns, on the last pipeline stage, final-norm hidden states [s, b, d] and on
     others the residual stream. With context parallelism s is this rank's slice.
     """
 
-    def __init__(self, config: HypeNetConfig, *, aligned: bool = False, vp_stage: int | None = None) -> None:
+    def __init__(self, config: DecoderConfig, *, student: str | None = None, vp_stage: int | None = None) -> None:
         super().__init__(config=config)
         self.vp_stage = vp_stage
-        self.aligned = aligned
+        self.student = student
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -57,7 +57,7 @@ class HypeNetModel(LanguageModule):
         )
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(config, pp_rank=self.pg_collection.pp.rank(), vp_stage=vp_stage, aligned=aligned),
+            spec=block_spec(config, pp_rank=self.pg_collection.pp.rank(), vp_stage=vp_stage, student=student),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=self.pg_collection,
@@ -133,13 +133,13 @@ class HypeNetModel(LanguageModule):
 
 
 class ModelChunks(torch.nn.ModuleList):
-    """The parts of one model on a pipeline rank of the interleaved schedule, in layer order; each is a HypeNetModel.
+    """The parts of one model on a pipeline rank of the interleaved schedule, in layer order; each is a DecoderModel.
 
     Names of parameters begin with the chunk's number; the keys of checkpoints do not.
     """
 
-    def chunks(self) -> list[HypeNetModel]:
-        return cast("list[HypeNetModel]", list(self))
+    def chunks(self) -> list[DecoderModel]:
+        return cast("list[DecoderModel]", list(self))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -151,21 +151,21 @@ class ModelChunks(torch.nn.ModuleList):
         }
 
 
-LocalModel = HypeNetModel | ModelChunks
+LocalModel = DecoderModel | ModelChunks
 """What this rank holds of a model."""
 
 
-def build_model(config: HypeNetConfig, *, aligned: bool = False) -> LocalModel:
-    """This rank's part of the model: one HypeNetModel, or with a virtual pipeline one per chunk."""
+def build_model(config: DecoderConfig, *, student: str | None = None) -> LocalModel:
+    """This rank's part of the model: one DecoderModel, or with a virtual pipeline one per chunk."""
     chunks = config.virtual_pipeline_model_parallel_size
     if chunks is None:
-        return HypeNetModel(config, aligned=aligned)
-    return ModelChunks(HypeNetModel(config, aligned=aligned, vp_stage=stage) for stage in range(chunks))
+        return DecoderModel(config, student=student)
+    return ModelChunks(DecoderModel(config, student=student, vp_stage=stage) for stage in range(chunks))
 
 
-def model_chunks(model: LocalModel) -> list[HypeNetModel]:
+def model_chunks(model: LocalModel) -> list[DecoderModel]:
     """The one or several parts that `model` consists of on this rank."""
-    return [model] if isinstance(model, HypeNetModel) else model.chunks()
+    return [model] if isinstance(model, DecoderModel) else model.chunks()
 
 
 def count_parameters(model: torch.nn.Module, *, trainable_only: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""RMSNorm for the local (no Transformer Engine) path, and the weight of Lightning layers' full-width output norm."""
+"""RMSNorm for the path without Transformer Engine, and weights that are sharded with the heads."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.config import DecoderConfig
 
 
 def weight_in_use(module: nn.Module) -> Tensor:
-    """`module.weight`, for those who read it without calling the module.
+    """`module.weight`, up to date for callers that do not call the module.
 
-    When parameters are gathered while computing, Megatron waits for them in a forward pre-hook of the module that owns
-    them; a weight read past the hook could be the one before the last update.
+    When parameters are gathered during the computation, Megatron waits for them in a forward pre-hook of the module
+    that owns them. Without the hook the weight could be the one before the last update.
     """
-    for announce in module._forward_pre_hooks.values():
-        announce(module, ())
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
@@ -30,10 +30,10 @@ def weight_in_use(module: nn.Module) -> Tensor:
 class RMSNorm(nn.Module):
     """y = weight * x / rms(x) over the last dimension, statistics in fp32.
 
-    Megatron's WrappedTorchNorm refuses sequence parallelism, hence our own.
+    Megatron's WrappedTorchNorm does not support sequence parallelism.
     """
 
-    def __init__(self, config: HypeNetConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
+    def __init__(self, config: DecoderConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -43,13 +43,14 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class HeadsRMSNorm(MegatronModule):
-    """The weight of one RMSNorm over the channels of ALL heads, [heads * head_dim / tp], sharded with the heads.
+class HeadsWeight(MegatronModule):
+    """A weight of `local_size` entries per tensor-parallel rank, sharded with the heads and initialised with ones.
 
-    Applying it is fused with the output gate (`hypenet_kernels.gated_norm`).
+    It has no forward: the mixer that owns it reads `weight_in_use`. An output norm over the channels of all
+    heads is one, because applying it is fused with the output gate.
     """
 
-    def __init__(self, config: HypeNetConfig, local_size: int, tp_group: dist.ProcessGroup):
+    def __init__(self, config: DecoderConfig, local_size: int, tp_group: dist.ProcessGroup):
         super().__init__(config)
         self.tp_group = tp_group
         self.weight = nn.Parameter(torch.ones(local_size, dtype=config.params_dtype))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal
 
-MixerType = Literal["attn", "lightning"]
+# Names of the mixers that every conversion knows: the teacher's attention, and the hybrid's.
+TEACHER, ATTENTION = "qwen3", "attn"
 
 QWEN3_VOCABULARY = 151_936
 
@@ -20,7 +20,7 @@ class ModelShape:
     """Sizes of a Qwen3 decoder; a HypeNet hybrid has the shape of its teacher.
 
     `head_dim` is independent of `hidden_size / query_heads` (it is 128 in every published Qwen3). With `experts`,
-    every layer's feed-forward part is a mixture of that many, each `expert_ffn_size` wide; 0 means a dense model.
+    every feed-forward layer is a mixture of that many, each `expert_ffn_size` wide; 0 means a dense model.
     """
 
     name: str
@@ -49,29 +49,25 @@ class ModelShape:
         if self.experts and not (0 < self.experts_per_token <= self.experts and self.expert_ffn_size > 0):
             raise ValueError(
                 f"shape {self.name}: {self.experts_per_token} of {self.experts} experts of width "
-                f"{self.expert_ffn_size} cannot be"
+                f"{self.expert_ffn_size} make no mixture; correct the experts"
             )
 
     @property
     def queries_per_group(self) -> int:
         return self.query_heads // self.kv_groups
 
-    def teacher_mixers(self) -> tuple[MixerType, ...]:
-        """The teacher is softmax attention in every layer."""
-        mixers: tuple[MixerType, ...] = ("attn",)
-        return mixers * self.num_layers
+    def teacher_mixers(self) -> tuple[str, ...]:
+        """Names of the teacher's mixers, one per layer."""
+        return (TEACHER,) * self.num_layers
 
-    def hybrid_mixers(self, attention_layers: Collection[int]) -> tuple[MixerType, ...]:
-        """Softmax attention at the given 0-based layers, Lightning Attention elsewhere."""
+    def hybrid_mixers(self, attention_layers: Collection[int], student: str) -> tuple[str, ...]:
+        """Names of the hybrid's mixers: softmax attention at the given 0-based layers, `student` elsewhere."""
         outside = [layer for layer in attention_layers if not 0 <= layer < self.num_layers]
         if outside:
             raise ValueError(
                 f"attention layers {outside} do not exist in {self.name} with {self.num_layers} layers"
             )
-        mixers: list[MixerType] = ["lightning"] * self.num_layers
-        for layer in attention_layers:
-            mixers[layer] = "attn"
-        return tuple(mixers)
+        return tuple(ATTENTION if layer in attention_layers else student for layer in range(self.num_layers))
 
 
 def _qwen3(

@@ -20,14 +20,14 @@ from halo_evaluation.interface import ScoreBatch, TokenScores
 from halo_evaluation.megatron_scorer import score_hidden, to_device
 from hypenet_kernels import chunked_kl_divergence
 from hypenet_megatron.alignment import Route
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import DecoderModel
 
 
 @dataclass(frozen=True)
 class LayerSwitch:
     """An aligned model of which any single layer can run its student."""
 
-    model: HypeNetModel
+    model: DecoderModel
     device: torch.device
 
     def _run(self, hidden: Tensor, first: int, rotary: Tensor) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated
 
 import typer
@@ -38,7 +39,8 @@ def warmup(
     """
     import torch
 
-    from hypenet_kernels.warm_up import warm_up_calls
+    from hypenet_kernels.warm_up import loss_calls
+    from hypenet_megatron.mixers import MIXERS
     from hypenet_megatron.presets import QWEN3_SHAPES
 
     for name in models or []:
@@ -62,13 +64,12 @@ def warmup(
             "`srun --gpus 1 halo kernels warmup` (CPUs need no compiled kernels)"
         )
     device = torch.device("meta" if dry_run else "cuda")
-    calls = [
-        (f"{shape.query_heads // tensor_parallel} heads of {shape.head_dim}: {what}", call)
-        for shape in chosen.values()
-        for what, call in warm_up_calls(
-            shape.query_heads // tensor_parallel, shape.head_dim, shape.hidden_size, torch.bfloat16, device
-        )
-    ]
+    calls = []
+    for shape in chosen.values():
+        heads, dtype = shape.query_heads // tensor_parallel, torch.bfloat16
+        of_mixers = [spec.warm_up(heads, shape.head_dim, dtype, device) for spec in MIXERS.values() if spec.warm_up]
+        for what, call in chain(*of_mixers, loss_calls(shape.hidden_size, dtype, device)):
+            calls.append((f"{heads} heads of {shape.head_dim}: {what}", call))
     if dry_run:
         for what, _ in calls:
             console.print(what, highlight=False)

@@ -81,8 +81,9 @@ class StageContext(StageWork):
     def builder(self, shape: ModelShape | None = None) -> ModelBuilder:
         """Builds models of `shape`, by default the teacher's."""
         shape, recipe = shape or read_shape(self.teacher_folder()), self.recipe
+        student = recipe.student if isinstance(recipe, ConversionRecipe) else None
         return ModelBuilder(
-            shape, DTYPES[recipe.precision], self.device, self.layout, recipe.transformer_impl
+            shape, DTYPES[recipe.precision], self.device, self.layout, recipe.transformer_impl, student
         )
 
     def store(self, name: str) -> TokenStore:

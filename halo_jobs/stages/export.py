@@ -16,6 +16,7 @@ from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
 from halo_reports.run_facts import load_run
 from halo_training.models import DTYPES
+from hypenet_megatron.mixers import mixer
 from hypenet_tools import write_hf_folder, write_qwen3_folder
 from hypenet_tools.hugging_face.aux_files import licence_of
 from hypenet_tools.hugging_face.config import hypenet_config, qwen3_config
@@ -70,7 +71,8 @@ def _export_hybrid(context: StageContext) -> StageResult:
     """The main hybrid in the layout of HypeNet releases, with logits scaling and the modelling code."""
     recipe = context.conversion
     shape = context.builder().shape
-    mixers = shape.hybrid_mixers(Selection.read(context.before("select")).attention_layers)
+    attention_layers = Selection.read(context.before("select")).attention_layers
+    mixers = shape.hybrid_mixers(attention_layers, recipe.student)
     base = logits_scaling_base_of(context.before("calibrate", MAIN_VARIANT))
     tensors = read_weights(context.before("finetune", MAIN_VARIANT) / HYBRID_WEIGHTS)
     dtype = DTYPES[recipe.precision]
@@ -80,6 +82,7 @@ def _export_hybrid(context: StageContext) -> StageResult:
         title=f"HypeNet from {Path(recipe.teacher.rpartition(':')[2]).name}",
         base_model=Path(recipe.teacher.rpartition(":")[2]).name,
         config=config,
+        student=mixer(recipe.student).title,
         parameters=tensors.elements,
         licence=licence_of(recipe.tokenizer_folder),
         data=_data_sources(context),

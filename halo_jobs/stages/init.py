@@ -30,8 +30,9 @@ def run_init(context: StageContext) -> StageResult:
         outputs[0], teacher.megatron_view(), model=teacher.description, dtype=dtype, provenance=[origin]
     )
     weights = read_weights(outputs[0])  # in the recipe's precision, as the students start from it
-    students = [origin, {"step": "students", "seed": recipe.seed}]
-    save_tensors(outputs[1], students_of(weights, teacher.shape, recipe.seed), provenance=students)
+    students = [origin, {"step": "students", "mixer": recipe.student, "seed": recipe.seed}]
+    mixers = students_of(weights, teacher.shape, recipe.student, recipe.seed)
+    save_tensors(outputs[1], mixers, provenance=students)
     summary = {
         "teacher": teacher.shape.name,
         "layers": teacher.shape.num_layers,

@@ -27,16 +27,16 @@ from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.select import TOKENS_PER_BATCH, held_out_material
 from halo_jobs.stages.selected import attention_layers_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
-from halo_training.models import whole
+from halo_training.models import single_part
 from hypenet_kernels import chunked_cross_entropy
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.model import DecoderModel
 from tokenized_data import WindowSampler
 
 NGRAM_TOKENS = 40_000_000
 
 
 @torch.no_grad()
-def _mean_loss(model: HypeNetModel, windows: list[torch.Tensor]) -> float:
+def _mean_loss(model: DecoderModel, windows: list[torch.Tensor]) -> float:
     """Next-token loss in nats per token over windows [context_length + 1]."""
     model.eval()
     losses = []
@@ -56,7 +56,7 @@ def run_calibrate(context: StageContext) -> StageResult:
     weights = context.before("finetune", context.variant) / HYBRID_WEIGHTS
     load = partial(context.builder().hybrid, weights, attention_layers_of(context))
     candidates = [
-        {"base": base, "loss": _mean_loss(whole(load(base)), windows)}
+        {"base": base, "loss": _mean_loss(single_part(load(base)), windows)}
         for base in track([None, *section.candidates], context.name, console=context.console)
     ]
     best = min((c for c in candidates if c["base"] is not None), key=lambda c: (c["loss"], c["base"]))
@@ -68,17 +68,17 @@ def logits_scaling_base_of(calibration: Path) -> float:
     return float(read_json(calibration / "calibration.json")["base"])
 
 
-def _model_under_test(context: StageContext) -> HypeNetModel:
+def _model_under_test(context: StageContext) -> DecoderModel:
     variant = context.variant
     builder = context.builder()
     if variant == TEACHER:
-        return whole(builder.teacher(context.teacher_folder() / TEACHER_WEIGHTS))
+        return single_part(builder.teacher(context.teacher_folder() / TEACHER_WEIGHTS))
     hybrid = builder.hybrid(
         context.before("finetune", variant) / HYBRID_WEIGHTS,
         attention_layers_of(context),
         logits_scaling_base_of(context.before("calibrate", variant)),
     )
-    return whole(hybrid)
+    return single_part(hybrid)
 
 
 def _training_context(recipe: Recipe) -> int:

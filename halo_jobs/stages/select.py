@@ -30,7 +30,7 @@ from halo_jobs.stages.context import HELD_OUT_STORE, StageContext, StageResult
 from halo_jobs.stages.data import WORDS_FILE
 from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
-from halo_training.models import whole
+from halo_training.models import single_part
 from tokenized_data import WindowSampler
 
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 2**17}
@@ -71,7 +71,7 @@ def make_sweep_worker(setup: Any) -> WorkerFunction:
     aligned = context.builder().aligned(
         context.before("init") / TEACHER_WEIGHTS, context.before("align") / STUDENT_WEIGHTS
     )
-    switch = LayerSwitch(whole(aligned), context.device)
+    switch = LayerSwitch(single_part(aligned), context.device)
     suite = {task.name: task for task in _suite(context)}
     windows = _divergence_windows(context)
 
@@ -133,7 +133,8 @@ def run_select(context: StageContext) -> StageResult:
     sweep, per_model = _measure(context, builder.shape.num_layers)
     importance = layer_importance(section.method, sweep)
     if section.attention_layers is not None:
-        builder.shape.hybrid_mixers(section.attention_layers)  # ValueError for layers that do not exist
+        # ValueError for layers that do not exist.
+        builder.shape.hybrid_mixers(section.attention_layers, context.conversion.student)
         chosen = tuple(sorted(section.attention_layers))
     else:
         chosen = choose_attention_layers(section.method, sweep)

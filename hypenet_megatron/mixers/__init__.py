@@ -1,9 +1,55 @@
-"""RNN mixers, one file each: a `self_attention` of Megatron's TransformerLayer and the core in it.
+"""Mixers, one MixerSpec each. What depends on the kind of mixer is a field of its spec, not a branch elsewhere."""
 
-A mixer takes hidden states [s, b, d] and RoPE angles and returns (output [s, b, d], no bias); its projections are
-Megatron's, so that tensor and sequence parallelism and checkpoint keys are those of attention layers.
-"""
+from __future__ import annotations
 
-from hypenet_megatron.mixers.lightning import LightningCore, LightningSelfAttention
+import difflib
+import importlib
 
-__all__ = ["LightningCore", "LightningSelfAttention"]
+from hypenet_megatron.mixers.lightning import LIGHTNING
+from hypenet_megatron.mixers.softmax_attention import HYBRID_ATTENTION, QWEN3_ATTENTION
+from hypenet_megatron.mixers.spec import MixerSpec
+
+MIXERS: dict[str, MixerSpec] = {}
+DEFAULT_STUDENT = LIGHTNING.name
+"""The student of the published conversions."""
+
+
+def register(spec: MixerSpec) -> None:
+    MIXERS[spec.name] = spec
+
+
+for _spec in (QWEN3_ATTENTION, HYBRID_ATTENTION, LIGHTNING):
+    register(_spec)
+
+
+def mixer(name: str) -> MixerSpec:
+    """The mixer of that name. `module:VARIABLE` is imported, so any process that has the module knows the mixer.
+
+    ValueError names what is missing.
+    """
+    if name not in MIXERS and ":" in name:
+        module, _, variable = name.partition(":")
+        try:
+            spec = getattr(importlib.import_module(module), variable)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"mixer {name} cannot be imported ({error}); put its folder on PYTHONPATH") from None
+        if not isinstance(spec, MixerSpec) or spec.name != name:
+            raise ValueError(f"{name} is not a MixerSpec with the name {name!r}; correct one of the two")
+        register(spec)
+    if name not in MIXERS:
+        near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
+        fix = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(MIXERS)}, or give module:VARIABLE"
+        raise ValueError(f"there is no mixer {name!r}; {fix}")
+    return MIXERS[name]
+
+
+def student_mixer(name: str) -> MixerSpec:
+    """The mixer of that name, which has to be recurrent: what replaces the teacher's attention."""
+    spec = mixer(name)
+    if spec.state is None:
+        students = ", ".join(name for name, spec in MIXERS.items() if spec.state is not None)
+        raise ValueError(f"mixer {name!r} keeps all tokens and cannot be a student; known students are {students}")
+    return spec
+
+
+__all__ = ["DEFAULT_STUDENT", "MIXERS", "MixerSpec", "mixer", "register", "student_mixer"]

@@ -1,85 +1,142 @@
-"""A Lightning layer: fused q/k norm and RoPE, Lightning Attention, full-width output norm and gate.
+"""Lightning Attention: linear attention with a fixed decay per head, RoPE, and one output norm over all heads.
 
-Megatron's SelfAttention supplies the projections, their tensor-parallel layout and their checkpoint keys; between them
-everything runs in the kernels' own layout, [batch, time, heads, head_dim], on views of the fused projection.
+    S_t = gamma_h S_{t-1} + k_t^T v_t,   o_t = q_t S_t / sqrt(D)
+
+The Megatron module is in `lightning_layer.py`, the arithmetic of training in `hypenet_kernels`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
+from torch import Tensor, nn
+
+from hypenet_kernels.lightning import decay_slopes
+from hypenet_megatron.mixers.modeling import HypeNetMixer, HypeNetRMSNorm, rotate
+from hypenet_megatron.mixers.spec import (
+    ONES,
+    HuggingFaceTensor,
+    MegatronTensor,
+    MixerSpec,
+    self_attention_tensors,
 )
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
 
-from hypenet_kernels import (
-    decay_slopes,
-    gated_norm,
-    gated_norm_with_sum,
-    heads_sum_of_squares,
-    lightning_attention,
-    norm_rope,
-)
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.context_parallel import state_before_slice
-from hypenet_megatron.norms import HeadsRMSNorm, weight_in_use
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from hypenet_megatron.layer_specs import Backend
 
 
-class LightningCore(MegatronModule):
-    """What a Lightning layer has in place of softmax attention: decay rates of this rank's heads and `o_norm`.
+@lru_cache(maxsize=64)
+def slopes_on(heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(decay_slopes(heads), device=device, dtype=dtype)
 
-    S_t = gamma_h S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(dh), then RMSNorm over all heads times sigmoid(gate).
+
+def lightning_attention(
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor | None, real: Tensor | None, block: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Decayed linear attention of t more tokens after `state` [b, H, D, D] (None: no token before), in chunks.
+
+    S_i = gamma S_{i-1} + k_i^T v_i and o_i = q_i S_i / sqrt(D) over the tokens that `real` [b, t] marks; padded ones
+    neither add to the state nor age it. query, key, value [b, H, t, D]; returns o like value, and the new fp32 state.
     """
+    b, heads, t, head_dim = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    slopes = slopes_on(heads, query.device, dtype)[:, None, None]
+    if state is None:
+        state = torch.zeros(b, heads, head_dim, head_dim, device=query.device, dtype=dtype)
+    if real is not None:
+        key, value = (x.masked_fill(~real[:, None, :, None], 0) for x in (key, value))
+    outputs = []
+    for start in range(0, t, block):
+        q, k, v = (x[:, :, start : start + block].to(dtype) for x in (query, key, value))
+        if real is None:
+            age = torch.arange(1, q.shape[2] + 1, device=query.device)[None, None, :, None]
+        else:
+            age = real[:, None, start : start + block, None].cumsum(dim=2)
+        age = age.to(dtype)  # [b or 1, 1, c, 1]: real tokens of this chunk up to and including this one
+        distance = (age - age.transpose(2, 3)).clamp(min=0)
+        decay = torch.exp(-slopes * distance).tril()
+        q = q * head_dim**-0.5
+        output = (q @ k.transpose(2, 3) * decay) @ v + (q @ state) * torch.exp(-slopes * age)
+        outputs.append(output.to(value.dtype))
+        last = age[:, :, -1:]
+        added = (k * torch.exp(-slopes * (last - age))).transpose(2, 3) @ v
+        state = torch.exp(-slopes * last) * state + added
+    return torch.cat(outputs, dim=2), state
 
-    def __init__(self, config: HypeNetConfig, *, pg_collection: ProcessGroupCollection, **_: Any):
-        super().__init__(config)
-        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        local_heads = config.num_attention_heads // self.tp_group.size()
-        first = self.tp_group.rank() * local_heads
-        self.slopes = decay_slopes(config.num_attention_heads)[first : first + local_heads]
-        self.scale = config.kv_channels**-0.5
-        self.o_norm = HeadsRMSNorm(config, local_heads * config.kv_channels, self.tp_group)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        """q, k (normalised and rotated), v, gate [b, s / cp, heads / tp, dh]; returns [b, s / cp, heads / tp * dh]."""
-        before = state_before_slice(k, v, self.slopes, self.cp_group) if self.cp_group.size() > 1 else None
-        o, _ = lightning_attention(q, k, v, self.slopes, self.scale, initial_state=before)
-        weight, epsilon = weight_in_use(self.o_norm), self.config.layernorm_epsilon
-        if self.tp_group.size() == 1:
-            return gated_norm(o, gate, weight, epsilon)
-        # Tensor parallelism splits the heads, so the sum of squares is summed over ranks, forward and backward.
-        squares = reduce_from_tensor_model_parallel_region(heads_sum_of_squares(o), self.tp_group)
-        squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
-        return gated_norm_with_sum(o, gate, weight, squares, weight.numel() * self.tp_group.size(), epsilon)
+class HypeNetLightningAttention(HypeNetMixer):
+    """Linear attention with a fixed decay per head, RoPE, and one output norm over all heads."""
 
+    block = 256
 
-class LightningSelfAttention(SelfAttention):
-    """Megatron's SelfAttention with everything between its two projections replaced."""
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx, config.num_attention_heads)
+        width = config.num_attention_heads * config.head_dim
+        self.z_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_norm = HypeNetRMSNorm(width, config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor, **_: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [s, b, d] (sequence-parallel: [s / tp, b, d]), rotary_pos_emb angles [s, 1, 1, dh]; s is this
-        rank's part of the sequence where context parallelism splits it."""
-        mixed, _bias = self.linear_qkv(hidden_states)
-        # Per head [query, gate, key, value]: as many key heads as query heads, so groups are heads.
-        mixed = mixed.unflatten(-1, (-1, 4, self.hidden_size_per_attention_head)).transpose(0, 1)
-        query, gate, key, value = mixed.unbind(-2)
-        angles = rotary_pos_emb[:, 0, 0, : self.hidden_size_per_attention_head // 2]
-        q, k = norm_rope(
-            query,
-            key,
-            weight_in_use(self.q_layernorm),
-            weight_in_use(self.k_layernorm),
-            torch.cos(angles),
-            torch.sin(angles),
-            self.config.layernorm_epsilon,
-        )
-        mixed_output = self.core_attention(q, k, value, gate)
-        return self.linear_proj(mixed_output.transpose(0, 1))
+        self, x: Tensor, rotary: Any, query_scale: Tensor | None, real: Tensor | None, past_key_values: Any
+    ) -> Tensor:
+        query, key, value = self.heads(x)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        state = None if past_key_values is None else past_key_values.states.get(self.layer_idx)
+        new = None if real is None else real[:, -x.shape[1] :]
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            output, state = lightning_attention(query, key, value, state, new, self.block)
+        if past_key_values is not None:
+            past_key_values.states[self.layer_idx] = state
+        return self.o_proj(self.o_norm(output.transpose(1, 2).flatten(2)) * torch.sigmoid(self.z_proj(x)))
+
+
+def _layer(backend: Backend) -> ModuleSpec:
+    from hypenet_megatron.layer_specs import self_attention_spec
+    from hypenet_megatron.mixers.lightning_layer import LightningCore, LightningSelfAttention
+
+    return self_attention_spec(backend, LightningSelfAttention, LightningCore)
+
+
+def _warm_up(
+    heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    from hypenet_kernels.warm_up import lightning_calls
+
+    return lightning_calls(heads, head_dim, dtype, device)
+
+
+_OUTPUT_NORM = HuggingFaceTensor("self_attn.o_norm.weight", "queries", ONES)
+
+LIGHTNING = MixerSpec(
+    name="lightning",
+    title="Lightning Attention",
+    layer=_layer,
+    tensors=(
+        *self_attention_tensors(gate="z_proj", clone_heads=True),
+        MegatronTensor("self_attention.core_attention.o_norm.weight", (_OUTPUT_NORM,), "rows"),
+    ),
+    rope=True,
+    gated=True,
+    state="heads head head",
+    context_parallel="state",
+    hf_names=("lightning-attn", "lightning_attn"),
+    hf_settings={
+        "lightning_use_rope": True,
+        "lightning_use_qk_norm": True,
+        "lightning_use_output_norm": True,
+        "lightning_use_output_gate": True,
+        "lightning_scale": "1/sqrt(d)",
+    },
+    hf_sizes={
+        "lightning_nh": "num_attention_heads",
+        "lightning_nkv": "num_attention_heads",
+        "lightning_head_dim": "head_dim",
+    },
+    hf_optional={"lightning_use_short_conv": False, "lightning_rope_scaling": None},
+    modeling=(decay_slopes, slopes_on, lightning_attention, HypeNetLightningAttention),
+    warm_up=_warm_up,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hypenet_megatron.mixers import MixerSpec
 from hypenet_megatron.presets import ModelShape
 
 Recompute = Literal["attention", "layers"]
@@ -98,6 +99,13 @@ class ParallelLayout:
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError("virtual_pipeline interleaves pipeline stages; set pipeline to at least 2")
         self._check_stages(shape)
+
+    def check_mixer(self, spec: MixerSpec) -> None:
+        """ValueError if the mixer cannot work on a slice of the sequence and `context` cuts it."""
+        if self.context > 1 and spec.context_parallel is None:
+            raise ValueError(
+                f"mixer {spec.name} does not support context parallelism; set layout.context to 1"
+            )
 
     def _check_stages(self, shape: ModelShape) -> None:
         if self.pipeline_layout is not None:

@@ -1,4 +1,7 @@
-"""Calls that compile every kernel a model needs, so that the first training step, or the first token, does not."""
+"""Calls that compile the kernels of a model before its first training step or its first token.
+
+Each function yields (what, call) pairs; a call runs a kernel once, on zeros.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,22 @@ from hypenet_kernels.output_norm import gated_norm, gated_norm_with_sum, heads_s
 from hypenet_kernels.query_key_norm import norm_rope
 from hypenet_kernels.vocabulary_losses import chunked_cross_entropy, chunked_kl_divergence
 
+Calls = Iterator[tuple[str, Callable[[], None]]]
+
 TOKENS = 256
 VOCABULARY = 512  # the kernels of the losses are the same for every vocabulary
 EPSILON = 1e-6
 
 
-def warm_up_calls(
-    heads: int, head_dim: int, hidden_size: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(what, call) for every kernel of a model with `heads` heads on a rank; each call runs it once, on zeros."""
+def _train(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    function(*inputs).float().sum().backward()
+
+
+def lightning_calls(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Calls:
+    """The kernels of a Lightning Attention layer with `heads` heads on a rank."""
 
     def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=of, device=device, requires_grad=True)
-
-    def train(function: Callable[..., Tensor], *inputs: Tensor) -> None:
-        function(*inputs).float().sum().backward()
 
     slopes, scale = decay_slopes(heads), head_dim**-0.5
     fused = zeros(1, TOKENS, heads, 4, head_dim)
@@ -58,23 +62,29 @@ def warm_up_calls(
 
     weights = zeros(heads * head_dim)
     o = zeros(1, TOKENS, heads, head_dim)
-    yield "Lightning Attention", partial(train, attention, fused)
     state = zeros(1, heads, head_dim, head_dim, of=torch.float32)
-    yield "Lightning Attention with states", partial(train, attention_with_states, fused, state)
-    yield "q/k norm and RoPE", partial(train, normed, fused, zeros(head_dim))
-    yield "output norm and gate", partial(train, gated, fused, o, weights)
-    yield "output norm over ranks", partial(train, gated_under_tensor_parallelism, fused, o, weights)
+    yield "Lightning Attention", partial(_train, attention, fused)
+    yield "Lightning Attention with states", partial(_train, attention_with_states, fused, state)
+    yield "q/k norm and RoPE", partial(_train, normed, fused, zeros(head_dim))
+    yield "output norm and gate", partial(_train, gated, fused, o, weights)
+    yield "output norm over ranks", partial(_train, gated_under_tensor_parallelism, fused, o, weights)
     for batch in (1, 64):  # few states and many are cut differently
         yield f"decoding, batch {batch}", partial(_decode, batch, heads, head_dim, dtype, device)
-    head = zeros(VOCABULARY, hidden_size)
+
+
+def loss_calls(hidden_size: int, dtype: torch.dtype, device: torch.device) -> Calls:
+    """The kernels of the losses over hidden states of `hidden_size` channels."""
+    hidden, head = (
+        torch.zeros(rows, hidden_size, dtype=dtype, device=device, requires_grad=True)
+        for rows in (TOKENS, VOCABULARY)
+    )
     share = torch.ones(TOKENS, device=device)
     labels = torch.zeros(TOKENS, dtype=torch.int64, device=device)
-    hidden = zeros(TOKENS, hidden_size)
     yield (
         "cross entropy",
-        partial(train, lambda x, w: chunked_cross_entropy(x, w, labels, share), hidden, head),
+        partial(_train, lambda x, w: chunked_cross_entropy(x, w, labels, share), hidden, head),
     )
-    yield "KL divergence", partial(train, lambda x, w: chunked_kl_divergence(x, w, x, w, share), hidden, head)
+    yield "KL divergence", partial(_train, lambda x, w: chunked_kl_divergence(x, w, x, w, share), hidden, head)
 
 
 def _decode(batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:

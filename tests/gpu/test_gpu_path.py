@@ -26,9 +26,8 @@ from halo_training.objectives import (
     Objective,
 )
 from halo_training.trainer import Trainer
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
-from hypenet_megatron.presets import MixerType
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.runtime import model_parallel, reset_seeds
 from hypenet_tools import write_hf_folder, write_qwen3_folder
 from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
@@ -66,7 +65,7 @@ def export(tmp_path: Path) -> Path:
     folder = tmp_path / "hybrid"
     write_hf_folder(
         folder,
-        _tensors(HYBRID, gated=True),
+        _tensors(HYBRID),
         SHAPE,
         HYBRID,
         logits_scaling_base=LOGITS_SCALING_BASE,
@@ -89,11 +88,11 @@ def _tokenizer(folder: Path) -> Path:
     return folder
 
 
-def _tensors(mixers: tuple[MixerType, ...], *, gated: bool) -> dict[str, Tensor]:
+def _tensors(mixers: tuple[str, ...]) -> dict[str, Tensor]:
     """Random Megatron tensors, norms around one, so rounded that bf16 and fp32 models start equal."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, size in megatron_shapes(conversion_plan(SHAPE, mixers, gated)).items():
+    for name, size in megatron_shapes(conversion_plan(SHAPE, mixers)).items():
         noise = torch.randn(size, generator=generator)
         tensors[name] = (1 + 0.1 * noise if len(size) == 1 else 0.1 * noise).bfloat16().float()
     return tensors
@@ -105,18 +104,18 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def _logits(model: HypeNetModel, ids: Tensor, device: torch.device) -> Tensor:
+def _logits(model: DecoderModel, ids: Tensor, device: torch.device) -> Tensor:
     model.to(device).eval()
     return model.logits(model(ids.to(device))).transpose(0, 1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_hybrid_logits(device, export, ids, dtype):
-    config = HypeNetConfig.from_shape(
-        SHAPE, HYBRID, hybrid=True, dtype=dtype, logits_scaling_base=LOGITS_SCALING_BASE
+    config = DecoderConfig.from_shape(
+        SHAPE, HYBRID, dtype=dtype, logits_scaling_base=LOGITS_SCALING_BASE
     )
-    model = HypeNetModel(config)
-    load_weights(_tensors(HYBRID, gated=True), model)
+    model = DecoderModel(config)
+    load_weights(_tensors(HYBRID), model)
     found = _logits(model, ids, device)
     reference = json.loads((export / "config.json").read_text())
     expected = hypenet_forward(SafetensorsWeights(export), reference, ids)
@@ -126,7 +125,7 @@ def test_hybrid_logits(device, export, ids, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_teacher_logits(device, tmp_path, ids, dtype):
-    tensors = _tensors(TEACHER, gated=False)
+    tensors = _tensors(TEACHER)
     write_qwen3_folder(
         tmp_path / "teacher",
         tensors,
@@ -136,7 +135,7 @@ def test_teacher_logits(device, tmp_path, ids, dtype):
         model_card="",
     )
     judge = Qwen3ForCausalLM.from_pretrained(tmp_path / "teacher").eval()
-    model = HypeNetModel(HypeNetConfig.from_shape(SHAPE, TEACHER, hybrid=False, dtype=dtype))
+    model = DecoderModel(DecoderConfig.from_shape(SHAPE, TEACHER, dtype=dtype))
     load_weights(tensors, model)
     with torch.no_grad():
         expected = judge(ids).logits
@@ -157,9 +156,9 @@ SECTION = TrainingSection(
 def _objective(kind: str, device: torch.device) -> Objective:
     reset_seeds(3)
     options = {"dtype": torch.bfloat16, "init_method_std": 0.1}
-    hybrid = HypeNetConfig.from_shape(SHAPE, HYBRID, hybrid=True, **options)
-    teacher = HypeNetModel(
-        HypeNetConfig.from_shape(SHAPE, TEACHER, hybrid=False, **options), aligned=kind == "align"
+    hybrid = DecoderConfig.from_shape(SHAPE, HYBRID, **options)
+    teacher = DecoderModel(
+        DecoderConfig.from_shape(SHAPE, TEACHER, **options), student="lightning" if kind == "align" else None
     ).to(device)
     match kind:
         case "align":
@@ -167,8 +166,8 @@ def _objective(kind: str, device: torch.device) -> Objective:
         case "pretrain":
             return NextTokenObjective(teacher)
         case "distill":
-            return DistillationObjective(HypeNetModel(hybrid).to(device), teacher)
-    return NextTokenObjective(HypeNetModel(hybrid).to(device))
+            return DistillationObjective(DecoderModel(hybrid).to(device), teacher)
+    return NextTokenObjective(DecoderModel(hybrid).to(device))
 
 
 @pytest.mark.parametrize("kind", ["align", "distill", "finetune", "pretrain"])
@@ -192,8 +191,8 @@ def test_training_runs_and_resumes(device, tmp_path, kind):
 
 
 def test_sweep_runs_on_the_device(device, ids):
-    config = HypeNetConfig.from_shape(SHAPE, TEACHER, hybrid=False, dtype=torch.bfloat16, init_method_std=0.1)
-    switch = LayerSwitch(HypeNetModel(config, aligned=True).to(device), device)
+    config = DecoderConfig.from_shape(SHAPE, TEACHER, dtype=torch.bfloat16, init_method_std=0.1)
+    switch = LayerSwitch(DecoderModel(config, student="lightning").to(device), device)
     divergence = switch.divergence(ids.to(device))
     assert len(divergence) == SHAPE.num_layers
     assert 0 < min(divergence) <= max(divergence) < float("inf")

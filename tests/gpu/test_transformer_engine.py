@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
-from hypenet_megatron.presets import MixerType
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.model_weights import load_weights, save_weights
 from tests.support.tiny_models import HYBRID, TINY
@@ -34,9 +33,9 @@ def device():
 
 
 def _model(
-    mixers: tuple[MixerType, ...], dtype: torch.dtype, implementation: str, device: torch.device
-) -> HypeNetModel:
-    config = HypeNetConfig.from_shape(
+    mixers: tuple[str, ...], dtype: torch.dtype, implementation: str, device: torch.device
+) -> DecoderModel:
+    config = DecoderConfig.from_shape(
         SHAPE,
         mixers,
         hybrid="lightning" in mixers,
@@ -44,11 +43,11 @@ def _model(
         logits_scaling_base=9.0 if "lightning" in mixers else None,
         transformer_impl=implementation,
     )
-    return HypeNetModel(config).to(device).eval()
+    return DecoderModel(config).to(device).eval()
 
 
 @torch.no_grad()
-def _logits(model: HypeNetModel) -> Tensor:
+def _logits(model: DecoderModel) -> Tensor:
     ids = torch.randint(88, (2, 200), generator=torch.Generator().manual_seed(5)).cuda()
     return model.logits(model(ids)).double()
 

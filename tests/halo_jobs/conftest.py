@@ -57,7 +57,7 @@ def write_teacher(folder: Path, tokenizer: Path, *, layers: int) -> Path:
     """A random Qwen3 folder."""
     shape = ModelShape("tiny", layers, 32, 48, 2, 1, 16, 600, tied_embeddings=True, max_positions=512)
     generator = torch.Generator().manual_seed(1)
-    plan = conversion_plan(shape, shape.teacher_mixers(), gated=False)
+    plan = conversion_plan(shape, shape.teacher_mixers())
     tensors = {
         name: torch.ones(size) if "norm" in name else torch.randn(size, generator=generator) * 0.1
         for name, size in megatron_shapes(plan).items()

@@ -14,8 +14,8 @@ from halo_training.models import write_shape
 from halo_training.objectives import NextTokenObjective
 from halo_training.optimizer import build_optimizer
 from halo_training.trainer import Trainer
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.convert import reshard_job
@@ -26,7 +26,7 @@ from hypenet_tools.weights_folder import WeightsFolder
 from tests.support.windows import RandomWindows, cursor_of_this_rank
 
 SHAPE = ModelShape("tiny", 4, 32, 48, 4, 2, 8, 64, tied_embeddings=False)
-MIXERS = SHAPE.hybrid_mixers((1,))
+MIXERS = SHAPE.hybrid_mixers((1,), "lightning")
 
 
 @pytest.fixture
@@ -48,12 +48,12 @@ def trained(tmp_path):
     (run / "init" / "0").mkdir(parents=True)
     write_shape(run / "init" / "0", SHAPE)
     with model_parallel(seed=1):
-        config = HypeNetConfig.from_shape(SHAPE, MIXERS, hybrid=True, dtype=torch.bfloat16)
+        config = DecoderConfig.from_shape(SHAPE, MIXERS, dtype=torch.bfloat16)
         cursor = cursor_of_this_rank(RandomWindows(16, 64), section)
-        objective = NextTokenObjective(HypeNetModel(config))
+        objective = NextTokenObjective(DecoderModel(config))
         trainer = Trainer("test", section, objective, cursor, stage, Console(quiet=True), None)
         trainer.run()
-        restored = NextTokenObjective(HypeNetModel(config))
+        restored = NextTokenObjective(DecoderModel(config))
         trainer.checkpoints.load(2, restored.model, build_optimizer(restored.chunks, section), None)
         weights = {name: parameter.detach().clone() for name, parameter in restored.model.named_parameters()}
     return stage / "checkpoints", weights

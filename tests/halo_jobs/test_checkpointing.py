@@ -23,8 +23,8 @@ from halo_training.checkpointing.state import flat_boxes, training_shards
 from halo_training.checkpointing.storage import write_safetensors
 from halo_training.objectives import NextTokenObjective
 from halo_training.optimizer import build_optimizer
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, model_parallel, reset_seeds
 from tests.support.resume_grid import checkpoint_tensors
@@ -44,9 +44,9 @@ class _Run:
 
     def __init__(self, *, distributed: bool = False, dtype: torch.dtype = torch.float32, seed: int = 3):
         reset_seeds(seed)
-        config = HypeNetConfig.from_shape(SHAPE, SHAPE.hybrid_mixers((1,)), hybrid=True, dtype=dtype)
+        config = DecoderConfig.from_shape(SHAPE, SHAPE.hybrid_mixers((1,), "lightning"), dtype=dtype)
         self.objective = NextTokenObjective(
-            HypeNetModel(config), ParallelLayout(distributed_optimizer=distributed)
+            DecoderModel(config), ParallelLayout(distributed_optimizer=distributed)
         )
         self.model = self.objective.model
         self.optimizer = build_optimizer(self.objective.chunks, SECTION)

@@ -194,10 +194,10 @@ def test_tokenizer_larger_than_the_model(tiny_recipe_file, tiny_teacher, tmp_pat
 
 def test_hybrid_as_teacher(tiny_recipe_file, tiny_tokenizer, tmp_path):
     shape = ModelShape("tiny", 4, 32, 48, 2, 1, 16, 600, tied_embeddings=True, max_positions=512)
-    mixers = shape.hybrid_mixers([1])
+    mixers = shape.hybrid_mixers([1], "lightning")
     tensors = {
         name: torch.ones(size)
-        for name, size in megatron_shapes(conversion_plan(shape, mixers, gated=True)).items()
+        for name, size in megatron_shapes(conversion_plan(shape, mixers)).items()
     }
     write_hf_folder(
         tmp_path / "hybrid",

@@ -10,8 +10,8 @@ from torch import Tensor
 from halo_evaluation.interface import ScoreBatch
 from halo_evaluation.selection.sweep import LayerSwitch, layer_groups
 from hypenet_megatron.alignment import Route
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import model_parallel
 
@@ -21,8 +21,8 @@ SHAPE = ModelShape("tiny", 4, 48, 80, 4, 2, 16, 96, tied_embeddings=True)
 @pytest.fixture
 def model():
     with model_parallel(seed=2):
-        config = HypeNetConfig.from_shape(SHAPE, SHAPE.teacher_mixers(), hybrid=False, init_method_std=0.15)
-        yield HypeNetModel(config, aligned=True)
+        config = DecoderConfig.from_shape(SHAPE, SHAPE.teacher_mixers(), init_method_std=0.15)
+        yield DecoderModel(config, student="lightning")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def ids() -> Tensor:
 
 
 @torch.no_grad()
-def _one_by_one(model: HypeNetModel, ids: Tensor) -> list[Tensor]:
+def _one_by_one(model: DecoderModel, ids: Tensor) -> list[Tensor]:
     """Log-probabilities [b, s, vocabulary] of the teacher and of each M(i), every one by a pass of its own."""
     model.eval()
     found = []

@@ -17,8 +17,8 @@ from halo_training.guard import DivergenceGuard, TrainingDiverged
 from halo_training.models import is_student_key
 from halo_training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
 from halo_training.trainer import Trainer
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import model_parallel, reset_seeds
 from hypenet_tools.model_weights import load_weights, read_weights, save_weights
@@ -39,13 +39,13 @@ WINDOWS = RandomWindows(16, 64)
 
 def _objective(kind: str, dtype: torch.dtype):
     reset_seeds(3)
-    teacher = HypeNetConfig.from_shape(SHAPE, SHAPE.teacher_mixers(), hybrid=False, dtype=dtype)
-    hybrid = HypeNetConfig.from_shape(SHAPE, SHAPE.hybrid_mixers((1,)), hybrid=True, dtype=dtype)
+    teacher = DecoderConfig.from_shape(SHAPE, SHAPE.teacher_mixers(), dtype=dtype)
+    hybrid = DecoderConfig.from_shape(SHAPE, SHAPE.hybrid_mixers((1,), "lightning"), dtype=dtype)
     if kind == "align":
-        return AlignmentObjective(HypeNetModel(teacher, aligned=True))
+        return AlignmentObjective(DecoderModel(teacher, student="lightning"))
     if kind == "distill":
-        return DistillationObjective(HypeNetModel(hybrid), HypeNetModel(teacher))
-    return NextTokenObjective(HypeNetModel(teacher if kind == "pretrain" else hybrid))
+        return DistillationObjective(DecoderModel(hybrid), DecoderModel(teacher))
+    return NextTokenObjective(DecoderModel(teacher if kind == "pretrain" else hybrid))
 
 
 def _trainer(folder: Path, kind: str, dtype=torch.float32, section=SECTION, windows=None) -> Trainer:
@@ -116,8 +116,8 @@ def test_micro_batches_do_not_change_the_step(world, tmp_path, kind):
 
 def test_distillation_starts_at_zero_for_equal_models(world):
     reset_seeds(3)
-    config = HypeNetConfig.from_shape(SHAPE, SHAPE.teacher_mixers(), hybrid=False)
-    teacher, student = HypeNetModel(config), HypeNetModel(config)
+    config = DecoderConfig.from_shape(SHAPE, SHAPE.teacher_mixers())
+    teacher, student = DecoderModel(config), DecoderModel(config)
     student.load_state_dict(teacher.state_dict())
     objective = DistillationObjective(student, teacher)
     cursor = BatchCursor(WINDOWS, 4, 2, torch.device("cpu"))
@@ -208,7 +208,7 @@ def test_weights_folder_round_trip(world, tmp_path):
     tensors = read_weights(tmp_path / "weights")
     assert all(torch.equal(tensors[name], parameter) for name, parameter in model.named_parameters())
     reset_seeds(99)
-    other = HypeNetModel(model.config)
+    other = DecoderModel(model.config)
     load_weights(tmp_path / "weights", other)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 

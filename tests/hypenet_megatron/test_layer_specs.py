@@ -15,26 +15,26 @@ from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from hypenet_megatron.alignment import Route
-from hypenet_megatron.attention import SoftmaxAttentionCore
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.mixers.softmax_layer import SoftmaxAttentionCore
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.norms import RMSNorm
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.model_weights import load_weights, save_weights, sharded_tensors
 
 SHAPE = ModelShape("tiny", 3, 48, 80, 4, 2, 16, 96, tied_embeddings=True)
 TEACHER = SHAPE.teacher_mixers()
-HYBRID = SHAPE.hybrid_mixers((1,))
+HYBRID = SHAPE.hybrid_mixers((1,), "lightning")
 
 
-def _config(*, hybrid: bool = False, shape: ModelShape = SHAPE, **options: Any) -> HypeNetConfig:
-    return HypeNetConfig.from_shape(
-        shape, HYBRID if hybrid else TEACHER, hybrid=hybrid, init_method_std=0.15, **options
+def _config(*, hybrid: bool = False, shape: ModelShape = SHAPE, **options: Any) -> DecoderConfig:
+    return DecoderConfig.from_shape(
+        shape, HYBRID if hybrid else TEACHER, init_method_std=0.15, **options
     )
 
 
 @torch.no_grad()
-def _logits(model: HypeNetModel, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: DecoderModel, ids: torch.Tensor) -> torch.Tensor:
     return model.logits(model(ids))
 
 
@@ -44,14 +44,14 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture
-def teacher(megatron_cpu) -> HypeNetModel:
-    return HypeNetModel(_config()).eval()
+def teacher(megatron_cpu) -> DecoderModel:
+    return DecoderModel(_config()).eval()
 
 
 @pytest.fixture
-def aligned(teacher) -> HypeNetModel:
+def aligned(teacher) -> DecoderModel:
     """The teacher's weights with random students beside them."""
-    model = HypeNetModel(_config(), aligned=True).eval()
+    model = DecoderModel(_config(), student="lightning").eval()
     own = {f".{part}": f".teacher.{part}" for part in ("linear_", "q_layernorm", "k_layernorm")}
     renamed = {}
     for key, value in teacher.state_dict().items():
@@ -66,19 +66,14 @@ def aligned(teacher) -> HypeNetModel:
 
 @pytest.mark.parametrize("mixers", [(), TEACHER[:2], (*TEACHER, "attn")])
 def test_one_mixer_per_layer(mixers):
-    with pytest.raises(ValueError, match=rf"names {len(mixers)} layers but the model has 3; give one of"):
-        HypeNetConfig.from_shape(SHAPE, mixers, hybrid=False)
-
-
-def test_teacher_has_no_lightning_layers():
-    with pytest.raises(ValueError, match="a teacher has only 'attn' layers; set hybrid=True"):
-        HypeNetConfig.from_shape(SHAPE, HYBRID, hybrid=False)
+    with pytest.raises(ValueError, match=rf"names {len(mixers)} layers but the model has 3; give one mixer"):
+        DecoderConfig.from_shape(SHAPE, mixers)
 
 
 def test_unknown_mixer():
     """Hugging Face calls it lightning-attn; built as attention it would train without a word."""
-    with pytest.raises(ValueError, match="mixer_types names 'lightning-attn'; give one of 'attn' or 'light"):
-        HypeNetConfig.from_shape(SHAPE, ("attn", "lightning-attn", "attn"), hybrid=True)
+    with pytest.raises(ValueError, match="there is no mixer 'lightning-attn'; did you mean 'lightning'"):
+        DecoderConfig.from_shape(SHAPE, ("attn", "lightning-attn", "attn"))
 
 
 def test_shapes_that_cannot_be():
@@ -87,18 +82,18 @@ def test_shapes_that_cannot_be():
     with pytest.raises(ValueError, match="head_dim 15 must be even for RoPE"):
         replace(SHAPE, head_dim=15)
     with pytest.raises(ValueError, match=r"attention layers \[3, -1\] do not exist in tiny with 3 layers"):
-        SHAPE.hybrid_mixers((0, 3, -1))
+        SHAPE.hybrid_mixers((0, 3, -1), "lightning")
 
 
 def test_config_of_each_layer():
     config = _config(hybrid=True)
-    assert config.no_rope_freq == [0, 1, 0]
     lightning, attention = config.get_config_for_layer(1), config.get_config_for_layer(2)
+    assert (lightning.no_rope_freq[0], attention.no_rope_freq[1]) == (0, 1)
     assert (lightning.num_query_groups, attention.num_query_groups) == (4, 2)
     assert lightning.attention_output_gate and attention.attention_output_gate
     teacher = _config()
     assert not teacher.attention_output_gate
-    assert teacher.lightning_config().attention_output_gate
+    assert teacher.for_mixer("lightning").attention_output_gate
     assert (teacher.num_query_groups, teacher.attention_output_gate) == (2, False), "a copy was changed"
 
 
@@ -141,7 +136,8 @@ def _expected_shapes(kind: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
 def test_checkpoint_keys_and_shapes(megatron_cpu, kind, tied):
     """Released checkpoints have these names: conversion, export and other builds of ours rely on them."""
     shape = replace(SHAPE, tied_embeddings=tied)
-    model = HypeNetModel(_config(hybrid=kind == "hybrid", shape=shape), aligned=kind == "aligned")
+    student = "lightning" if kind == "aligned" else None
+    model = DecoderModel(_config(hybrid=kind == "hybrid", shape=shape), student=student)
     expected = _expected_shapes(kind, tied=tied)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
     stored = sharded_tensors(model)
@@ -194,7 +190,7 @@ def test_transformer_engine_must_be_there(megatron_cpu, monkeypatch):
     with pytest.raises(
         ValueError, match="Transformer Engine is not installed; install it or set transformer_impl: local"
     ):
-        HypeNetModel(_config(transformer_impl="transformer_engine"))
+        DecoderModel(_config(transformer_impl="transformer_engine"))
 
 
 # Stand-ins for Transformer Engine's modules, which need a GPU. They take what the real ones take, and compute by other
@@ -274,9 +270,9 @@ def stand_in_engine(monkeypatch):
 @pytest.mark.parametrize("kind", ["teacher", "hybrid", "aligned"])
 def test_engine_path_has_the_same_keys_and_model(megatron_cpu, stand_in_engine, tmp_path, ids, kind):
     options = {"hybrid": kind == "hybrid", "logits_scaling_base": 8.0 if kind == "hybrid" else None}
-    local = HypeNetModel(_config(**options), aligned=kind == "aligned").eval()
+    local = DecoderModel(_config(**options), student="lightning" if kind == "aligned" else None).eval()
     engine_config = _config(**options, transformer_impl="transformer_engine")
-    engine = HypeNetModel(engine_config, aligned=kind == "aligned").eval()
+    engine = DecoderModel(engine_config, student="lightning" if kind == "aligned" else None).eval()
     assert dict(engine.named_parameters()).keys() == dict(local.named_parameters()).keys()
     for layer in engine.decoder.layers:
         assert isinstance(layer.input_layernorm, _Norm), "not fused into linear_qkv"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from halo_training.batches import TokenBatch
 from halo_training.objectives import NextTokenObjective
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, model_parallel
 from hypenet_tools.model_weights import load_weights, read_weights, save_weights
@@ -24,16 +24,15 @@ SHAPE = ModelShape("tiny", 3, 48, 80, 4, 2, 16, 96, tied_embeddings=False)
 LENGTH = 24
 
 
-def _model(*, tensor_parallel: int = 1, sequence_parallel: bool = False) -> HypeNetModel:
-    config = HypeNetConfig.from_shape(
+def _model(*, tensor_parallel: int = 1, sequence_parallel: bool = False) -> DecoderModel:
+    config = DecoderConfig.from_shape(
         SHAPE,
-        SHAPE.hybrid_mixers((1,)),
-        hybrid=True,
+        SHAPE.hybrid_mixers((1,), "lightning"),
         init_method_std=0.15,
         tensor_model_parallel_size=tensor_parallel,
         sequence_parallel=sequence_parallel,
     )
-    return HypeNetModel(config)
+    return DecoderModel(config)
 
 
 def _batches() -> list[TokenBatch]:
@@ -54,7 +53,7 @@ def _gathered(local: Tensor, axis: int) -> Tensor:
     return torch.cat(parts, axis)
 
 
-def _measured(model: HypeNetModel) -> dict[str, np.ndarray]:
+def _measured(model: DecoderModel) -> dict[str, np.ndarray]:
     """Logits [s, b, vocabulary], loss, and the gradient of every parameter, all of the whole model."""
     batches = _batches()
     model.train()

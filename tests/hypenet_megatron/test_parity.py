@@ -7,11 +7,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from halo_jobs.estimate import model_parameters
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel, count_parameters
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel, count_parameters
 from hypenet_megatron.presets import HYPENET_PRESETS, QWEN3_SHAPES, ModelShape
-from hypenet_tools import to_hugging_face, to_megatron
 from hypenet_tools.model_weights import load_weights
+from tests.support.conversions import to_hugging_face, to_megatron
 from tests.support.reference_model import hypenet_forward
 
 TIED = ModelShape("tied", 3, 48, 80, 4, 2, 16, 97, tied_embeddings=True)
@@ -57,8 +57,8 @@ def test_teacher_equals_transformers(megatron_cpu, shape):
     tensors = dict(reference.state_dict())
     if shape.tied_embeddings:
         tensors.pop("lm_head.weight", None)
-    model = HypeNetModel(HypeNetConfig.from_shape(shape, shape.teacher_mixers(), hybrid=False)).eval()
-    load_weights(to_megatron(tensors, shape, shape.teacher_mixers(), gated=False), model)
+    model = DecoderModel(DecoderConfig.from_shape(shape, shape.teacher_mixers())).eval()
+    load_weights(to_megatron(tensors, shape, shape.teacher_mixers()), model)
     input_ids = torch.randint(0, shape.vocab_size, (2, 70))
     with torch.no_grad():
         ours = model.logits(model(input_ids)).transpose(0, 1)
@@ -70,18 +70,18 @@ def test_teacher_equals_transformers(megatron_cpu, shape):
 @pytest.mark.parametrize("scaling_base", [None, 20.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_hybrid_equals_the_recurrence(megatron_cpu, shape, scaling_base):
-    mixers = shape.hybrid_mixers((1,))
-    config = HypeNetConfig.from_shape(
-        shape, mixers, hybrid=True, logits_scaling_base=scaling_base, init_method_std=0.1
+    mixers = shape.hybrid_mixers((1,), "lightning")
+    config = DecoderConfig.from_shape(
+        shape, mixers, logits_scaling_base=scaling_base, init_method_std=0.1
     )
-    model = HypeNetModel(config).eval()
+    model = DecoderModel(config).eval()
     own = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
     tensors = _randomise_norms(own)
     load_weights(tensors, model)
     input_ids = torch.randint(0, shape.vocab_size, (2, 70))
     with torch.no_grad():
         ours = model.logits(model(input_ids)).transpose(0, 1)
-    exported = to_hugging_face(tensors, shape, mixers, gated=True)
+    exported = to_hugging_face(tensors, shape, mixers)
     expected = hypenet_forward(exported, _reference_config(shape, mixers, scaling_base), input_ids)
     assert expected.abs().max() > 0.5
     assert (ours - expected).abs().max() <= 1e-5
@@ -100,7 +100,7 @@ def _reference_config(shape, mixers, scaling_base):
 
 def test_parameter_counts_of_published_sizes():
     """Counted without building: the model cards say 1.72B, 4.02B and 8.19B for the dense teachers."""
-    billions = {name: model_parameters(shape, None) / 1e9 for name, shape in QWEN3_SHAPES.items()}
+    billions = {name: model_parameters(shape, shape.teacher_mixers()) / 1e9 for name, shape in QWEN3_SHAPES.items()}
     assert billions["qwen3-0.6b"] == pytest.approx(0.596, abs=0.001)
     assert billions["qwen3-1.7b"] == pytest.approx(1.72, abs=0.005)
     assert billions["qwen3-4b"] == pytest.approx(4.02, abs=0.005)
@@ -111,15 +111,13 @@ def test_parameter_counts_of_published_sizes():
 
 @pytest.mark.parametrize("attention_layers", [None, (0, 2)])
 def test_counted_parameters_equal_built_ones(megatron_cpu, attention_layers):
-    hybrid = attention_layers is not None
-    mixers = TIED.hybrid_mixers(attention_layers) if hybrid else TIED.teacher_mixers()
-    model = HypeNetModel(HypeNetConfig.from_shape(TIED, mixers, hybrid=hybrid))
-    assert count_parameters(model) == model_parameters(TIED, len(attention_layers) if hybrid else None)
+    mixers = TIED.hybrid_mixers(attention_layers, "lightning") if attention_layers else TIED.teacher_mixers()
+    model = DecoderModel(DecoderConfig.from_shape(TIED, mixers))
+    assert count_parameters(model) == model_parameters(TIED, mixers)
 
 
 def test_presets_are_a_quarter_attention():
     for preset in HYPENET_PRESETS.values():
         assert len(preset.attention_layers) == preset.shape.num_layers // 4
-        assert (
-            preset.shape.hybrid_mixers(preset.attention_layers).count("attn") == preset.shape.num_layers // 4
-        )
+        mixers = preset.shape.hybrid_mixers(preset.attention_layers, "lightning")
+        assert mixers.count("attn") == preset.shape.num_layers // 4

@@ -7,12 +7,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from halo_jobs.cli import app
-from hypenet_kernels import warm_up
+from hypenet_kernels.warm_up import lightning_calls, loss_calls
+
+
+def all_calls(dtype, device):
+    return [*lightning_calls(2, 64, dtype, device), *loss_calls(32, dtype, device)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_call_runs(dtype):
-    calls = list(warm_up.warm_up_calls(2, 64, 32, dtype, torch.device("cpu")))
+    calls = all_calls(dtype, torch.device("cpu"))
     assert len({what for what, _ in calls}) == len(calls)
     for _, call in calls:
         call()
@@ -31,7 +35,7 @@ def test_every_operator_is_called(monkeypatch):
 
     # Another test may have installed the CPU backend, a torch function mode to which "cuda" means "cpu".
     with torch._C.DisableTorchFunction(), FakeTensorMode(), Record():
-        for _, call in warm_up.warm_up_calls(2, 64, 32, torch.bfloat16, torch.device("cuda")):
+        for _, call in all_calls(torch.bfloat16, torch.device("cuda")):
             call()
     assert called == {
         "lightning_attention",

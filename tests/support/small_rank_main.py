@@ -21,7 +21,7 @@ from halo_training.batches import TokenBatch
 from halo_training.checkpointing import saver
 from halo_training.objectives import NextTokenObjective
 from halo_training.trainer import Trainer
-from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import build_model
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, cpu_backend, model_parallel, reset_seeds
@@ -40,8 +40,8 @@ class _Objective(NextTokenObjective):
 
     def __init__(self, job: Job, rank: int, layout: ParallelLayout) -> None:
         reset_seeds(3)
-        config = HypeNetConfig.from_shape(
-            SHAPE, SHAPE.hybrid_mixers((1,)), hybrid=True, **layout.megatron_options()
+        config = DecoderConfig.from_shape(
+            SHAPE, SHAPE.hybrid_mixers((1,), "lightning"), **layout.megatron_options()
         )
         super().__init__(build_model(config), layout)
         self._job, self._rank = job, rank

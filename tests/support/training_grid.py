@@ -29,7 +29,7 @@ from halo_training.objectives import (
     Objective,
 )
 from halo_training.trainer import Trainer
-from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import LocalModel, build_model
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout, joined_world, model_parallel, reset_seeds
@@ -118,14 +118,13 @@ def _model(part: str, tied: bool, layout: ParallelLayout) -> LocalModel:
     """part: "teacher", "hybrid" or "aligned"."""
     which = shape(tied)
     hybrid = part == "hybrid"
-    config = HypeNetConfig.from_shape(
+    config = DecoderConfig.from_shape(
         which,
-        which.hybrid_mixers((1,)) if hybrid else which.teacher_mixers(),
-        hybrid=hybrid,
+        which.hybrid_mixers((1,), "lightning") if hybrid else which.teacher_mixers(),
         init_method_std=0.15,
         **layout.megatron_options(),
     )
-    return build_model(config, aligned=part == "aligned")
+    return build_model(config, student="lightning" if part == "aligned" else None)
 
 
 def save_whole_weights(folder: Path) -> None:

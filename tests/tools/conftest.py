@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_megatron.presets import ModelShape
 from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
 from hypenet_tools.release import write_hf_folder
 
@@ -19,10 +19,10 @@ RandomTensors = Callable[..., dict[str, Tensor]]
 def random_tensors() -> RandomTensors:
     """Megatron tensors of a random model: matrices of a scale that keeps logits lively, norms around one."""
 
-    def make(shape: ModelShape, mixers: tuple[MixerType, ...], gated: bool) -> dict[str, Tensor]:
+    def make(shape: ModelShape, mixers: tuple[str, ...]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
         tensors = {}
-        for name, size in megatron_shapes(conversion_plan(shape, mixers, gated)).items():
+        for name, size in megatron_shapes(conversion_plan(shape, mixers)).items():
             noise = torch.randn(size, generator=generator)
             tensors[name] = 1 + 0.1 * noise if len(size) == 1 else 0.15 * noise
         return tensors
@@ -37,11 +37,11 @@ def hf_folder(random_tensors: RandomTensors, tokenizer_folder: Path, tmp_path: P
     def write(
         name: str,
         shape: ModelShape,
-        mixers: tuple[MixerType, ...] | None = None,
+        mixers: tuple[str, ...] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         max_shard_bytes: int = 10**9,
     ) -> Path:
-        tensors = random_tensors(shape, mixers or shape.teacher_mixers(), mixers is not None)
+        tensors = random_tensors(shape, mixers or shape.teacher_mixers())
         write_hf_folder(
             tmp_path / name,
             tensors,

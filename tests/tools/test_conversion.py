@@ -14,12 +14,12 @@ from hypenet_tools.export import export_job
 from hypenet_tools.folder_job import Part, run_job
 from hypenet_tools.hugging_face.config import ModelDescription
 from hypenet_tools.hugging_face.folder import read_model_folder
-from hypenet_tools.hugging_face.initialise import hybrid_tensors, student_tensors
 from hypenet_tools.hugging_face.mapping import megatron_shapes
 from hypenet_tools.layout import Layout
 from hypenet_tools.open_model import open_model
 from hypenet_tools.verify import compare_tensors
 from hypenet_tools.weights_folder import WeightsFolder
+from tests.support.conversions import hybrid_tensors, student_tensors
 from tests.support.tiny_models import HYBRID, TINY, tiny
 
 ONE = Layout()
@@ -44,7 +44,7 @@ def test_round_trip_of_every_size(hf_folder, tmp_path, name, tied, max_shard_byt
     source = hf_folder("source", shape, max_shard_bytes=max_shard_bytes)
     layout = Layout(tensor=2, pipeline=2, expert=2 if shape.experts else 1)
     weights = convert(source, tmp_path / "weights", layout, max_shard_bytes=max_shard_bytes)
-    assert same(weights, read_model_folder(source).megatron_tensors())
+    assert same(weights, read_model_folder(source).megatron_view())
     job = export_job(open_model(tmp_path / "weights"), tmp_path / "back", max_shard_bytes=max_shard_bytes)
     assert run_job(job)
     assert (tmp_path / "back" / "SHA256SUMS").read_text() == (source / "SHA256SUMS").read_text()
@@ -55,12 +55,12 @@ def test_dtypes_are_kept(hf_folder, tmp_path, dtype):
     source = hf_folder("source", TINY, dtype=dtype)
     weights = convert(source, tmp_path / "weights", Layout(2))
     assert {info.dtype for info in weights.infos.values()} == {dtype}
-    assert same(weights, read_model_folder(source).megatron_tensors())
+    assert same(weights, read_model_folder(source).megatron_view())
 
 
 def test_every_layout_to_every_other(hf_folder, tmp_path):
     shape = tiny(QWEN3_SHAPES["qwen3-30b-a3b"])
-    expected = read_model_folder(source := hf_folder("source", shape)).megatron_tensors()
+    expected = read_model_folder(source := hf_folder("source", shape)).megatron_view()
     layouts = [Layout(1, 1, 1), Layout(2, 1, 2), Layout(1, 4, 4), Layout(2, 2, 2)]
     for begin in layouts:
         convert(source, tmp_path / "begin", begin, max_shard_bytes=30_000)
@@ -92,7 +92,7 @@ def test_chunks_are_what_the_ranks_hold(hf_folder, tmp_path):
 def test_hybrid_is_stage_0(hf_folder, tmp_path):
     source = hf_folder("source", TINY)
     weights = convert(source, tmp_path / "weights", Layout(2), hybrid="1,3", seed=5)
-    teacher = read_model_folder(source).megatron_tensors()
+    teacher = read_model_folder(source).megatron_view()
     students = student_tensors(teacher, TINY, 5)
     assert same(weights, hybrid_tensors(teacher, students, TINY, (1, 3), 5))
     assert weights.index.model.mixer_types == HYBRID
@@ -175,7 +175,7 @@ def stage_2(tensors):
 
 def test_checkpoints_of_the_references_stage_2(hf_folder, tmp_path):
     source = hf_folder("source", TINY, HYBRID)
-    expected = read_model_folder(source).megatron_tensors()
+    expected = dict(read_model_folder(source).megatron_view())
     save_file(stage_2(load_file(source / "model.safetensors")), source / "model.safetensors")
     assert run_job(import_job(source, tmp_path / "weights", Layout(2)))
     assert same(WeightsFolder(tmp_path / "weights"), expected)
@@ -255,7 +255,7 @@ def test_parts_together_publish(hf_folder, tmp_path):
     assert not (tmp_path / "out").exists()
     assert run_job(jobs[2], part=Part(2, 3))
     assert run_job(jobs[1], part=Part(1, 3)), "a part that comes once more finds all done"
-    assert same(WeightsFolder(tmp_path / "out"), read_model_folder(source).megatron_tensors())
+    assert same(WeightsFolder(tmp_path / "out"), read_model_folder(source).megatron_view())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     with pytest.raises(ValueError, match="files, too few for 99 parts"):
         run_job(convert_job(source, tmp_path / "other", Layout()), part=Part(0, 99))
@@ -267,7 +267,7 @@ def test_progress_adds_up_with_worker_processes(hf_folder, tmp_path):
     counts = []
     assert run_job(job, workers=2, advance=counts.append)
     assert sum(counts) == job.nbytes == read_model_folder(source).tensors.nbytes
-    assert same(WeightsFolder(tmp_path / "out"), read_model_folder(source).megatron_tensors())
+    assert same(WeightsFolder(tmp_path / "out"), read_model_folder(source).megatron_view())
 
 
 def test_values_that_are_no_numbers_stop_a_conversion(hf_folder, tmp_path):

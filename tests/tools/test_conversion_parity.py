@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.presets import QWEN3_SHAPES
 from hypenet_megatron.runtime import ParallelLayout, model_parallel
 from hypenet_tools.convert import convert_job
@@ -59,10 +59,10 @@ def _rank_main(rank, folder):
     layout = ParallelLayout(tensor=TENSOR, pipeline=PIPELINE)
     with model_parallel(layout, seed=3), torch.no_grad():
         opened = open_model(folder / "weights")
-        config = HypeNetConfig.from_shape(
-            opened.model.shape, opened.model.shape.teacher_mixers(), hybrid=False, **layout.megatron_options()
+        config = DecoderConfig.from_shape(
+            opened.model.shape, opened.model.shape.teacher_mixers(), **layout.megatron_options()
         )
-        model = HypeNetModel(config).eval()
+        model = DecoderModel(config).eval()
         load_weights(folder / "weights", model)
         ids = torch.from_numpy(np.load(folder / "ids.npy"))
         shape = (ids.shape[1], ids.shape[0], config.hidden_size)

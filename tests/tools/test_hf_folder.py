@@ -20,7 +20,7 @@ from tests.support.tiny_models import HYBRID, TINY, tiny
 @pytest.fixture
 def teacher(random_tensors, tokenizer_folder, tmp_path):
     """A teacher folder in several shards."""
-    tensors = random_tensors(TINY, TINY.teacher_mixers(), False)
+    tensors = random_tensors(TINY, TINY.teacher_mixers())
     write_qwen3_folder(
         tmp_path / "teacher",
         tensors,
@@ -38,7 +38,7 @@ def hybrid(random_tensors, tokenizer_folder, tmp_path):
     """A HypeNet folder in one file."""
     write_hf_folder(
         tmp_path / "hybrid",
-        random_tensors(TINY, HYBRID, True),
+        random_tensors(TINY, HYBRID),
         TINY,
         HYBRID,
         logits_scaling_base=600.0,
@@ -68,8 +68,8 @@ def test_teacher(teacher, random_tensors):
     assert model.shape == replace(TINY, name="teacher")
     assert (model.mixer_types, model.logits_scaling_base) == (None, None)
     assert [path.name for path in model.tokenizer_files] == ["tokenizer.json", "tokenizer_config.json"]
-    written = random_tensors(TINY, TINY.teacher_mixers(), False)
-    read = model.megatron_tensors()
+    written = random_tensors(TINY, TINY.teacher_mixers())
+    read = model.megatron_view()
     assert read.keys() == written.keys()
     assert all(read[name].equal(written[name]) for name in written)
 
@@ -78,8 +78,8 @@ def test_hybrid(hybrid, random_tensors):
     model = read_model_folder(hybrid)
     assert model.shape == replace(TINY, name="hybrid")
     assert (model.mixer_types, model.logits_scaling_base) == (HYBRID, 600.0)
-    written = random_tensors(TINY, HYBRID, True)
-    assert all(tensor.equal(written[name]) for name, tensor in model.megatron_tensors().items())
+    written = random_tensors(TINY, HYBRID)
+    assert all(tensor.equal(written[name]) for name, tensor in model.megatron_view().items())
 
 
 def test_transformers_5_config_is_understood(teacher):

@@ -1,12 +1,12 @@
 """Stage 0: what is copied, what is cloned, what is random."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hypenet_tools.hugging_face.initialise import gate_rows, hybrid_tensors, student_tensors
-from hypenet_tools.hugging_face.mapping import to_hugging_face
+from tests.support.conversions import hybrid_tensors, student_tensors, to_hugging_face
 from tests.support.tiny_models import TINY
 
 GROUPED = replace(TINY, query_heads=6, kv_groups=2)
@@ -15,16 +15,23 @@ GROUPED = replace(TINY, query_heads=6, kv_groups=2)
 def as_hugging_face(teacher, shape, attention_layers, seed=3):
     students = student_tensors(teacher, shape, seed)
     hybrid = hybrid_tensors(teacher, students, shape, attention_layers, seed)
-    return to_hugging_face(hybrid, shape, shape.hybrid_mixers(attention_layers), gated=True)
+    return to_hugging_face(hybrid, shape, shape.hybrid_mixers(attention_layers, "lightning"))
+
+
+def _gate(shape, layer, seed):
+    """As released: drawn from SHA-256 of "gate SEED LAYER"."""
+    digest = hashlib.sha256(f"gate {seed} {layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn((shape.query_heads * shape.head_dim, shape.hidden_size), generator=generator) * 0.02
 
 
 @pytest.fixture
 def teacher(random_tensors):
-    return random_tensors(GROUPED, GROUPED.teacher_mixers(), False)
+    return random_tensors(GROUPED, GROUPED.teacher_mixers())
 
 
 def test_lightning_heads_are_clones_of_the_teachers_groups(teacher):
-    before = to_hugging_face(teacher, GROUPED, GROUPED.teacher_mixers(), gated=False)
+    before = to_hugging_face(teacher, GROUPED, GROUPED.teacher_mixers())
     after = as_hugging_face(teacher, GROUPED, (1,))
     for name in ("k_proj", "v_proj"):
         of_teacher = before[f"model.layers.0.self_attn.{name}.weight"].unflatten(0, (2, 16))
@@ -39,12 +46,12 @@ def test_lightning_heads_are_clones_of_the_teachers_groups(teacher):
 
 
 def test_everything_but_the_gates_of_attention_layers_is_the_teachers(teacher):
-    before = to_hugging_face(teacher, GROUPED, GROUPED.teacher_mixers(), gated=False)
+    before = to_hugging_face(teacher, GROUPED, GROUPED.teacher_mixers())
     after = as_hugging_face(teacher, GROUPED, (0, 1, 2, 3))
     gates = {f"model.layers.{layer}.self_attn.o_gate.weight" for layer in range(4)}
     assert after.keys() - before.keys() == gates
     assert all(after[name].equal(before[name]) for name in before)
-    assert after["model.layers.2.self_attn.o_gate.weight"].equal(gate_rows(GROUPED, 2, 3).flatten(0, 1))
+    assert after["model.layers.2.self_attn.o_gate.weight"].equal(_gate(GROUPED, layer=2, seed=3))
 
 
 def test_gates_depend_on_seed_and_layer_alone(teacher):
@@ -58,7 +65,7 @@ def test_gates_depend_on_seed_and_layer_alone(teacher):
 
 
 def test_gates_are_normal_with_standard_deviation_0_02():
-    gate = gate_rows(replace(TINY, hidden_size=1024), 0, 0)
+    gate = _gate(replace(TINY, hidden_size=1024), layer=0, seed=0)
     assert abs(gate.std().item() - 0.02) < 2e-4
     assert abs(gate.mean().item()) < 3e-4
 

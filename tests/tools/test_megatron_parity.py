@@ -8,13 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hypenet_megatron.alignment import Route
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.hugging_face.folder import read_model_folder
-from hypenet_tools.hugging_face.initialise import STUDENT, hybrid_tensors, student_tensors
+from hypenet_tools.hugging_face.initialise import STUDENT
 from hypenet_tools.hugging_face.weights import SafetensorsWeights
 from hypenet_tools.release import write_hf_folder
+from tests.support.conversions import hybrid_tensors, student_tensors
 from tests.support.reference_model import hypenet_forward
 from tests.support.tiny_models import HYBRID, TINY
 
@@ -31,7 +32,7 @@ def ids():
 
 
 def megatron_model(tensors, shape, mixers, **options):
-    model = HypeNetModel(HypeNetConfig.from_shape(shape, mixers, **options)).eval()
+    model = DecoderModel(DecoderConfig.from_shape(shape, mixers, **options)).eval()
     model.load_state_dict(tensors)
     return model
 
@@ -60,7 +61,7 @@ def test_teacher_equals_transformers(tmp_path, ids, tied):
     judge.save_pretrained(tmp_path)
     teacher = read_model_folder(tmp_path)
     model = megatron_model(
-        teacher.megatron_tensors(), teacher.shape, teacher.shape.teacher_mixers(), hybrid=False
+        dict(teacher.megatron_view()), teacher.shape, teacher.shape.teacher_mixers()
     )
     with torch.no_grad():
         expected = judge(ids).logits
@@ -72,7 +73,7 @@ def test_teacher_equals_transformers(tmp_path, ids, tied):
     "shape", [TINY, replace(TINY, tied_embeddings=False), replace(TINY, query_heads=6, kv_groups=3)]
 )
 def test_hybrid_equals_the_reference_and_the_export(random_tensors, tokenizer_folder, tmp_path, ids, shape):
-    tensors = random_tensors(shape, HYBRID, True)
+    tensors = random_tensors(shape, HYBRID)
     write_hf_folder(
         tmp_path / "export",
         tensors,
@@ -83,7 +84,7 @@ def test_hybrid_equals_the_reference_and_the_export(random_tensors, tokenizer_fo
         dtype=torch.float32,
         model_card="",
     )
-    model = megatron_model(tensors, shape, HYBRID, hybrid=True, logits_scaling_base=9.0)
+    model = megatron_model(tensors, shape, HYBRID, logits_scaling_base=9.0)
     found = megatron_logits(model, ids)
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     expected = hypenet_forward(SafetensorsWeights(tmp_path / "export"), config, ids)
@@ -95,16 +96,16 @@ def test_hybrid_equals_the_reference_and_the_export(random_tensors, tokenizer_fo
 
 @torch.no_grad()
 def test_aligned_model_takes_the_students_and_gives_them_to_the_hybrid(random_tensors, ids):
-    teacher = random_tensors(TINY, TINY.teacher_mixers(), False)
+    teacher = random_tensors(TINY, TINY.teacher_mixers())
     students = student_tensors(teacher, TINY, seed=2)
-    config = HypeNetConfig.from_shape(TINY, TINY.teacher_mixers(), hybrid=False)
-    aligned = HypeNetModel(config, aligned=True).eval()
+    config = DecoderConfig.from_shape(TINY, TINY.teacher_mixers())
+    aligned = DecoderModel(config, student="lightning").eval()
     own = {name for name, _ in aligned.named_parameters() if f".{STUDENT}" in name}
     assert own == students.keys()
     renamed = {name.replace(".self_attention.", ".self_attention.teacher."): t for name, t in teacher.items()}
     aligned.load_state_dict({**renamed, **students})
 
     hybrid = hybrid_tensors(teacher, aligned.state_dict(), TINY, (), seed=2)
-    all_lightning = megatron_model(hybrid, TINY, TINY.hybrid_mixers(()), hybrid=True)
+    all_lightning = megatron_model(hybrid, TINY, TINY.hybrid_mixers((), "lightning"))
     aligned.set_route(Route.STUDENT)
     assert megatron_logits(aligned, ids).equal(megatron_logits(all_lightning, ids))

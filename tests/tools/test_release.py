@@ -9,8 +9,8 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from hypenet_tools.hugging_face.folder import read_model_folder
-from hypenet_tools.hugging_face.mapping import to_hugging_face
 from hypenet_tools.release import special_token_ids, write_hf_folder, write_qwen3_folder
+from tests.support.conversions import to_hugging_face
 from tests.support.tiny_models import HYBRID, TINY
 
 
@@ -24,7 +24,7 @@ def export(random_tensors, tokenizer_folder, tmp_path):
             "model_card": "# A tiny hybrid\n",
         }
         out = tmp_path / name
-        write_hf_folder(out, random_tensors(shape, HYBRID, True), shape, HYBRID, **{**options, **changes})
+        write_hf_folder(out, random_tensors(shape, HYBRID), shape, HYBRID, **{**options, **changes})
         return out
 
     return write
@@ -94,7 +94,7 @@ def test_shards_hold_everything_once(export, random_tensors):
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     assert set(index["weight_map"].values()) == {path.name for path in shards}
     assert all(path.stat().st_size < 45_000 for path in shards)
-    expected = to_hugging_face(random_tensors(shape, HYBRID, True), shape, HYBRID, True)
+    expected = to_hugging_face(random_tensors(shape, HYBRID), shape, HYBRID)
     tensors = read_model_folder(folder).tensors
     assert tensors.keys() == expected.keys()
     assert all(tensors[name].equal(expected[name]) for name in expected)
@@ -103,7 +103,7 @@ def test_shards_hold_everything_once(export, random_tensors):
 
 def test_dtype(export, random_tensors):
     tensors = read_model_folder(export(dtype=torch.bfloat16)).tensors
-    expected = to_hugging_face(random_tensors(TINY, HYBRID, True), TINY, HYBRID, True)
+    expected = to_hugging_face(random_tensors(TINY, HYBRID), TINY, HYBRID)
     assert all(tensors[name].equal(expected[name].bfloat16()) for name in expected)
 
 
@@ -129,7 +129,7 @@ def test_a_failed_export_leaves_nothing(export, tmp_path, monkeypatch):
 
 
 def test_missing_tensor_stops_the_export(random_tensors, tokenizer_folder, tmp_path):
-    tensors = random_tensors(TINY, TINY.teacher_mixers(), False)
+    tensors = random_tensors(TINY, TINY.teacher_mixers())
     del tensors["decoder.final_layernorm.weight"]
     with pytest.raises(ValueError, match=r"lack decoder\.final_layernorm\.weight"):
         write_qwen3_folder(
@@ -194,7 +194,7 @@ def test_teacher_survives_the_way_through_megatron(tmp_path, tokenizer_folder, t
     model = read_model_folder(tmp_path / "before")
     write_qwen3_folder(
         tmp_path / "after",
-        model.megatron_tensors(),
+        dict(model.megatron_view()),
         model.shape,
         tokenizer_folder=tokenizer_folder,
         dtype=torch.float32,

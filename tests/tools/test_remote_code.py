@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -22,7 +21,7 @@ def export(random_tensors, tokenizer_folder, tmp_path):
     def write(shape=TINY, mixers=HYBRID, logits_scaling_base=8.0):
         write_hf_folder(
             tmp_path / "export",
-            random_tensors(shape, mixers, True),
+            random_tensors(shape, mixers),
             shape,
             mixers,
             logits_scaling_base=logits_scaling_base,
@@ -39,16 +38,17 @@ def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
-def code_of(model):
-    return sys.modules[type(model).__module__]
+def cut_into(monkeypatch, model, tokens):
+    """Blocks of `tokens` tokens in all mixers."""
+    for layer in model.model.layers:
+        monkeypatch.setattr(type(layer.self_attn), "block", tokens)
 
 
 @pytest.fixture
 def model(export, monkeypatch):
     """A loaded hybrid whose chunks are so short that tests cross several."""
     loaded = load(export())
-    monkeypatch.setattr(code_of(loaded), "LIGHTNING_CHUNK", 8)
-    monkeypatch.setattr(code_of(loaded), "ATTENTION_BLOCK", 8)
+    cut_into(monkeypatch, loaded, 8)
     return loaded
 
 
@@ -79,7 +79,7 @@ def left_padded(rows):
 def test_equals_the_reference(export, monkeypatch, ids, shape, mixers, base, largest, chunk):
     folder = export(shape, mixers, base)
     model = load(folder)
-    monkeypatch.setattr(code_of(model), "LIGHTNING_CHUNK", chunk)
+    cut_into(monkeypatch, model, chunk)
     config = json.loads((folder / "config.json").read_text())
     expected = hypenet_forward(SafetensorsWeights(folder), config, ids)
     assert expected.std() > 0.1

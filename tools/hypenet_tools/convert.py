@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hypenet_megatron.mixers import DEFAULT_STUDENT
 from hypenet_megatron.presets import HYPENET_PRESETS, ModelShape
 from hypenet_tools.folder_job import Job, Sums
 from hypenet_tools.hugging_face.aux_files import copy_companions, fingerprint, source_digest
@@ -98,10 +99,11 @@ def convert_job(
         if shape.experts:
             raise ValueError(f"{source} is a mixture of experts, which can be a teacher but not a hybrid yet")
         layers, base = attention_layers_from(hybrid, shape)
-        view = initial_hybrid(view, shape, layers, seed)
-        model = ModelDescription(shape, shape.hybrid_mixers(layers), base)
+        mixers = shape.hybrid_mixers(layers, DEFAULT_STUDENT)
+        view = initial_hybrid(view, shape, mixers, seed)
+        model = ModelDescription(shape, mixers, base)
         step |= {"hybrid": list(layers), "seed": seed}
-    layout.require_divides(shape, model.mixer_types or shape.teacher_mixers())
+    layout.require_divides(shape, model.mixers)
     return weights_job(
         out,
         view,
@@ -120,9 +122,8 @@ def import_job(
 ) -> Job:
     """A HypeNet folder, released or of the reference's training (see `reference.py`), as a weights folder."""
     hybrid = read_reference_folder(source, seed)
-    shape, mixers = hybrid.description.shape, hybrid.description.mixer_types
-    assert mixers is not None
-    layout.require_divides(shape, mixers)
+    shape = hybrid.description.shape
+    layout.require_divides(shape, hybrid.description.mixers)
     step: dict[str, Any] = {"step": "import", "from": shape.name, "digest": source_digest(source)}
     if hybrid.new_gates:
         step |= {"new_gates": hybrid.new_gates, "seed": seed}
@@ -153,7 +154,7 @@ def reshard_job(
         raise ValueError(
             f"{source.folder} is a Hugging Face folder; use halo convert, which takes a layout too"
         )
-    layout.require_divides(model.shape, model.mixer_types or model.shape.teacher_mixers())
+    layout.require_divides(model.shape, model.mixers)
     step: dict[str, Any] = {
         "step": "reshard",
         "from": source.folder.absolute().name,
@@ -201,5 +202,5 @@ def attention_layers_from(text: str, shape: ModelShape) -> tuple[tuple[int, ...]
         raise ValueError(
             f"--hybrid {text} is neither one of {', '.join(HYPENET_PRESETS)} nor layer numbers such as 2,3,6"
         ) from None
-    shape.hybrid_mixers(layers)
+    shape.hybrid_mixers(layers, DEFAULT_STUDENT)  # refuses layers that do not exist
     return layers, None

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from hypenet_megatron.presets import ATTENTION
 from hypenet_tools.folder_job import Job
 from hypenet_tools.hugging_face.aux_files import MODEL_CARD, fingerprint, licence_of
-from hypenet_tools.hugging_face.config import ModelDescription
+from hypenet_tools.hugging_face.config import ModelDescription, mixers_in_use
 from hypenet_tools.open_model import OpenedModel
 from hypenet_tools.release import SHARD_BYTES, release_job
 from sharded_tensors.safetensors_format import DTYPE_CODES
@@ -90,12 +91,13 @@ def _new_card(source: OpenedModel, model: ModelDescription, licence: str) -> str
         f"parameters. The licence is that of the base model, {origin}.",
     ]
     if model.mixer_types is not None:
-        attention = [str(n) for n, mixer in enumerate(model.mixer_types) if mixer == "attn"]
+        attention = [str(n) for n, name in enumerate(model.mixer_types) if name == ATTENTION]
+        others = [spec.title for spec in mixers_in_use(model.mixer_types) if spec.name != ATTENTION]
         lines += [
             "",
-            f"Softmax attention in layers {', '.join(attention) or 'none'} (from 0); the others are Lightning "
-            "Attention. The folder contains its own modelling code (hypenet-megatron, Apache License 2.0), so "
-            "loading it needs `trust_remote_code=True`.",
+            f"Softmax attention in layers {', '.join(attention) or 'none'} (from 0); the others are "
+            f"{', '.join(others) or 'none'}. The folder contains its own modelling code (hypenet-megatron, Apache "
+            "License 2.0), so loading it needs `trust_remote_code=True`.",
         ]
     if any("hybrid" in step for step in source.provenance):
         lines += ["", "**Not trained**: mixers are copies of the teacher's, output gates are random."]

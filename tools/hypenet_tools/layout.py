@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hypenet_megatron.presets import MixerType, ModelShape
-from hypenet_tools.hugging_face.mapping import key_value_groups, row_of
+from hypenet_megatron.mixers import mixer
+from hypenet_megatron.presets import ModelShape
+from hypenet_tools.hugging_face.mapping import table_entry
 from sharded_tensors.rectangles import Chunk
 from sharded_tensors.views import TensorInfo
 
@@ -26,9 +27,9 @@ class Layout:
     pipeline: int = 1
     expert: int = 1
 
-    def require_divides(self, shape: ModelShape, mixer_types: Sequence[MixerType]) -> None:
+    def require_divides(self, shape: ModelShape, mixer_types: Sequence[str]) -> None:
         """ValueError in one sentence when some tensor or the layers of `shape` cannot be divided so."""
-        groups = min(key_value_groups(shape, mixer) for mixer in mixer_types)
+        groups = min(mixer(name).kv_heads(shape) for name in mixer_types)
         rules = [
             ("--tp", self.tensor, "key/value heads", groups),
             ("--tp", self.tensor, "query heads", shape.query_heads),
@@ -47,28 +48,28 @@ class Layout:
 
     def chunks(self, name: str, info: TensorInfo, num_layers: int) -> list[tuple[Rank, Chunk]]:
         """The chunks of a tensor by owning rank. What several ranks hold alike belongs to the first of them."""
-        layer, row = row_of(name)
+        layer, entry = table_entry(name)
         if layer is None:
             stage = 0 if name.startswith("embedding.") else self.pipeline - 1
         else:
             stage = layer * self.pipeline // num_layers
         found = []
-        for expert in range(self.expert if row.per_expert else 1):
+        for expert in range(self.expert if entry.per_expert else 1):
             box = Chunk.whole(info)
-            if row.per_expert:
+            if entry.per_expert:
                 box = box.piece(0, expert, self.expert)
-            axis = 1 if row.per_expert else 0  # of the rows that tensor parallelism divides
-            for rank in range(1 if row.tensor_parallel == "whole" else self.tensor):
+            axis = 1 if entry.per_expert else 0  # of the rows that tensor parallelism divides
+            for rank in range(1 if entry.tensor_parallel == "whole" else self.tensor):
                 owner = Rank(rank, stage, expert)
-                if row.tensor_parallel == "columns":
+                if entry.tensor_parallel == "columns":
                     found.append((owner, box.piece(-1, rank, self.tensor)))
-                elif row.tensor_parallel == "rows of parts" and self.tensor > 1:
-                    parts = len(row.parts)
+                elif entry.tensor_parallel == "rows of parts" and self.tensor > 1:
+                    parts = len(entry.parts)
                     found += [
                         (owner, box.piece(axis, part * self.tensor + rank, parts * self.tensor))
                         for part in range(parts)
                     ]
                 else:
-                    pieces = 1 if row.tensor_parallel == "whole" else self.tensor
+                    pieces = 1 if entry.tensor_parallel == "whole" else self.tensor
                     found.append((owner, box.piece(axis, rank, pieces)))
         return found

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from durable_files import write_json
-from hypenet_megatron.config import HypeNetConfig
-from hypenet_megatron.model import HypeNetModel
+from hypenet_megatron.config import DecoderConfig
+from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.hugging_face.config import qwen3_config
 from hypenet_tools.hugging_face.weights import SINGLE_FILE
@@ -92,14 +92,13 @@ def _by_transformers(folder: Path, opened: OpenedModel, ids: Tensor) -> Tensor:
 
 def _by_megatron(opened: OpenedModel, ids: Tensor, device: torch.device) -> Tensor:
     assert opened.model is not None
-    shape, mixers = opened.model.shape, opened.model.mixer_types
-    config = HypeNetConfig.from_shape(
+    shape = opened.model.shape
+    config = DecoderConfig.from_shape(
         shape,
-        mixers or shape.teacher_mixers(),
-        hybrid=mixers is not None,
+        opened.model.mixers,
         logits_scaling_base=opened.model.logits_scaling_base,
     )
-    model = HypeNetModel(config).to(device).eval()
+    model = DecoderModel(config).to(device).eval()
     load_weights(opened.stored, model)
     return model.logits(model(ids.to(device))).transpose(0, 1).float().cpu()
 

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_ma
 from torch import Tensor
 
 from durable_files import discard_leftovers, publish_folder, temporary_sibling
-from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import LocalModel, model_chunks
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.convert import SHARD_BYTES, weights_job
@@ -180,9 +180,9 @@ def _write_own(folder: Path, model: LocalModel, keep: KeyFilter | None) -> _Writ
 def _describe(model: LocalModel, keep: KeyFilter | None) -> tuple[ModelDescription | None, Layout]:
     first = model_chunks(model)[0]
     config = first.config
-    assert isinstance(config, HypeNetConfig)
+    assert isinstance(config, DecoderConfig)
     layout = Layout(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
-    if keep is not None or first.aligned:
+    if keep is not None or first.student is not None:
         return None, layout
     shape = ModelShape(
         name="hypenet" if config.hybrid else "qwen3",

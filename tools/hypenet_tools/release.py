@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from durable_files import read_json, sha256_file, write_json, write_text
-from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_megatron.presets import ModelShape
 from hypenet_tools.folder_job import Job, Sums, run_afresh
 from hypenet_tools.hugging_face.aux_files import CHECKSUM_FILE, GENERATION_CONFIG, MODEL_CARD, companions
 from hypenet_tools.hugging_face.config import ModelDescription, hypenet_config, qwen3_config
 from hypenet_tools.hugging_face.mapping_views import hugging_face_view
 from hypenet_tools.hugging_face.weights import INDEX_FILE, SINGLE_FILE
+from hypenet_tools.remote_code import modeling_files
 from sharded_tensors.views import TensorView, as_view
 from sharded_tensors.writer import Shard, ShardTensor, fill_shards
 
-REMOTE_CODE_FILES = ("configuration_hypenet.py", "cache_hypenet.py", "modeling_hypenet.py")
 SHARD_BYTES = 5 * 10**9
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -63,8 +62,8 @@ def release_job(
             write_json(folder / name, content)
         write_text(folder / MODEL_CARD, model_card)
         if model.mixer_types is not None:
-            for name in REMOTE_CODE_FILES:
-                write_text(folder / name, (files("hypenet_tools") / "remote_code" / name).read_text())
+            for name, text in modeling_files(model.mixer_types).items():
+                write_text(folder / name, text)
         for path in companions(tokenizer_folder):
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
@@ -111,7 +110,7 @@ def write_hf_folder(
     out: Path,
     megatron_tensors: Mapping[str, Tensor],
     shape: ModelShape,
-    mixer_types: Sequence[MixerType] | None,
+    mixer_types: Sequence[str] | None,
     *,
     logits_scaling_base: float | None = None,
     tokenizer_folder: Path,

@@ -1,7 +1,7 @@
 """config.json of Qwen3 and HypeNet folders: which keys we write, and how we read them back.
 
-The HypeNet keys are those of the released models (arXiv 2601.22156). Settings that the layout allows but
-our model has no code for are refused when read.
+The HypeNet keys are those of the released models (arXiv 2601.22156). The keys of a mixer are in its spec. Settings that
+the layout allows but our model does not implement are refused when read.
 """
 
 from __future__ import annotations
@@ -13,50 +13,39 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import read_json
-from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_megatron.mixers import MIXERS, MixerSpec, mixer
+from hypenet_megatron.presets import ATTENTION, ModelShape
 from hypenet_tools.hugging_face.mapping import TensorPlan, conversion_plan
 
 QWEN3, QWEN3_MOE, HYPENET = "qwen3", "qwen3_moe", "hypenet"
-MIXER_NAMES: dict[MixerType, str] = {"attn": "attn", "lightning": "lightning-attn"}
-MIXERS_BY_NAME: dict[str, MixerType] = {
-    "attn": "attn",
-    "lightning-attn": "lightning",
-    "lightning_attn": "lightning",
-}
-
 # What the code behind a model type does; any other value would be another model.
 DECODER_SETTINGS: dict[str, Any] = {"attention_bias": False, "hidden_act": "silu"}
-HYPENET_SETTINGS: dict[str, Any] = {
-    "attn_use_rope": False,
-    "attn_use_output_gate": True,
-    "lightning_use_rope": True,
-    "lightning_use_qk_norm": True,
-    "lightning_use_output_norm": True,
-    "lightning_use_output_gate": True,
-    "lightning_scale": "1/sqrt(d)",
-}
 # Every layer has experts, and the weights of the chosen ones are made to add up to one, as in published Qwen3.
 MOE_SETTINGS: dict[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
-ABSENT_OR: dict[str, Any] = {
-    "use_sliding_window": False,
-    "lightning_use_short_conv": False,
-    "lightning_rope_scaling": None,
-}
+OPTIONAL_SETTINGS: dict[str, Any] = {"use_sliding_window": False}
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a config.json says. `mixer_types` is None for a Qwen3 teacher."""
+    """What a config.json says. `mixer_types` is None for a Qwen3 teacher. ValueError for an unknown mixer."""
 
     shape: ModelShape
-    mixer_types: tuple[MixerType, ...] | None
+    mixer_types: tuple[str, ...] | None
     logits_scaling_base: float | None
+
+    def __post_init__(self) -> None:
+        for name in self.mixer_types or ():
+            mixer(name)  # imports a mixer from outside this package
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Names of the mixers, a teacher's too, one per layer."""
+        return self.mixer_types or self.shape.teacher_mixers()
 
     @property
     def plan(self) -> tuple[TensorPlan, ...]:
         """The mapping table filled in for this model."""
-        mixers = self.mixer_types or self.shape.teacher_mixers()
-        return conversion_plan(self.shape, mixers, gated=self.mixer_types is not None)
+        return conversion_plan(self.shape, self.mixers)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "shape": asdict(self.shape)}
@@ -86,9 +75,16 @@ def qwen3_config(shape: ModelShape, dtype: str) -> dict[str, Any]:
     }
 
 
+def mixers_in_use(mixer_types: Sequence[str]) -> list[MixerSpec]:
+    """The mixers of a hybrid, each once, softmax attention first."""
+    return [mixer(name) for name in dict.fromkeys((ATTENTION, *mixer_types))]
+
+
 def hypenet_config(
-    shape: ModelShape, mixer_types: Sequence[MixerType], logits_scaling_base: float | None, dtype: str
+    shape: ModelShape, mixer_types: Sequence[str], logits_scaling_base: float | None, dtype: str
 ) -> dict[str, Any]:
+    """config.json of a hybrid in the released layout."""
+    decoder, used = _decoder_keys(shape, dtype), mixers_in_use(mixer_types)
     return {
         "architectures": ["HypeNetForCausalLM"],
         "auto_map": {
@@ -97,12 +93,10 @@ def hypenet_config(
             "AutoModelForCausalLM": "modeling_hypenet.HypeNetForCausalLM",
         },
         "model_type": HYPENET,
-        **_decoder_keys(shape, dtype),
-        "mixer_types": [MIXER_NAMES[mixer] for mixer in mixer_types],
-        **HYPENET_SETTINGS,
-        "lightning_nh": shape.query_heads,
-        "lightning_nkv": shape.query_heads,
-        "lightning_head_dim": shape.head_dim,
+        **decoder,
+        "mixer_types": [mixer(name).hf_names[0] for name in mixer_types],
+        **{key: value for spec in used for key, value in spec.hf_settings.items()},
+        **{key: decoder[other] for spec in used for key, other in spec.hf_sizes.items()},
         "attn_logits_scaling": None if logits_scaling_base is None else f"hype {logits_scaling_base:.17g}",
     }
 
@@ -129,7 +123,7 @@ def _decoder_keys(shape: ModelShape, dtype: str) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> ModelDescription:
-    """Parse a config.json; ValueError names the file, the key and the mend."""
+    """Parse a config.json. ValueError names the file, the key and the fix."""
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object; restore the config.json of the model")
@@ -141,10 +135,7 @@ def read_config(path: Path) -> ModelDescription:
     reader = _Reader(path, config)
     reader.refuse_quantised()
     reader.refuse_sliding_windows()
-    reader.require_settings({key: config.get(key, value) for key, value in ABSENT_OR.items()}, ABSENT_OR)
-    reader.require_settings(
-        {key: config.get(key, value) for key, value in DECODER_SETTINGS.items()}, DECODER_SETTINGS
-    )
+    reader.require_optional_settings({**OPTIONAL_SETTINGS, **DECODER_SETTINGS})
     if model_type == QWEN3_MOE:
         reader.require_settings(
             config | {"mlp_only_layers": config.get("mlp_only_layers") or []}, MOE_SETTINGS
@@ -152,13 +143,11 @@ def read_config(path: Path) -> ModelDescription:
     shape = reader.shape()
     if model_type != HYPENET:
         return ModelDescription(shape, None, None)
-    heads = {
-        "lightning_nh": shape.query_heads,
-        "lightning_nkv": shape.query_heads,
-        "lightning_head_dim": shape.head_dim,
-    }
-    reader.require_settings(config, {**HYPENET_SETTINGS, **heads})
-    return ModelDescription(shape, reader.mixer_types(shape.num_layers), reader.logits_scaling_base())
+    mixers = reader.mixer_types(shape.num_layers)
+    for spec in mixers_in_use(mixers):
+        reader.require_settings(config, {**spec.hf_settings, **{k: config[v] for k, v in spec.hf_sizes.items()}})
+        reader.require_optional_settings(spec.hf_optional)
+    return ModelDescription(shape, mixers, reader.logits_scaling_base())
 
 
 @dataclass(frozen=True)
@@ -166,7 +155,10 @@ class _Reader:
     path: Path
     config: dict[str, Any]
 
-    def require_settings(self, found: dict[str, Any], supported: dict[str, Any]) -> None:
+    def require_optional_settings(self, supported: Mapping[str, Any]) -> None:
+        self.require_settings({key: self.config.get(key, value) for key, value in supported.items()}, supported)
+
+    def require_settings(self, found: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
         for key, value in supported.items():
             if found.get(key) != value:
                 raise ValueError(f"{self.path}: {key} is {found.get(key)!r}, but only {value!r} is supported")
@@ -253,19 +245,19 @@ class _Reader:
                 holder = _Reader(self.path, scaling)
         return holder.number("rope_theta", float)
 
-    def mixer_types(self, num_layers: int) -> tuple[MixerType, ...]:
+    def mixer_types(self, num_layers: int) -> tuple[str, ...]:
         names = self.config.get("mixer_types")
         if not isinstance(names, list) or len(names) != num_layers:
             raise ValueError(
                 f"{self.path}: mixer_types must list one mixer for each of the {num_layers} layers"
             )
-        unknown = sorted({str(name) for name in names if name not in MIXERS_BY_NAME})
+        known = {hf_name: name for name, spec in MIXERS.items() for hf_name in spec.hf_names}
+        unknown = sorted({str(name) for name in names if name not in known})
         if unknown:
             raise ValueError(
-                f"{self.path}: mixer_types holds {', '.join(unknown)}, but only "
-                f"{', '.join(MIXER_NAMES.values())} are supported"
+                f"{self.path}: mixer_types holds {', '.join(unknown)}, but only {', '.join(known)} are supported"
             )
-        return tuple(MIXERS_BY_NAME[name] for name in names)
+        return tuple(known[name] for name in names)
 
     def logits_scaling_base(self) -> float | None:
         value = self.config.get("attn_logits_scaling")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from hypenet_megatron.presets import MixerType, ModelShape
+from hypenet_megatron.presets import ModelShape
 from hypenet_tools.hugging_face.config import ModelDescription, read_config
-from hypenet_tools.hugging_face.mapping import hugging_face_shapes, require_names, to_megatron
+from hypenet_tools.hugging_face.mapping import hugging_face_shapes, require_names
 from hypenet_tools.hugging_face.mapping_views import megatron_view
 from hypenet_tools.hugging_face.weights import SafetensorsWeights
 from sharded_tensors.views import TensorView
@@ -43,17 +41,12 @@ class HFModel:
         return self.description.shape
 
     @property
-    def mixer_types(self) -> tuple[MixerType, ...] | None:
+    def mixer_types(self) -> tuple[str, ...] | None:
         return self.description.mixer_types
 
     @property
     def logits_scaling_base(self) -> float | None:
         return self.description.logits_scaling_base
-
-    def megatron_tensors(self) -> dict[str, Tensor]:
-        """All weights under their Megatron names (tensor-parallel size 1), in memory."""
-        mixers = self.mixer_types if self.mixer_types is not None else self.shape.teacher_mixers()
-        return to_megatron(self.tensors, self.shape, mixers, gated=self.mixer_types is not None)
 
     def megatron_view(self) -> TensorView:
         """All weights under their Megatron names, none of them read yet."""

@@ -1,14 +1,15 @@
-"""The mapping table applied to views: Hugging Face tensors under Megatron names and back, without reading any."""
+"""The mapping table applied to views: from Hugging Face names to Megatron names and back. Nothing is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hypenet_tools.hugging_face.mapping import TensorPlan, hugging_face_shapes, megatron_shapes, require_names
 from sharded_tensors.views import AssembledTensors, Run, TensorInfo, TensorView
 
 
-def _require_shapes(view: TensorView, expected: dict[str, tuple[int, ...]], holder: str) -> None:
+def require_shapes(view: TensorView, expected: Mapping[str, tuple[int, ...]], holder: str) -> None:
+    """ValueError unless `view` holds exactly these tensors in these shapes."""
     require_names(view, expected, holder)
     for name, shape in expected.items():
         if view.infos[name].shape != shape:
@@ -20,7 +21,7 @@ def _require_shapes(view: TensorView, expected: dict[str, tuple[int, ...]], hold
 
 def megatron_view(hugging_face: TensorView, plan: Sequence[TensorPlan], holder: str) -> TensorView:
     """Hugging Face tensors as Megatron's. ValueError unless `hugging_face` holds exactly the plan's tensors."""
-    _require_shapes(hugging_face, hugging_face_shapes(plan), holder)
+    require_shapes(hugging_face, hugging_face_shapes(plan), holder)
     view = AssembledTensors()
     for entry in plan:
         dtypes = [hugging_face.infos[part].dtype for part in entry.parts]
@@ -32,7 +33,7 @@ def megatron_view(hugging_face: TensorView, plan: Sequence[TensorPlan], holder: 
 
 def hugging_face_view(megatron: TensorView, plan: Sequence[TensorPlan], holder: str) -> TensorView:
     """The inverse of `megatron_view`, bit for bit."""
-    _require_shapes(megatron, megatron_shapes(plan), holder)
+    require_shapes(megatron, megatron_shapes(plan), holder)
     view = AssembledTensors()
     for entry in plan:
         dtype = megatron.infos[entry.megatron].dtype

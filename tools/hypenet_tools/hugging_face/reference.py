@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypenet_megatron.presets import MixerType
+from hypenet_megatron.mixers.spec import normal
+from hypenet_megatron.presets import ATTENTION
 from hypenet_tools.hugging_face.config import ModelDescription, read_config
-from hypenet_tools.hugging_face.initialise import NewTensors
+from hypenet_tools.hugging_face.initialise import FreshTensors
 from hypenet_tools.hugging_face.mapping import HF_LAYER
 from hypenet_tools.hugging_face.mapping_views import megatron_view
 from hypenet_tools.hugging_face.weights import SafetensorsWeights
@@ -58,17 +59,18 @@ def read_reference_folder(folder: Path, seed: int) -> ReferenceModel:
         missing = [
             layer
             for layer, mixer in enumerate(mixers)
-            if mixer == "attn" and _gate(layer) not in view and _query(layer) in view
+            if mixer == ATTENTION and _gate(layer) not in view and _query(layer) in view
         ]
-    new = NewTensors(description.shape, seed, {n: view.infos[_query(n)].dtype for n in missing})
-    for layer in missing:
-        view.take(new, f"gate.{layer}", _gate(layer))
+    infos = {_gate(layer): view.infos[_query(layer)] for layer in missing}
+    gates = FreshTensors(seed, dict.fromkeys(infos, normal("gate")), infos)
+    for name in gates:
+        view.take(gates, name)
     return ReferenceModel(
         description, megatron_view(view, description.plan, f"the weights of {folder}"), missing
     )
 
 
-def released_name(stored: str, mixers: Sequence[MixerType]) -> str | None:
+def released_name(stored: str, mixers: Sequence[str]) -> str | None:
     """The released layout's name of a stored tensor; None for one that the hybrid does not have."""
     if stored.startswith("teacher_model."):
         return None
@@ -78,14 +80,14 @@ def released_name(stored: str, mixers: Sequence[MixerType]) -> str | None:
             name = bare + name.removeprefix(wrapped)
     if _TEACHER in name or _STUDENT in name:
         layer = name.split(".")[2]
-        kept = _TEACHER if layer.isdigit() and _mixer(mixers, int(layer)) == "attn" else _STUDENT
+        kept = _TEACHER if layer.isdigit() and _mixer(mixers, int(layer)) == ATTENTION else _STUDENT
         if kept not in name:
             return None
         name = name.replace(kept, "", 1)
     return name
 
 
-def _mixer(mixers: Sequence[MixerType], layer: int) -> MixerType | None:
+def _mixer(mixers: Sequence[str], layer: int) -> str | None:
     return mixers[layer] if layer < len(mixers) else None
 
 
@@ -97,7 +99,7 @@ def _query(layer: int) -> str:
     return HF_LAYER.format(layer=layer) + "self_attn.q_proj.weight"
 
 
-def _require_tied(weights: SafetensorsWeights, head: str, mixers: Sequence[MixerType], folder: Path) -> None:
+def _require_tied(weights: SafetensorsWeights, head: str, mixers: Sequence[str], folder: Path) -> None:
     """The reference stores a head even where it is the embedding; it may be left out only if it is."""
     embeddings = [name for name in weights if released_name(name, mixers) == "model.embed_tokens.weight"]
     if embeddings and not weights.same_content(head, embeddings[0]):

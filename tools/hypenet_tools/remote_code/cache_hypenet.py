@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The cache of HypeNet: keys and values of attention layers, recurrent states of Lightning layers."""
+"""The cache of HypeNet: keys and values of attention layers, states of recurrent layers."""
 
 from transformers.cache_utils import Cache
 
@@ -7,9 +7,10 @@ from transformers.cache_utils import Cache
 class HypeNetCache(Cache):
     """What the model keeps of the tokens it has seen.
 
-    Attention layers keep keys and values [b, G, n, D] in buffers with room to grow; Lightning layers one
-    fp32 state [b, H, D, D] whatever n. `real` [b, n] tells tokens from padding and is None while there is
-    no padding. A recurrent state cannot be rolled back, hence no `crop` and no assisted generation.
+    Attention layers keep keys and values [b, G, n, D] in buffers with room to grow. Recurrent layers keep
+    one fp32 state whose first axis is b and whose size does not depend on n. `real` [b, n] tells tokens
+    from padding and is None while there is no padding. A recurrent state cannot be rolled back, so there is
+    no `crop` and no assisted generation.
     """
 
     is_compileable = False
@@ -65,7 +66,7 @@ class HypeNetCache(Cache):
         return buffer[:, :, :end]
 
     def advance(self, new_tokens, real):
-        """Call it when all layers have seen `new_tokens` more tokens; `real` covers all tokens or is None."""
+        """To be called when all layers have seen `new_tokens` more tokens; `real` covers all tokens or is None."""
         self.length += new_tokens
         self.real = real
 
@@ -87,5 +88,5 @@ class HypeNetCache(Cache):
 
     def crop(self, tokens_to_remove):
         raise RuntimeError(
-            "a HypeNetCache cannot be cropped: the state of its Lightning layers has no past to return to"
+            "a HypeNetCache cannot be cropped: recurrent layers do not keep earlier states"
         )

@@ -1,18 +1,18 @@
 # mypy: ignore-errors
-"""Configuration of HypeNet, a Qwen3-style decoder with softmax-attention and Lightning Attention layers."""
+"""Configuration of HypeNet, a Qwen3-style decoder with softmax-attention layers and recurrent ones."""
 
 from transformers.configuration_utils import PreTrainedConfig
 
-MIXER_TYPES = ("attn", "lightning-attn")
+from .mixer_table import MIXERS, SETTINGS, SIZES
 
 
 class HypeNetConfig(PreTrainedConfig):
     """Keys of config.json.
 
-    `mixer_types` has one entry per layer, "attn" or "lightning-attn". `attn_logits_scaling` is None or
+    `mixer_types` has one entry per layer, a key of `mixer_table.MIXERS`. `attn_logits_scaling` is None or
     "hype <a>": at inference, queries of attention layers at position t are scaled by log(t + a) / log(a).
-    The other `attn_*` and `lightning_*` keys describe the released architecture; values it does not have
-    are refused.
+    Each mixer has keys of its own (`mixer_table.SETTINGS` and `SIZES`); values that this code does not
+    implement are refused.
     """
 
     model_type = "hypenet"
@@ -38,17 +38,7 @@ class HypeNetConfig(PreTrainedConfig):
         rope_scaling=None,
         attention_bias=False,
         attention_dropout=0.0,
-        attn_use_rope=False,
-        attn_use_output_gate=True,
         attn_logits_scaling=None,
-        lightning_use_rope=True,
-        lightning_use_qk_norm=True,
-        lightning_use_output_norm=True,
-        lightning_use_output_gate=True,
-        lightning_nh=None,
-        lightning_nkv=None,
-        lightning_head_dim=None,
-        lightning_scale="1/sqrt(d)",
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -68,38 +58,25 @@ class HypeNetConfig(PreTrainedConfig):
         self.rope_theta = rope_theta
         self.attention_bias = attention_bias
         self.attention_dropout = attention_dropout
-        self.attn_use_rope = attn_use_rope
-        self.attn_use_output_gate = attn_use_output_gate
         self.attn_logits_scaling = attn_logits_scaling
-        self.lightning_use_rope = lightning_use_rope
-        self.lightning_use_qk_norm = lightning_use_qk_norm
-        self.lightning_use_output_norm = lightning_use_output_norm
-        self.lightning_use_output_gate = lightning_use_output_gate
-        self.lightning_nh = num_attention_heads if lightning_nh is None else lightning_nh
-        self.lightning_nkv = num_attention_heads if lightning_nkv is None else lightning_nkv
-        self.lightning_head_dim = head_dim if lightning_head_dim is None else lightning_head_dim
-        self.lightning_scale = lightning_scale
-        self._refuse_other_architectures(rope_scaling)
-        super().__init__(**kwargs)
-
-    def _refuse_other_architectures(self, rope_scaling):
-        if len(self.mixer_types) != self.num_hidden_layers or not set(self.mixer_types) <= set(MIXER_TYPES):
-            raise ValueError(f"mixer_types must hold {self.num_hidden_layers} entries out of {MIXER_TYPES}")
         supported = {
             "attention_bias": False,
             "attention_dropout": 0.0,
             "hidden_act": "silu",
-            "attn_use_rope": False,
-            "attn_use_output_gate": True,
-            "lightning_use_rope": True,
-            "lightning_use_qk_norm": True,
-            "lightning_use_output_norm": True,
-            "lightning_use_output_gate": True,
-            "lightning_nh": self.num_attention_heads,
-            "lightning_nkv": self.num_attention_heads,
-            "lightning_head_dim": self.head_dim,
-            "lightning_scale": "1/sqrt(d)",
+            **{key: value for settings in SETTINGS.values() for key, value in settings.items()},
+            **{key: getattr(self, source) for sizes in SIZES.values() for key, source in sizes.items()},
         }
+        for key, value in supported.items():
+            if not hasattr(self, key):
+                setattr(self, key, kwargs.pop(key, value))
+        self._refuse_other_architectures(supported, rope_scaling)
+        super().__init__(**kwargs)
+
+    def _refuse_other_architectures(self, supported, rope_scaling):
+        if len(self.mixer_types) != self.num_hidden_layers or not set(self.mixer_types) <= set(MIXERS):
+            raise ValueError(
+                f"mixer_types must hold {self.num_hidden_layers} entries out of {', '.join(MIXERS)}"
+            )
         for key, value in supported.items():
             if getattr(self, key) != value:
                 raise ValueError(f"{key} is {getattr(self, key)!r}, but this code supports only {value!r}")

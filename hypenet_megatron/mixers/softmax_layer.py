@@ -1,4 +1,4 @@
-"""Softmax attention core: PyTorch's fused attention, grouped kv heads, and HyPE's logits scaling at inference."""
+"""Softmax attention as a Megatron core: PyTorch's fused attention, grouped kv heads, HyPE's logits scaling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from hypenet_megatron.config import HypeNetConfig
+from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.context_parallel import (
     heads_for_sequence,
     sequence_for_heads,
@@ -25,7 +25,7 @@ def logits_scale(length: int, base: float, *, device: torch.device, dtype: torch
     return (torch.log(position + base) / math.log(base)).to(dtype)
 
 
-def scale_queries(query: Tensor, config: HypeNetConfig, *, training: bool) -> Tensor:
+def scale_queries(query: Tensor, config: DecoderConfig, *, training: bool) -> Tensor:
     """q_t <- s_t q_t for query [s, b, heads, dh] at inference; unchanged in training or without a base."""
     if training or config.logits_scaling_base is None:
         return query
@@ -37,11 +37,11 @@ class SoftmaxAttentionCore(MegatronModule):
     """`core_attention` of an attention layer on the local path: query [s, b, heads, dh], key and value
     [s, b, kv groups, dh], result [s, b, heads * dh]. Causal, no padding (training windows are full).
 
-    With context parallelism s is this rank's slice; the ranks exchange heads, so that each attends over the whole
-    sequence with some of them (the key and value heads repeated where there are fewer than ranks).
+    With context parallelism s is this rank's slice. The ranks exchange heads, so that each attends over the whole
+    sequence with some heads; key and value heads are repeated where there are fewer than ranks.
     """
 
-    def __init__(self, config: HypeNetConfig, *, pg_collection: ProcessGroupCollection, **_: Any):
+    def __init__(self, config: DecoderConfig, *, pg_collection: ProcessGroupCollection, **_: Any):
         super().__init__(config)
         self.cp_group = pg_collection.cp
 

@@ -1,0 +1,199 @@
+"""MixerSpec: all that conversion, training, export and reports know about one kind of mixer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from hypenet_megatron.presets import ModelShape
+
+if TYPE_CHECKING:  # Megatron takes seconds to import, and conversions do without it
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from hypenet_megatron.layer_specs import Backend
+
+# Equal runs of rows; equal runs of columns; equal runs of the rows of each part (gate and up); all of it.
+TensorParallel = Literal["rows", "columns", "rows of parts", "whole"]
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Initial values that the teacher does not have.
+
+    `draw(size, generator)` returns an fp32 tensor. The generator is seeded from (stream, seed, layer) alone, so the
+    values do not depend on the order of the tensors, on the dtype or on the other layers.
+    """
+
+    stream: str
+    draw: Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+def _normal(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator) * 0.02
+
+
+def _ones(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.ones(size)
+
+
+COPY: Literal["copy"] = "copy"
+CLONE_HEADS: Literal["clone heads"] = "clone heads"
+ONES = Fresh("ones", _ones)
+
+
+def normal(stream: str) -> Fresh:
+    """N(0, 0.02), as HALO initialises new projections."""
+    return Fresh(stream, _normal)
+
+
+@dataclass(frozen=True)
+class HuggingFaceTensor:
+    """A tensor of the Hugging Face layout, and how stage 0 initialises it from the teacher.
+
+    `shape` is written in the symbols of `symbol_sizes`. `start` is COPY (the teacher's tensor of the same name),
+    CLONE_HEADS (the same, each key/value head repeated up to the heads of this mixer) or `Fresh` values.
+    """
+
+    name: str
+    shape: str
+    start: Literal["copy", "clone heads"] | Fresh = COPY
+
+
+@dataclass(frozen=True)
+class MegatronTensor:
+    """A Megatron tensor and the Hugging Face tensors that its rows come from.
+
+    With `per_group` the parts are interleaved: for each key/value head first its rows of part one, then its rows of
+    part two, and so on. With `per_expert` the parts of expert 0 come first, then those of expert 1, and Megatron's
+    tensor has the experts as a leading axis. Otherwise parts are stacked. `tensor_parallel` is the share of a
+    tensor-parallel rank.
+    """
+
+    name: str
+    parts: tuple[HuggingFaceTensor, ...]
+    tensor_parallel: TensorParallel
+    per_group: bool = False
+    per_expert: bool = False
+
+
+def symbol_sizes(shape: ModelShape, kv_heads: int) -> dict[str, int]:
+    """The symbols that tensor shapes are written in, for a layer with `kv_heads` key/value heads."""
+    return {
+        "vocab": shape.vocab_size,
+        "hidden": shape.hidden_size,
+        "ffn": shape.ffn_hidden_size,
+        "head": shape.head_dim,
+        "heads": shape.query_heads,
+        "queries": shape.query_heads * shape.head_dim,
+        "keys": kv_heads * shape.head_dim,
+        "experts": shape.experts,
+        "expert_ffn": shape.expert_ffn_size,
+    }
+
+
+def self_attention_tensors(
+    *, gate: str | None = None, clone_heads: bool = False
+) -> tuple[MegatronTensor, ...]:
+    """The tensors of Megatron's SelfAttention: fused [q | gate | k | v], q/k norms, output projection.
+
+    `gate` is the Hugging Face name of the output gate's projection, drawn from the stream "gate" of its layer.
+    """
+    heads = CLONE_HEADS if clone_heads else COPY
+    gates = () if gate is None else (HuggingFaceTensor(f"self_attn.{gate}.weight", "queries hidden", normal("gate")),)
+    fused = (
+        HuggingFaceTensor("self_attn.q_proj.weight", "queries hidden"),
+        *gates,
+        HuggingFaceTensor("self_attn.k_proj.weight", "keys hidden", heads),
+        HuggingFaceTensor("self_attn.v_proj.weight", "keys hidden", heads),
+    )
+    output = HuggingFaceTensor("self_attn.o_proj.weight", "hidden queries")
+    return (
+        MegatronTensor("self_attention.linear_qkv.weight", fused, "rows", per_group=True),
+        *(
+            MegatronTensor(
+                f"self_attention.{side}_layernorm.weight",
+                (HuggingFaceTensor(f"self_attn.{side}_norm.weight", "head"),),
+                "whole",
+            )
+            for side in "qk"
+        ),
+        MegatronTensor("self_attention.linear_proj.weight", (output,), "columns"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerSpec:
+    """One kind of mixer. docs/add-a-mixer.md explains the fields by an example."""
+
+    name: str
+    """In recipes, weights folders and code. A mixer outside this package is named `module:VARIABLE`."""
+
+    title: str
+    """In model cards."""
+
+    layer: Callable[[Backend], ModuleSpec]
+    """The `self_attention` of Megatron's TransformerLayer: (hidden states [s, b, d], ..., rotary_pos_emb) to (output
+    [s, b, d], bias or None). Called when a model is built, so it may import Megatron."""
+
+    tensors: tuple[MegatronTensor, ...]
+    """Of one layer, named below `decoder.layers.N.` and `model.layers.N.`."""
+
+    rope: bool
+    """Whether Megatron's SelfAttention rotates queries and keys."""
+
+    gated: bool
+    """Whether the fused projection holds an output gate."""
+
+    state: str | None = None
+    """Recurrent state per sequence and layer in the symbols of `symbol_sizes`, fp32. None where keys and values of all
+    tokens are kept."""
+
+    context_parallel: Literal["heads", "state"] | None = None
+    """What ranks exchange that share a sequence: heads, so that each sees the whole sequence, or the state before
+    their slice. None refuses such layouts."""
+
+    hf_names: tuple[str, ...] = ()
+    """In `mixer_types` of config.json: the first is written, all are read."""
+
+    hf_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json and the only value that this implementation supports."""
+
+    hf_sizes: Mapping[str, str] = field(default_factory=dict)
+    """Keys of config.json that repeat another key."""
+
+    hf_optional: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that config.json may lack, and the only value that is supported."""
+
+    modeling: tuple[Any, ...] = ()
+    """Functions and classes whose source the export copies, the `HypeNetMixer` last. They may use torch, nn, F, Tensor,
+    math, lru_cache and what `mixers/modeling.py` defines."""
+
+    warm_up: Callable[[int, int, torch.dtype, torch.device], Iterator[tuple[str, Callable[[], None]]]] | None = None
+    """(heads of a rank, head_dim, dtype, device) to (what, call) pairs that compile the kernels of this mixer."""
+
+    @property
+    def clones_heads(self) -> bool:
+        """Whether every query head has a key/value head of its own, cloned from the teacher's."""
+        return any(part.start == CLONE_HEADS for tensor in self.tensors for part in tensor.parts)
+
+    def kv_heads(self, shape: ModelShape) -> int:
+        return shape.query_heads if self.clones_heads else shape.kv_groups
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Parameters of one layer's mixer."""
+        sizes = symbol_sizes(shape, self.kv_heads(shape))
+        return sum(
+            math.prod(sizes[symbol] for symbol in part.shape.split())
+            for tensor in self.tensors
+            for part in tensor.parts
+        )
+
+    def state_shape(self, shape: ModelShape) -> tuple[int, ...] | None:
+        """Shape of the recurrent state of one sequence in one layer."""
+        sizes = symbol_sizes(shape, self.kv_heads(shape))
+        return None if self.state is None else tuple(sizes[symbol] for symbol in self.state.split())
