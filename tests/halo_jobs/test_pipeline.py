@@ -111,7 +111,7 @@ def test_exported_model_equals_the_trained_one(finished):
     layers = read_json(_stage_folder(run, "select") / "selection.json")["attention_layers"]
     base = read_json(_stage_folder(run, "calibrate.hybrid") / "calibration.json")["base"]
     with model_parallel(seed=1) as device, torch.no_grad():
-        builder = ModelBuilder(read_shape(_stage_folder(run, "init")), torch.float32, device)
+        builder = ModelBuilder(read_shape(_stage_folder(run, "init")), torch.float32, device, student="lightning")
         weights = _stage_folder(run, "finetune.hybrid") / "hybrid"
         model = builder.hybrid(weights, layers, base).eval()
         trained = model.logits(model(input_ids)).transpose(0, 1)

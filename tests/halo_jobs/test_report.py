@@ -301,8 +301,8 @@ DATA = [
 def test_hybrid_card_says_what_the_run_says(stage_folders: dict[str, Path]) -> None:
     run = load_run(stage_folders["init"].parents[1], stage_folders)
     card = hybrid_model_card(
-        run, title="Tiny hybrid", base_model="tiny-teacher", config=CONFIG, parameters=9_400_000,
-        licence="apache-2.0", data=DATA, command="halo demo",
+        run, title="Tiny hybrid", base_model="tiny-teacher", config=CONFIG, student="Lightning Attention",
+        parameters=9_400_000, licence="apache-2.0", data=DATA, command="halo demo",
     )  # fmt: skip
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert 'license: "apache-2.0"\nbase_model: "tiny-teacher"\n' in card

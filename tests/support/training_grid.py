@@ -160,7 +160,8 @@ def train(cell: Cell, weights: Path, folder: Path) -> None:
     """Train one cell in this rank's part of the world, which has the cell's layout; the numbers lie in `folder`. For
     pretraining, the weights that a stage would begin from are left there too."""
     if cell.kind == "pretrain":
-        builder = ModelBuilder(shape(cell.tied), torch.float32, torch.device("cpu"), cell.layout)
+        device = torch.device("cpu")
+        builder = ModelBuilder(shape(cell.tied), torch.float32, device, cell.layout, student="lightning")
         save_weights(folder / cell.name / FRESH, builder.fresh_teacher(seed=5))
     if cell.layout.overlap:  # many small buckets, as a large model has
         objectives.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)

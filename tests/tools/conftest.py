@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
+from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes, split_name
 from hypenet_tools.release import write_hf_folder
 
 RandomTensors = Callable[..., dict[str, Tensor]]
@@ -21,10 +21,18 @@ def random_tensors() -> RandomTensors:
 
     def make(shape: ModelShape, mixers: tuple[str, ...]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
+        shapes = megatron_shapes(conversion_plan(shape, mixers))
+
+        def drawn(name: str) -> tuple[int, bool]:
+            """Fused projections and output norms come last in a layer: bounds were set with these values."""
+            layer = -1 if name.startswith("embedding.") else split_name(name)[0]
+            late = name.endswith(("linear_qkv.weight", "o_norm.weight"))
+            return (shape.num_layers if layer is None else layer, late)
+
         tensors = {}
-        for name, size in megatron_shapes(conversion_plan(shape, mixers)).items():
-            noise = torch.randn(size, generator=generator)
-            tensors[name] = 1 + 0.1 * noise if len(size) == 1 else 0.15 * noise
+        for name in sorted(shapes, key=drawn):
+            noise = torch.randn(shapes[name], generator=generator)
+            tensors[name] = 1 + 0.1 * noise if len(shapes[name]) == 1 else 0.15 * noise
         return tensors
 
     return make

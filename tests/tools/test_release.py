@@ -39,6 +39,10 @@ def test_contents_and_checksums(export):
         "config.json",
         "configuration_hypenet.py",
         "generation_config.json",
+        "mixer_attn.py",
+        "mixer_base.py",
+        "mixer_lightning_attn.py",
+        "mixer_table.py",
         "model.safetensors",
         "modeling_hypenet.py",
         "tokenizer.json",
@@ -46,7 +50,7 @@ def test_contents_and_checksums(export):
     ]
     assert (folder / "README.md").read_text() == "# A tiny hybrid\n"
     lines = (folder / "SHA256SUMS").read_text().splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 13
     for line in lines:
         digest, name = line.split("  ")
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
