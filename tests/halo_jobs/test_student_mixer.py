@@ -19,6 +19,7 @@ from halo_jobs.recipe import load_recipe
 from halo_training.models import ModelBuilder, read_shape
 from hypenet_megatron.mixers import mixer
 from hypenet_megatron.runtime import model_parallel
+from hypenet_tools.model_weights import read_weights
 
 ROOT = Path(__file__).parents[2]
 STUDENT = "tests.support.gated_delta:SPEC"
@@ -33,12 +34,12 @@ def _stage_folder(run: Path, stage: str) -> Path:
 def run(tmp_path_factory, pipeline_recipe_content) -> Path:
     """The finished run of a conversion whose student is a gated delta rule."""
     content = copy.deepcopy(pipeline_recipe_content)
-    training = {"steps": 2, "context_length": 32, "recall_share": 0.0, "checkpoint_every": 2}
+    training = {"steps": 2, "context_length": 128, "recall_share": 0.0, "checkpoint_every": 2}
     for section in ("align", "distill", "finetune"):
         content[section] = {**content[section], **training}
-    content["select"] |= {"context_length": 64, "items": 2, "baselines": []}
+    content["select"] |= {"context_length": 128, "items": 2, "baselines": []}
     content["calibrate"] = {"candidates": [20], "context_length": 48, "windows": 1}
-    content["evaluate"] = {"contexts": [64], "depths": [0.5], "needle_items": 1, "suite_items": 2}
+    content["evaluate"] = {"contexts": [128], "depths": [0.5], "needle_items": 1, "suite_items": 2}
     folder = tmp_path_factory.mktemp("student")
     recipe = folder / "tiny.yaml"
     recipe.write_text(yaml.safe_dump({**content, "student": STUDENT}))
@@ -95,8 +96,6 @@ def test_greedy_generation_with_a_cache_equals_generation_without(exported):
 
 def test_training_changed_every_tensor_of_the_mixer(run):
     """What no gradient reaches would stay at its initial value, and no loss would tell."""
-    from hypenet_tools.model_weights import read_weights
-
     before = read_weights(_stage_folder(run, "init") / "students")
     after = read_weights(_stage_folder(run, "align") / "students")
     assert {name.split("student.")[1] for name in before} == {

@@ -1,7 +1,7 @@
 """Modelling code that travels inside exported folders; it runs without any package of this project.
 
-An export holds the three files beside this one, `mixer_base.py` (what mixers share), a file per mixer with the source
-that its spec names, and `mixer_table.py`, by which configuration and model find the mixers.
+An export holds the `*_hypenet.py` files beside this one, `mixer_base.py` (what mixers share), a file per mixer with the
+source that its spec names, and `mixer_table.py`, by which configuration and model find the mixers.
 """
 
 from __future__ import annotations
