@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from transformers import (
 )
 
 from durable_files import read_json
-from hypenet_tools.release import REMOTE_CODE_FILES
-
-_REMOTE_CODE = "hypenet_tools.remote_code"
+from hypenet_tools.hugging_face.config import read_config
+from hypenet_tools.remote_code import modeling_files
 
 
 def load_model(
@@ -34,7 +32,7 @@ def load_model(
     model_class: Any = AutoModelForCausalLM
     if not trust_remote_code and "auto_map" in read_json(folder / "config.json"):
         _require_our_code(folder)
-        model_class = import_module(f"{_REMOTE_CODE}.modeling_hypenet").HypeNetForCausalLM
+        model_class = import_module("hypenet_tools.remote_code.modeling_hypenet").HypeNetForCausalLM
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -46,9 +44,10 @@ def load_model(
 
 def _require_our_code(folder: Path) -> None:
     """ValueError names the first modelling file in `folder` that differs from this package's."""
-    for name in REMOTE_CODE_FILES:
+    mixer_types = read_config(folder / "config.json").mixer_types or ()
+    for name, text in modeling_files(mixer_types).items():
         path = folder / name
-        if not path.is_file() or path.read_bytes() != (files(_REMOTE_CODE) / name).read_bytes():
+        if not path.is_file() or path.read_bytes() != text.encode():
             raise ValueError(
                 f"{path} is not the modelling code of this hypenet-megatron, so it was not run; read the code, and add "
                 "--trust-remote-code if you trust it"

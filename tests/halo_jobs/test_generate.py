@@ -20,9 +20,9 @@ PROMPT = "The river near the council"
 def exported_hybrid(tmp_path_factory, tiny_tokenizer) -> Path:
     """A random HypeNet export of 4 layers."""
     shape = ModelShape("tiny", 4, 32, 48, 2, 1, 16, 600, tied_embeddings=True, max_positions=512)
-    mixers = shape.hybrid_mixers([1])
+    mixers = shape.hybrid_mixers([1], "lightning")
     generator = torch.Generator().manual_seed(1)
-    plan = conversion_plan(shape, mixers, gated=True)
+    plan = conversion_plan(shape, mixers)
     tensors = {
         name: torch.ones(size) if "norm" in name else torch.randn(size, generator=generator) * 0.1
         for name, size in megatron_shapes(plan).items()
