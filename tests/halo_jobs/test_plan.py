@@ -59,6 +59,7 @@ def _of_training(kind: str) -> dict[str, tuple[Any, set[str]]]:
 RESULTS: dict[str, tuple[Any, set[str]]] = {
     "seed": (2, {"recall.96", "recall.128", "recall.192"} | ALL_MODELS),
     "precision": ("bf16", ALL_MODELS),
+    "student": ("tests.support.gated_delta:SPEC", ALL_MODELS),
     "corpus.held_out_share": (0.2, {"tokenize", "recall.96", "recall.128", "recall.192"} | ALL_MODELS - {"init"}),
     "corpus.recall_episodes": (5, {"recall.96", "recall.128", "recall.192"} | ALIGN_ON | DISTILL_ON),
     "corpus.answer_weight": (9, {"recall.96", "recall.128", "recall.192"} | ALIGN_ON | DISTILL_ON),

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from durable_files import read_json
 from halo_jobs.checks import check_recipe
-from halo_jobs.plan import make_plan
 from halo_jobs.recipe import load_recipe
 from halo_training.models import ModelBuilder, read_shape
 from hypenet_megatron.mixers import mixer
@@ -134,11 +133,3 @@ def test_mixer_without_context_parallelism_is_refused_in_such_a_layout(tiny_reci
     overrides = [f"student={STUDENT}", "layout.context=2", "layout.processes=2"]
     with pytest.raises(ValueError, match="gated_delta:SPEC does not support context parallelism"):
         check_recipe(load_recipe(tiny_recipe_file, overrides))
-
-
-def test_another_student_repeats_init_and_what_follows_but_no_data(tiny_recipe_file):
-    def hashes(student: str) -> dict[str, str]:
-        return make_plan(load_recipe(tiny_recipe_file, [f"student={student}"]), lambda source: "same").input_hashes()
-
-    one, other = hashes("lightning"), hashes(STUDENT)
-    assert [stage for stage in one if one[stage] == other[stage]] == ["tokenize", "recall.128"]
