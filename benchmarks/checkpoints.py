@@ -55,7 +55,7 @@ class Training:
         self.optimizer: MegatronOptimizer = build_optimizer(self.objective.chunks, section)
         ids = torch.randint(preset.shape.vocab_size, (1, context_length + 1), device=device)
         weights = torch.ones(1, context_length, device=device)
-        self.batch = TokenBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights, (0,))
+        self.batch = TokenBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights)
 
     def step(self, saver: BackgroundSaver | None = None) -> float:
         """Seconds."""

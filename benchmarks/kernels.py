@@ -1,10 +1,10 @@
-"""Lightning Attention and what surrounds it, against flash-linear-attention and the reference's layer, on one GPU.
+"""Compares the kernels with flash-linear-attention and the layer of the paper's code, on one GPU.
 
     python benchmarks/kernels.py --out results/
 
-Every number comes after a check: outputs and gradients against fp64, for all heads together and for the worst one. Both
-sides are timed in the same run by the same code (median of CUDA events, L2 flushed before each call). Needs a CUDA
-device and flash-linear-attention 0.6.0 (`pip install flash-linear-attention==0.6.0`). Writes kernels.json and
+Outputs and gradients are checked against fp64 before they are timed, for all heads together and for the worst head.
+Both sides are timed in the same run by the same code (median of CUDA events, L2 flushed before each call). Requires a
+CUDA device and flash-linear-attention 0.6.0 (`pip install flash-linear-attention==0.6.0`). Writes kernels.json and
 kernels.png.
 """
 
@@ -47,7 +47,7 @@ SLOPES = decay_slopes(HEADS)
 BOUND, WORST_HEAD_BOUND = 4e-3, 5e-3  # relative L2 of bf16 outputs and gradients against fp64
 GIB = 2**30
 LONGEST = (1, 131_072)
-# (batch, time): what must be reached and what is aimed at, forward and forward + backward, as times fla's time.
+# (batch, time): required and intended speed-ups over fla, forward and forward + backward.
 SHAPES: dict[tuple[int, int], tuple[tuple[float, float], tuple[float, float]]] = {
     (1, 16_384): ((2.5, 2.5), (4, 4)),
     LONGEST: ((2, 2), (2.8, 3)),
@@ -69,7 +69,7 @@ def fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def reference_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """fla as the paper's code calls it: on fp32 copies of bf16 tensors."""
+    """fla as the code of the paper calls it: on fp32 copies of bf16 tensors."""
     return fla(q.float(), k.float(), v.float()).to(q.dtype)
 
 
@@ -83,7 +83,7 @@ def random_inputs(batch: int, length: int, count: int = 4) -> list[Tensor]:
 
 
 def relative_errors(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Relative L2, over everything and of the worst head; tensors [batch, time, heads, head_dim]."""
+    """Relative L2 errors: overall, and of the worst head; tensors [batch, time, heads, head_dim]."""
     difference = (found.double() - expected).square().sum((0, 1, 3))
     size = expected.square().sum((0, 1, 3))
     return float((difference.sum() / size.sum()).sqrt()), float((difference / size).max().sqrt())
@@ -96,7 +96,7 @@ def gradients(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, 
 
 
 def check_lightning(batch: int, length: int) -> dict[str, Any]:
-    """Ours and fla's errors against fp64 on fresh inputs; raises if ours are out of bounds."""
+    """Our errors and those of fla against fp64 on new inputs. Exits if ours exceed the bounds."""
     inputs = random_inputs(batch, length)
     slopes = torch.tensor(SLOPES, device="cuda", dtype=torch.float64)
 
@@ -104,7 +104,7 @@ def check_lightning(batch: int, length: int) -> dict[str, Any]:
         return chunked_lightning_attention(q, k, v, slopes, SCALE)[0]
 
     q, k, v, do = (x.double() for x in inputs)
-    # The gradients are Lightning Attention again, of other tensors and backwards in time: no autograd in fp64 needed.
+    # The gradients are Lightning Attention of other tensors, in part backwards in time, so fp64 needs no autograd.
     expected = [
         judge(q, k, v),
         judge(do, v, k),
@@ -145,14 +145,14 @@ def time_lightning(batch: int, length: int) -> dict[str, float]:
 
         result[f"{who} forward"] = median_ms(forward)
         result[f"{who} forward+backward"] = median_ms(both)
-        # Without autograd's change of threads, which a whole model pays once per step and a lone call every time.
+        # Without the change of threads in autograd. A model pays for it once per step, a single call every time.
         with torch.autograd.set_multithreading_enabled(False):
             result[f"{who} forward+backward, one thread"] = median_ms(both)
     return result
 
 
 def peak_extra_gib(call: Callable[[], Any]) -> float:
-    """Most memory held at once during `call` beyond what was held before it."""
+    """Peak memory during `call`, in addition to the memory allocated before."""
     call()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -173,7 +173,7 @@ def memory_lightning() -> dict[str, float]:
 
 
 def floors(batch: int, length: int, copy_rate: float) -> dict[str, float]:
-    """ms to read q, k, v and write o (4 tensors), and with the gradients (11 tensors), at the copy rate in bytes/s."""
+    """Milliseconds to read q, k, v and write o (4 tensors), and with gradients (11), at the copy rate in bytes/s."""
     tensor = batch * length * HEADS * HEAD_DIM * 2
     return {"forward": 4 * tensor / copy_rate * 1e3, "forward+backward": 11 * tensor / copy_rate * 1e3}
 
@@ -185,14 +185,14 @@ def measure_copy_rate() -> float:
 
 
 def layer_results() -> dict[str, Any]:
-    """One whole RNN layer at [1, 16384], projections included."""
+    """One RNN layer at [1, 16384], projections included."""
     return reference_layer.compare(HEADS, HEAD_DIM, length=16_384, median_ms=median_ms)
 
 
 def time_dispatcher() -> dict[str, float]:
-    """Norm, RoPE, attention and gate of [1, 512], as called and through torch's dispatcher: wall-clock ms per call.
+    """Norm, RoPE, attention and gate of [1, 512], called directly and through torch's dispatcher: wall-clock ms.
 
-    So short a sequence waits for the host, which is what the two differ in; their results are the same bits.
+    The host limits the speed of such short sequences. The results of both ways are equal bit for bit.
     """
     fused = torch.randn(1, 512, HEADS, 4, HEAD_DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
     weight, weights = (torch.randn(n, device="cuda").requires_grad_() for n in (HEAD_DIM, HEADS * HEAD_DIM))
@@ -209,7 +209,7 @@ def time_dispatcher() -> dict[str, float]:
         query, key, value, gate = fused.unbind(3)
         query, key = operators.norm_rope(query, key, weight, weight, *rotation, EPSILON)
         o, _ = operators.lightning_attention(
-            query, key, value, SLOPES, SCALE, None, None, False, False, False
+            query, key, value, None, None, SLOPES, SCALE, False, False, False
         )
         return operators.gated_norm(o, gate, weights, None, HEADS * HEAD_DIM, EPSILON)
 
@@ -220,7 +220,7 @@ def time_dispatcher() -> dict[str, float]:
     }
     assert torch.equal(called(), dispatched())
     assert all(torch.equal(a, b) for a, b in zip(both["called"](), both["dispatched"](), strict=True))
-    with torch.autograd.set_multithreading_enabled(False):  # as in a model, where it is one change per step
+    with torch.autograd.set_multithreading_enabled(False):  # as in a model, which changes threads once per step
         result = {f"{name} forward+backward": ms for name, ms in alternating_wall_ms(both).items()}
     with torch.no_grad():
         forward = alternating_wall_ms({"called": called, "dispatched": dispatched})
@@ -228,7 +228,7 @@ def time_dispatcher() -> dict[str, float]:
 
 
 def alternating_wall_ms(cases: dict[str, Callable[[], Any]], calls: int = 100) -> dict[str, float]:
-    """Medians over 20 rounds of `calls` calls of each case in turn: a host has better and worse moments."""
+    """Medians over 20 rounds of `calls` calls. The cases alternate, because the speed of the host varies."""
     rounds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(21):
         for name, call in cases.items():
@@ -243,7 +243,7 @@ def alternating_wall_ms(cases: dict[str, Callable[[], Any]], calls: int = 100) -
 
 def captured_ms(steps: Callable[[], None], count: int) -> float:
     """Milliseconds per step of a CUDA graph that holds `count` steps."""
-    torch.cuda.synchronize()  # the other stream does not wait for what fills the tensors
+    torch.cuda.synchronize()  # the other stream does not wait for the kernels that fill the tensors
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
             steps()
@@ -255,9 +255,10 @@ def captured_ms(steps: Callable[[], None], count: int) -> float:
 
 
 def time_decode(batch: int) -> dict[str, float]:
-    """One token for every sequence. A graph holds 16 steps, so that each of the deferred windows is written once.
+    """One token for every sequence. A graph holds 16 steps, so every deferred window is written once.
 
-    Sixteen layers' states take turns, as in a model: one layer's alone would stay in L2 at small batches.
+    The steps use the states of sixteen layers in turn, as in a model. At small batches those of one layer would stay in
+    L2.
     """
     layers = WINDOW
     q, k, v = (torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -266,7 +267,7 @@ def time_decode(batch: int) -> dict[str, float]:
     slots = torch.arange(batch, device="cuda", dtype=torch.int32)
     out = torch.empty_like(q)
     exponents = gamma_exponents()
-    # Every layer is at another place of its window: each of 16 launches is one of the 16 phases.
+    # Every layer is at another position of its window, so the 16 launches cover all 16 phases.
     phases = [torch.full((batch,), n, device="cuda", dtype=torch.int32) for n in range(WINDOW)]
 
     def in_place() -> None:
@@ -297,7 +298,7 @@ def time_decode(batch: int) -> dict[str, float]:
 
 
 def check_decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, exponents: Tensor) -> None:
-    """Both variants against fla's step in fp32, over one whole window."""
+    """Compare both variants with fla's step in fp32, over one window."""
     batch = len(q)
     state = torch.randn(batch, HEADS, HEAD_DIM, HEAD_DIM, device="cuda")
     theirs, lagging = state.clone(), state.clone()
@@ -320,7 +321,7 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, exponents: Tens
 
 
 def memory_kl() -> dict[str, float]:
-    """Peak of forward and backward at Qwen3 size, beyond inputs, outputs and the head weight's fp32 gradient."""
+    """Peak of forward and backward at Qwen3 size, without inputs, outputs and the fp32 gradient of the head."""
     tokens, vocabulary, hidden_size = 8192, 151_936, 2048
     make = {"device": "cuda", "dtype": torch.bfloat16}
     hidden, teacher_hidden = (torch.randn(tokens, hidden_size, **make) for _ in range(2))

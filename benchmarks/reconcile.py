@@ -1,11 +1,11 @@
-"""500 synthetic stages on a real Slurm: what one look of the reconciler takes, and how often it calls Slurm.
+"""Measures one pass of the reconciler over 500 synthetic stages on a real Slurm: its time and its calls of Slurm.
 
     make slurm-sandbox; export SLURM_CONF=...
     python benchmarks/reconcile.py FOLDER [--stages 500] [--json results.json]
 
-Half of the stages are done, the other half are jobs of this user in the queue, held, so that none runs. First a new
-reconciler looks; then a hundred of the jobs are cancelled, and it looks again and asks the accounting about them.
-What each look found is checked before its time is printed. FOLDER has to be new; the jobs are removed at the end.
+Half of the stages are done. The others are held jobs in the queue. The first pass is that of a new reconciler. Then a
+hundred jobs are cancelled, and a second pass asks the accounting database for them. The results of every pass are
+checked. FOLDER must be new. The jobs are removed at the end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def finish(job: StageJob) -> None:
 
 
 def hold(folder: Path, jobs: Sequence[StageJob]) -> list[str]:
-    """Jobs of these names in the queue, by their ids."""
+    """Submit held jobs with the names of `jobs`; returns their ids."""
     script = folder / "held.sh"
     script.write_text("#!/bin/sh\n")
     common = ["sbatch", "--parsable", "--hold", f"--chdir={folder}", "--output=/dev/null"]
@@ -56,7 +56,7 @@ def hold(folder: Path, jobs: Sequence[StageJob]) -> list[str]:
 
 
 class Calls:
-    """Counts the calls of Slurm's commands."""
+    """Counts the calls of Slurm commands."""
 
     def __init__(self) -> None:
         self.made: Counter[str] = Counter()
@@ -95,7 +95,7 @@ def measure(folder: Path, stages: int) -> dict[str, Any]:
         assert reconciler.published.keys() == {job.name for job in finished}
         queue.cancel(ids[:CANCELLED])
         second = look(reconciler, calls)
-        # None is submitted again so soon: a job that has just left the queue gets time to be seen.
+        # No job is submitted again yet: the accounting database may lag behind the queue.
         assert second["calls"] == {"squeue": 1, "sacct": 1}, second
     finally:
         queue.cancel(ids)

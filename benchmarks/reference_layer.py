@@ -1,7 +1,7 @@
-"""A whole RNN layer of HypeNet written twice: as the paper's code has it, and with our kernels.
+"""An RNN layer of HypeNet in two forms: as in the code of the paper, and with our kernels.
 
-The first form is the usual one of a Hugging Face model: separate projections, norms and rotation in PyTorch with their
-casts to fp32 and back, flash-linear-attention on fp32 tensors. Same weights, same result up to bf16 rounding.
+The first form is that of a Hugging Face model: separate projections, norms and rotation in PyTorch with casts to fp32
+and back, and flash-linear-attention on fp32 tensors. Weights are the same, results equal up to bf16 rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """x [b, s, d] -> [b, s, d]; q, k, v, z and o projections, q/k norms, output norm and gate."""
+    """x [b, s, d] -> [b, s, d]: projections q, k, v, z and o, q/k norms, output norm and gate."""
 
     def __init__(self, heads: int, head_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Layer(nn.Module):
         return F.linear(gated_norm(o, z, self.o_norm, EPSILON), self.out)
 
     def fuse(self) -> None:
-        """The four projections as one, per head query, key, value, gate: a parameter like any other in our model."""
+        """Fuse the four projections: query, key, value, gate per head, as one parameter like in our model."""
         blocks = self.qkvz.detach().unflatten(1, (self.heads, self.head_dim)).transpose(0, 1)
         self.fused = nn.Parameter(blocks.flatten(0, 2).contiguous())
 
@@ -75,7 +75,7 @@ class Layer(nn.Module):
 def compare(
     heads: int, head_dim: int, *, length: int, median_ms: Callable[[Callable[[], Any]], float]
 ) -> dict[str, Any]:
-    """Checks that both forms agree, then times both, and the projections alone, forward and forward + backward."""
+    """Check that both forms agree. Time both, and the projections only, forward and forward + backward."""
     hidden_size = heads * head_dim
     layer = Layer(heads, head_dim, hidden_size).cuda().bfloat16()
     layer.fuse()

@@ -1,14 +1,14 @@
-"""A sweep of 37 evaluations on four workers of every backend: how busy they are, and what the loss of two costs.
+"""Measures a sweep of 37 evaluations on four workers, for every backend: utilisation, and the cost of losing two.
 
     python benchmarks/sweep.py FOLDER [--backends local slurm-array ray] [--seconds 30] [--json results.json]
 
-The evaluations wait in place of computing, so that four workers need no four cores; slurm-array needs a Slurm (such as
-`make slurm-sandbox` and its SLURM_CONF). FOLDER has to be new, and seen by all nodes. Of every sweep it is first
-checked that all results are right, and that nothing was executed twice but what a lost worker had in hand.
+Evaluations sleep instead of computing, so four workers do not need four cores. slurm-array needs a Slurm, such as that
+of `make slurm-sandbox` with its SLURM_CONF. FOLDER must be new and visible to all nodes. Every sweep is checked first:
+all results are right, and only evaluations of lost workers were executed twice.
 
-The time of a sweep begins with the call and ends with its return: the start of Ray or of Slurm's jobs, Python, loading
-the model, and the end of the workers are in it. The ideal schedule hands the same evaluations, longest first, to four
-workers that are there already.
+The time of a sweep is that of the call. It includes the start of Ray or of Slurm's jobs, of Python and of the model,
+and the end of the workers. The ideal schedule assigns the same evaluations, longest first, to four workers that are
+ready.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "ray": lambda: RayActors(WORKERS),
 }
 MUST = 0.90
-LOAD_SHARE = 0.2  # what a worker loads before its first evaluation takes this much of one: 6 s of 30
-LOST_AFTER = 14  # results; the two workers that began last are lost half-way through what they have in hand
+LOAD_SHARE = 0.2  # loading before the first evaluation takes this share of an evaluation: 6 s of 30
+LOST_AFTER = 14  # results; then two workers are lost half-way through their evaluations
 
 
 def make_worker(setup: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What a worker does: load, then one evaluation after another. `setup`: "notes", a folder; "load", seconds."""
+    """The work of a worker: load, then evaluate. `setup` has "notes" (a folder) and "load" (seconds)."""
     notes = Path(setup["notes"])
     time.sleep(setup["load"])
 
     def evaluate(arguments: dict[str, Any]) -> dict[str, Any]:
-        """Leaves a note that it began, and waits "seconds"; a file lose-<number> kills the process half-way."""
+        """Leave a note and sleep for "seconds". A file lose-<number> makes the process kill itself half-way."""
         number, begun = arguments["number"], time.monotonic()
         (notes / f"{number}.{begun:.3f}.{uuid.uuid4().hex[:8]}").touch()
         while (left := begun + arguments["seconds"] - time.monotonic()) > 0:
@@ -63,7 +63,7 @@ def make_worker(setup: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, A
 
 
 def beginnings(notes: Path) -> dict[int, list[float]]:
-    """By evaluation, when it was begun, by the machine's clock since it started."""
+    """Times at which each evaluation was started, on the monotonic clock of the machine."""
     found: dict[int, list[float]] = {}
     for path in notes.glob("*.*.*"):
         number, seconds, fraction, _ = path.name.split(".")
@@ -72,12 +72,12 @@ def beginnings(notes: Path) -> dict[int, list[float]]:
 
 
 def lengths(mean: float) -> list[float]:
-    """Seconds of every evaluation, evenly from half to one and a half of `mean`, longest first."""
+    """Seconds of every evaluation, evenly spaced from 0.5 to 1.5 times `mean`, longest first."""
     return [mean * (1.5 - number / (EVALUATIONS - 1)) for number in range(EVALUATIONS)]
 
 
 def ideal_seconds(tasks: list[float]) -> float:
-    """Of a list schedule in the given order, by workers that cost nothing."""
+    """Time of a list schedule in the given order, without any overhead."""
     free_at = [0.0] * WORKERS
     for seconds in tasks:
         heapq.heappush(free_at, heapq.heappop(free_at) + seconds)
@@ -85,7 +85,7 @@ def ideal_seconds(tasks: list[float]) -> float:
 
 
 class Loss(threading.Thread):
-    """Dooms half the workers, with evaluations in hand, when LOST_AFTER results are published."""
+    """Marks half of the workers, which have evaluations in progress, for loss after LOST_AFTER results."""
 
     def __init__(self, results: Path, notes: Path) -> None:
         super().__init__(daemon=True)
@@ -109,7 +109,7 @@ class Loss(threading.Thread):
 
 
 def sweep(folder: Path, name: str, tasks: list[float], *, load: float, lose_half: bool) -> dict[str, Any]:
-    """One sweep by one backend; AssertionError if anything about its results is not as it has to be."""
+    """Run one sweep with one backend; AssertionError if its results or executions are wrong."""
     notes = folder / "notes"
     notes.mkdir(parents=True)
     plan = Plan(
@@ -163,7 +163,7 @@ def sweep(folder: Path, name: str, tasks: list[float], *, load: float, lose_half
 
 
 def first_begins(found: dict[str, Any]) -> list[float]:
-    """When each worker began its first evaluation."""
+    """Time at which each worker started its first evaluation."""
     first: dict[int, float] = {}
     for outcome in found.values():
         first[outcome["process"]] = min(outcome["begun"], first.get(outcome["process"], outcome["begun"]))
@@ -195,7 +195,7 @@ def measure(folder: Path, backends: list[str], mean: float) -> dict[str, Any]:
 
 def table(measured: dict[str, Any]) -> str:
     lines = [
-        "| backend | seconds | ideal | all four at work after | busy, start-up included | without | ideal's |",
+        "| backend | seconds | ideal | all workers busy after | utilisation | without start-up | ideal |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in measured["undisturbed"]:
@@ -207,7 +207,7 @@ def table(measured: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| two of four killed | seconds | busy | work lost | in hand again after | executions | of published ones |",
+        "| two of four killed | seconds | utilisation | work lost | restarted after | executions | of published ones |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in measured["half_lost"]:
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="mean length of an evaluation")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    # Workers import this file by its name in the repository.
+    # Workers import this file as a module of the repository.
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     measured = measure(options.folder.resolve(), options.backends, options.seconds)

@@ -1,4 +1,4 @@
-"""The results of kernels.py against what was promised, as a table and as a plot."""
+"""The results of kernels.py compared with the requirements, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PASSES = ("forward", "forward+backward")
 def rows(
     results: dict[str, Any], shapes: dict[Any, Any]
 ) -> list[tuple[str, float, float, float, float, float]]:
-    """(what, our ms, their ms, their ms / ours, must, aim)."""
+    """(name, our ms, their ms, speed-up, required and intended speed-up)."""
     found = []
     for (name, result), (musts, aims) in zip(results["lightning"].items(), shapes.values(), strict=True):
         for which, must, aim in zip(PASSES, musts, aims, strict=True):
@@ -58,7 +58,7 @@ def print_table(results: dict[str, Any], shapes: dict[Any, Any]) -> None:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """One bar per comparison: how many times faster than the peer."""
+    """One bar per comparison: the speed-up."""
     import matplotlib
 
     matplotlib.use("Agg")

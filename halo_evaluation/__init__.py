@@ -1,1 +1,1 @@
-"""Offline evaluation: tasks that this project generates (local proxies), the scorer interface, and the runner."""
+"""Offline evaluation: generated tasks (local proxies of public benchmarks), recall episodes, layer selection."""

@@ -1,15 +1,8 @@
-"""What a task asks of a model and what a model answers: scores of given tokens under teacher forcing.
+"""The interface between tasks and models: a model scores given tokens under teacher forcing.
 
-Why no text is generated: greedy generation of an answer a_1 ... a_n picks a_1 exactly if a_1 is the arg max after
-the prompt; given that, it picks a_2 exactly if a_2 is the arg max after prompt + a_1; and so on. So "greedy generation
-gives the answer" and "every answer token is the arg max given the true tokens before it" are the same statement, and
-one forward pass over prompt + answer decides it, for all models that are causal. It also gives log-probabilities,
-which move before exact matches do.
-
-How lm-eval would plug in (not built): an `lm_eval.api.model.LM` whose `loglikelihood(requests)` encodes context and
-continuation, puts them in one row with `target_mask` True on the continuation, calls the Scorer, and returns
-(log_probability[row].sum(), is_greedy[row][target_mask[row]].all()); `loglikelihood_rolling` masks whole windows.
-`generate_until` needs a cache and a sampling loop, so it belongs to the exported Hugging Face model, not here.
+No text is generated. Greedy generation produces the answer a_1 ... a_n exactly if every a_i is the arg max given the
+prompt and a_1 ... a_(i-1). For a causal model one forward pass over prompt + answer decides this. The pass also gives
+log-probabilities, which improve before exact matches do.
 """
 
 from __future__ import annotations
@@ -25,9 +18,9 @@ Group = Literal["recall", "commonsense", "perplexity"]
 
 @dataclass(frozen=True)
 class ScoreBatch:
-    """Rows to be scored together.
+    """Token sequences that are scored together.
 
-    input_ids: int64 [items, length], padded on the right (models are causal, so padding changes no score).
+    input_ids: int64 [items, length], padded on the right. Models are causal, so padding changes no score.
     target_mask: bool [items, length], True where the token is to be predicted from those before it; never at 0.
     """
 
@@ -37,7 +30,7 @@ class ScoreBatch:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model says about one ScoreBatch.
+    """The scores of a model for one ScoreBatch.
 
     log_probability: float32 [items, length], log p(token | all before it) in nats, 0 where not a target.
     is_greedy: bool [items, length], True where the token is a target and the model's arg max.
@@ -53,7 +46,7 @@ class Scorer(Protocol):
     def __call__(self, batch: ScoreBatch) -> TokenScores: ...
 
 
-class Task(Protocol):
+class EvaluationTask(Protocol):
     """A fixed set of items. `name` is unique within a suite."""
 
     @property
@@ -63,7 +56,7 @@ class Task(Protocol):
     def group(self) -> Group: ...
 
     def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
-        """Batches of at most `tokens_per_batch` tokens with padding, but always at least one row."""
+        """Batches of at most `tokens_per_batch` tokens, padding included, or of one row."""
 
     def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
-        """One TokenScores per batch in the order of `batches`; "score" in [0, 1] is the headline number."""
+        """Metrics from one TokenScores per batch, in the order of `batches`; "score" in [0, 1] is the headline."""

@@ -1,4 +1,4 @@
-"""The last word of a held-out passage, a word that occurs earlier in it. A local proxy in the manner of LAMBADA."""
+"""The last word of a held-out passage, which also occurs earlier in it. A local proxy of LAMBADA (arXiv 1606.06031)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from random import Random
 
 from halo_evaluation.passages import DocumentSource, gather, is_prose
 from halo_evaluation.recall.materials import Materials, segment
-from halo_evaluation.rows import Row
+from halo_evaluation.rows import TokenRow
 from halo_evaluation.tasks import AnswerTask
 
 NAME = "local_last_word"
 _LAST_SENTENCE = re.compile(r"^(.*[A-Za-z,;]) ([A-Za-z]{5,})[.!?]$")
 _PASSAGE_CHARACTERS = 600
-_FEWEST_SENTENCES_BEFORE = 2
+_MIN_SENTENCES_BEFORE = 2
 
 
 def _sentences_before(sentences: Sequence[str], index: int) -> list[str]:
-    """The sentences right before `index` that together have at most _PASSAGE_CHARACTERS."""
+    """The sentences directly before `index`, up to _PASSAGE_CHARACTERS in total."""
     start, characters = index, 0
     while start > 0 and characters + len(sentences[start - 1]) <= _PASSAGE_CHARACTERS:
         start -= 1
@@ -27,7 +27,7 @@ def _sentences_before(sentences: Sequence[str], index: int) -> list[str]:
 
 
 def _passages(sentences: Sequence[str]) -> list[tuple[str, str]]:
-    """(passage up to its last word, that word) wherever the word occurs in the sentences before."""
+    """(passage without its last word, last word) of every passage whose last word occurs earlier in it."""
     found = []
     for index, sentence in enumerate(sentences):
         match = _LAST_SENTENCE.match(sentence)
@@ -35,16 +35,16 @@ def _passages(sentences: Sequence[str]) -> list[tuple[str, str]]:
             continue
         before = _sentences_before(sentences, index)
         earlier = " ".join(before)
-        if len(before) >= _FEWEST_SENTENCES_BEFORE and re.search(rf"\b{match[2]}\b", earlier):
+        if len(before) >= _MIN_SENTENCES_BEFORE and re.search(rf"\b{match[2]}\b", earlier):
             found.append((f"{earlier} {match[1]}", match[2]))
     return found
 
 
 def last_word_task(store: DocumentSource, materials: Materials, items: int, seed: int | str) -> AnswerTask:
-    """Up to `items` passages of some 600 characters."""
+    """Up to `items` passages of about 600 characters; ValueError if there are none."""
     rng = Random(f"{seed}/last_word")
     rows = [
-        Row.of([segment(materials.encode(passage)), segment(materials.encode(f" {word}"), is_answer=True)])
+        TokenRow.of([segment(materials.encode(passage)), segment(materials.encode(f" {word}"), is_answer=True)])
         for passage, word in gather(store, materials, rng, items, _passages, NAME)
     ]
     return AnswerTask(NAME, "commonsense", rows)

@@ -1,4 +1,4 @@
-"""Scores evaluation batches with a Megatron model: one forward pass, logits only at the scored positions."""
+"""Scores evaluation batches with a Megatron model: one forward pass, and logits only at the scored positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from halo_evaluation.interface import ScoreBatch, TokenScores
 from hypenet_megatron.model import DecoderModel
 
-_ROWS_AT_ONCE = 1024
+_TOKENS_PER_CHUNK = 1024
 
 
 def to_device(batch: ScoreBatch, device: torch.device) -> Tensor:
@@ -20,14 +20,14 @@ def to_device(batch: ScoreBatch, device: torch.device) -> Tensor:
 
 
 def score_hidden(model: DecoderModel, hidden: Tensor, batch: ScoreBatch) -> TokenScores:
-    """Scores from final hidden states [length, items, d]: token t is predicted from position t - 1."""
+    """Scores from final hidden states [length, items, d]. Position t - 1 predicts token t."""
     items, positions = np.nonzero(batch.target_mask)
     rows = hidden[torch.from_numpy(positions - 1), torch.from_numpy(items)]
     targets = torch.from_numpy(batch.input_ids[items, positions]).to(hidden.device)
     log_probability = np.zeros(batch.target_mask.shape, np.float32)
     is_greedy = np.zeros(batch.target_mask.shape, bool)
-    for start in range(0, len(items), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(items), _TOKENS_PER_CHUNK):
+        part = slice(start, start + _TOKENS_PER_CHUNK)
         logits = model.logits(rows[part]).float()
         chosen = logits.log_softmax(-1).gather(-1, targets[part, None])[:, 0]
         log_probability[items[part], positions[part]] = chosen.cpu().numpy()
@@ -37,7 +37,7 @@ def score_hidden(model: DecoderModel, hidden: Tensor, batch: ScoreBatch) -> Toke
 
 @dataclass(frozen=True)
 class MegatronScorer:
-    """A Scorer (see interface.py) over a teacher or hybrid held whole by this process."""
+    """A Scorer of a teacher or hybrid that this process holds completely."""
 
     model: DecoderModel
     device: torch.device

@@ -1,6 +1,6 @@
-"""Which of four sentences comes next: the true one or three others of the same document and similar length.
+"""Which of four sentences comes next: the true one, or one of three others of the same document and similar length.
 
-A local proxy in the manner of multiple-choice completion sets; scored by log-probability per byte, chance is 1/4.
+A local proxy of completion benchmarks such as HellaSwag. Scored by log-probability per byte; chance is 1/4.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from random import Random
 
 from halo_evaluation.passages import DocumentSource, gather, is_prose
 from halo_evaluation.recall.materials import Materials, segment
-from halo_evaluation.rows import Row
+from halo_evaluation.rows import TokenRow
 from halo_evaluation.tasks import ChoiceItem, ChoiceTask
 
 NAME = "local_next_sentence"
@@ -25,7 +25,7 @@ _LENGTH_TOLERANCE = 0.25
 class _Question:
     context: str
     correct: str
-    others: tuple[str, ...]  # all that would do, at least CHOICES - 1
+    others: tuple[str, ...]  # all suitable wrong choices, at least CHOICES - 1
 
 
 def _questions(sentences: Sequence[str]) -> list[_Question]:
@@ -50,7 +50,7 @@ def _questions(sentences: Sequence[str]) -> list[_Question]:
 
 def _item(materials: Materials, question: _Question, choices: Sequence[str]) -> ChoiceItem:
     context = segment(materials.encode(question.context))
-    rows = (Row.of([context, segment(materials.encode(f" {choice}"), is_answer=True)]) for choice in choices)
+    rows = (TokenRow.of([context, segment(materials.encode(f" {choice}"), is_answer=True)]) for choice in choices)
     return ChoiceItem(
         tuple(rows), tuple(len(choice.encode()) for choice in choices), choices.index(question.correct)
     )
@@ -59,7 +59,7 @@ def _item(materials: Materials, question: _Question, choices: Sequence[str]) -> 
 def next_sentence_task(
     store: DocumentSource, materials: Materials, items: int, seed: int | str
 ) -> ChoiceTask:
-    """Up to `items` questions. The right choice takes each place equally often, so that no place is worth guessing."""
+    """Up to `items` questions; ValueError if there are none. The right choice has each position equally often."""
     rng = Random(f"{seed}/next_sentence")
     made = []
     for index, question in enumerate(gather(store, materials, rng, items, _questions, NAME)):

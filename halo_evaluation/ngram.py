@@ -1,4 +1,4 @@
-"""An interpolated Kneser-Ney n-gram model over token ids: what counting alone achieves on a text."""
+"""An interpolated Kneser-Ney n-gram model over token ids, as a baseline for perplexities."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-_SCORED_AT_ONCE = 1 << 20  # positions; bounds the memory of perplexity()
+_POSITIONS_PER_CHUNK = 1 << 20  # bounds the memory of perplexity()
 
 
 @dataclass(frozen=True)
 class _Level:
-    """Counts of the n-grams of one length; an n-gram is one uint64 with the latest token in the lowest bits.
+    """Counts of the n-grams of one length. An n-gram is a uint64 with the latest token in the lowest bits.
 
-    At the highest level counts are occurrences, below it the number of distinct tokens seen in front (Kneser-Ney).
+    The highest level counts occurrences, lower levels the distinct tokens that precede an n-gram (Kneser-Ney).
     """
 
     keys: Array  # uint64 [n-grams], sorted
     counts: Array  # int64 [n-grams]
-    contexts: Array  # uint64 [contexts], sorted: keys without their latest token
-    totals: Array  # int64 [contexts], sum of the counts of a context's n-grams
-    types: Array  # int64 [contexts], how many n-grams a context has
+    contexts: Array  # uint64 [contexts], sorted; keys without the latest token
+    totals: Array  # int64 [contexts], sum of the counts of the n-grams of a context
+    types: Array  # int64 [contexts], number of n-grams of a context
     discount: float
 
     @classmethod
@@ -33,13 +33,13 @@ class _Level:
         contexts, starts = _runs(keys >> np.uint64(bits))
         totals = np.add.reduceat(counts, starts)
         once, twice = np.count_nonzero(counts == 1), np.count_nonzero(counts == 2)
-        # The usual n1 / (n1 + 2 n2), with one imagined gram that occurred once and two that occurred twice, so that
-        # texts without such grams still leave something for unseen tokens.
+        # n1 / (n1 + 2 n2), with pseudocounts of one n-gram that occurs once and two that occur twice. A text without
+        # such n-grams then still reserves probability for unseen tokens.
         discount = (once + 1) / (once + 2 * twice + 5)
         return cls(keys, counts, contexts, totals, np.diff(starts, append=len(keys)), discount)
 
     def interpolate(self, grams: Array, bits: int, lower: Array) -> Array:
-        """p(latest token | the tokens before it) float64; `lower`: the same from one level below."""
+        """p(latest token | tokens before it), float64. `lower` is the same from the level below."""
         gram_at, gram_found = _find(self.keys, grams)
         context_at, context_found = _find(self.contexts, grams >> np.uint64(bits))
         counts = np.where(gram_found, self.counts[gram_at], 0)
@@ -50,7 +50,7 @@ class _Level:
 
 
 def _runs(values: Array) -> tuple[Array, Array]:
-    """The distinct values of a sorted array and where each begins."""
+    """The distinct values of a sorted array, and the index where each begins."""
     starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
     return values[starts], starts
 
@@ -71,7 +71,7 @@ def _pack(tokens: Array, order: int, bits: int) -> Array:
 
 @dataclass(frozen=True)
 class NGramBaseline:
-    """p(token | the order - 1 tokens before it), Kneser-Ney with one discount a level, down to the uniform."""
+    """p(token | order - 1 tokens before it): Kneser-Ney with one discount per level, above a uniform distribution."""
 
     order: int
     vocab_size: int
@@ -79,13 +79,13 @@ class NGramBaseline:
 
     @classmethod
     def fit(cls, tokens: Array, order: int = 3, *, vocab_size: int) -> NGramBaseline:
-        """Count a stream of token ids (any integer dtype, [tokens]). About 60 bytes a token at the peak.
+        """Count token ids [tokens] of any integer dtype. Peak memory is about 60 bytes per token.
 
-        ValueError when an n-gram does not fit 64 bits, or ids and length do not suit.
+        Raises ValueError if an n-gram does not fit 64 bits, if ids exceed `vocab_size`, or if tokens are too few.
         """
         bits = max((vocab_size - 1).bit_length(), 1)
         if order < 1 or order * bits > 64:
-            raise ValueError(f"order {order} with {vocab_size} tokens does not fit 64 bits; lower the order.")
+            raise ValueError(f"order {order} with {vocab_size} tokens does not fit 64 bits; lower the order")
         _check(tokens, order, vocab_size)
         grams = _pack(tokens, order, bits)
         levels: list[_Level] = []
@@ -96,7 +96,7 @@ class NGramBaseline:
         return cls(order, vocab_size, tuple(levels))
 
     def log_probabilities(self, tokens: Array) -> Array:
-        """log p of tokens[order - 1:], float64."""
+        """log p of tokens[order - 1:] in nats, float64."""
         bits = max((self.vocab_size - 1).bit_length(), 1)
         grams = _pack(tokens, self.order, bits)
         probabilities: Array = np.full(len(grams), 1.0 / self.vocab_size)
@@ -110,16 +110,16 @@ class NGramBaseline:
         _check(tokens, self.order, self.vocab_size)
         total = 0.0
         scored = len(tokens) - self.order + 1
-        for start in range(0, scored, _SCORED_AT_ONCE):
-            chunk = tokens[start : start + _SCORED_AT_ONCE + self.order - 1]
+        for start in range(0, scored, _POSITIONS_PER_CHUNK):
+            chunk = tokens[start : start + _POSITIONS_PER_CHUNK + self.order - 1]
             total += float(self.log_probabilities(chunk).sum())
         return float(np.exp(-total / scored))
 
 
 def _check(tokens: Array, order: int, vocab_size: int) -> None:
     if len(tokens) < order:
-        raise ValueError(f"{len(tokens)} tokens are too few for {order}-grams.")
+        raise ValueError(f"{len(tokens)} tokens are too few for {order}-grams; give more text")
     if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
         raise ValueError(
-            f"token ids reach from {tokens.min()} to {tokens.max()}; vocab_size is {vocab_size}."
+            f"token ids range from {tokens.min()} to {tokens.max()}, but vocab_size is {vocab_size}"
         )

@@ -1,6 +1,7 @@
-"""Needle in a haystack, after RULER's NIAH single 1 to 3: one fact at a chosen depth, asked for at the end.
+"""Needle in a haystack: one fact at a chosen depth, and a question for it at the end.
 
-A local proxy: our own haystack, keys and wording (the one training episodes also use), no instruction in front.
+A local proxy of NIAH single 1 to 3 of RULER (arXiv 2404.06654), with another haystack, other keys, the wording of the
+training episodes, and no instruction at the beginning.
   variant 1  a 7-digit number in a repeated sentence
   variant 2  a 7-digit number in held-out prose
   variant 3  16 hexadecimal digits in groups, in held-out prose (RULER asks for a whole UUID)
@@ -16,13 +17,13 @@ import numpy as np
 
 from halo_evaluation.recall.materials import Materials, insert, total_length
 from halo_evaluation.recall.needles import CANONICAL, CANONICAL_NOUN, Needle, hex_groups, number
-from halo_evaluation.rows import Row
+from halo_evaluation.rows import TokenRow
 from halo_evaluation.tasks import AnswerTask
 
 NeedleVariant = Literal[1, 2, 3]
 VARIANTS: tuple[NeedleVariant, ...] = (1, 2, 3)
 _NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_LONG_VALUE = (8, 4, 4)  # one of the shapes that training episodes use
+_LONG_VALUE = (8, 4, 4)  # a shape that training episodes also use
 _NEAR_TOKENS, _NEAR_SHARE = 16, 0.05
 
 
@@ -45,7 +46,7 @@ def _haystack(materials: Materials, rng: Random, variant: NeedleVariant, length:
 
 
 def _position(materials: Materials, haystack: np.ndarray, depth: float) -> int:
-    """The sentence end nearest to the share `depth` of the haystack; that very place when none is near."""
+    """The end of a sentence nearest to `depth` (0 to 1) of the haystack, or that position itself if none is near."""
     wanted = round(depth * len(haystack))
     ends = np.append(0, materials.sentence_ends(haystack))
     nearest = int(ends[np.abs(ends - wanted).argmin()])
@@ -54,8 +55,8 @@ def _position(materials: Materials, haystack: np.ndarray, depth: float) -> int:
 
 def needle_row(
     materials: Materials, rng: Random, variant: NeedleVariant, context_length: int, depth: float
-) -> Row:
-    """Exactly `context_length` tokens that end with the answer; ValueError when they are too few for the needle."""
+) -> TokenRow:
+    """Exactly `context_length` tokens that end with the answer; ValueError if the needle does not fit."""
     needle = _needle(rng, variant, materials.words)
     statement = needle.statement(materials)
     question = needle.question(materials)
@@ -63,11 +64,11 @@ def needle_row(
     if room < 0:
         raise ValueError(
             f"{needle_task_name(variant)} needs a context_length of at least {context_length - room} tokens,"
-            f" not {context_length}; lengthen it"
+            f" not {context_length}; increase it"
         )
     haystack = _haystack(materials, rng, variant, room)
     position = _position(materials, haystack, depth)
-    return Row.of([*insert(haystack, [(position, statement)]), *question])
+    return TokenRow.of([*insert(haystack, [(position, statement)]), *question])
 
 
 def needle_task(
@@ -78,7 +79,7 @@ def needle_task(
     items: int,
     seed: int | str,
 ) -> AnswerTask:
-    """`items` needles; item i lies at depths[i % len(depths)], 0 being the start of the context and 1 its end."""
+    """`items` needles. Item i lies at depths[i % len(depths)], where 0 is the start of the context and 1 its end."""
     rows = []
     for index in range(items):
         depth = depths[index % len(depths)]

@@ -1,4 +1,4 @@
-"""Sentences of held-out documents, from which the text tasks cut their items."""
+"""Sentences of held-out documents, from which the text tasks take their items."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from halo_evaluation.recall.materials import Materials, TokenSource
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WHITE_SPACE = re.compile(r"\s+")
-_LONGEST_DOCUMENT = 20_000  # tokens; more of one document would crowd out the others
-_MOST_PER_DOCUMENT = 32  # unless there are few documents
+_MAX_DOCUMENT_TOKENS = 20_000  # a longer document would crowd out the others
+_MAX_PER_DOCUMENT = 32  # unless there are few documents
 _CANDIDATES_PER_ITEM = 4
 
 
 class DocumentSource(TokenSource, Protocol):
-    """A token store with document boundaries; a TokenStore is one."""
+    """A token source with document boundaries, such as a TokenStore."""
 
     @property
     def document_offsets(self) -> np.ndarray:
@@ -28,14 +28,14 @@ class DocumentSource(TokenSource, Protocol):
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, white space made single; cut after every . ! ? before white space."""
+    """Sentences of a text: split after . ! ? before white space, with runs of white space collapsed."""
     return _SENTENCE_END.split(_WHITE_SPACE.sub(" ", text).strip())
 
 
 def is_prose(sentence: str, shortest: int, longest: int) -> bool:
-    """Whether a sentence has that many characters, mostly letters and blanks, and ends as sentences do.
+    """Whether a sentence has `shortest` to `longest` characters, mostly letters and spaces, and ends with . ! or ?.
 
-    Documentation is full of tables and commands, which would make the tasks about layout.
+    This leaves out the tables and commands of documentation.
     """
     if not (
         shortest <= len(sentence) <= longest and sentence.endswith((".", "!", "?")) and sentence[0].isupper()
@@ -45,13 +45,13 @@ def is_prose(sentence: str, shortest: int, longest: int) -> bool:
 
 
 def _documents(store: DocumentSource, materials: Materials, rng: Random) -> Iterator[list[str]]:
-    """Sentences of each document, in random order of documents."""
+    """Sentences of each document, documents in random order."""
     offsets = store.document_offsets
     order = list(range(len(offsets) - 1))
     rng.shuffle(order)
     for document in order:
         start, end = int(offsets[document]), int(offsets[document + 1])
-        yield split_sentences(materials.decode(store.read(start, min(end - start, _LONGEST_DOCUMENT))))
+        yield split_sentences(materials.decode(store.read(start, min(end - start, _MAX_DOCUMENT_TOKENS))))
 
 
 def gather[Candidate](
@@ -62,13 +62,13 @@ def gather[Candidate](
     candidates_of: Callable[[Sequence[str]], list[Candidate]],
     task: str,
 ) -> list[Candidate]:
-    """Up to `items` of the candidates that `candidates_of` finds in the sentences of held-out documents.
+    """A random choice of up to `items` candidates that `candidates_of` finds in the sentences of held-out documents.
 
-    ValueError when there is none at all.
+    ValueError names `task` if there are none.
     """
     wanted = items * _CANDIDATES_PER_ITEM
-    per_document = max(_MOST_PER_DOCUMENT, math.ceil(wanted / (len(store.document_offsets) - 1)))
-    found: dict[Candidate, None] = {}  # a set in order: documents may quote the same text
+    per_document = max(_MAX_PER_DOCUMENT, math.ceil(wanted / (len(store.document_offsets) - 1)))
+    found: dict[Candidate, None] = {}  # an ordered set: documents may quote the same text
     for sentences in _documents(store, materials, rng):
         candidates = candidates_of(sentences)
         found.update(dict.fromkeys(rng.sample(candidates, min(len(candidates), per_document))))

@@ -1,4 +1,4 @@
-"""Rows of different lengths in padded batches, and back."""
+"""Token rows of different lengths: into padded batches, and back."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ import numpy as np
 from halo_evaluation.interface import ScoreBatch, TokenScores
 from halo_evaluation.recall.materials import Segment, join
 
-_PADDING = 0  # any valid id: nothing after a row's end can reach its scores
+_PADDING = 0  # any valid id will do: tokens after the end of a row do not affect its scores
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sequence: ids int64 [length] and target mask bool [length]."""
+class TokenRow:
+    """One sequence: input_ids int64 [length] and target_mask bool [length]."""
 
     input_ids: np.ndarray
     target_mask: np.ndarray
 
     @classmethod
-    def of(cls, segments: Sequence[Segment]) -> Row:
-        """Answer segments are the targets."""
+    def of(cls, segments: Sequence[Segment]) -> TokenRow:
+        """Join segments. Answers are the targets."""
         return cls(*join(segments))
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """log_probability float32 [targets] and is_greedy bool [targets] of one row's target tokens."""
+    """log_probability float32 [targets] and is_greedy bool [targets] of the target tokens of one row."""
 
     log_probability: np.ndarray
     is_greedy: np.ndarray
 
 
-def _by_length(rows: Sequence[Row]) -> list[int]:
-    """Indices of rows, shortest first, ties in order."""
+def _by_length(rows: Sequence[TokenRow]) -> list[int]:
+    """Indices of the rows, shortest first; rows of equal length in their order."""
     return sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
 
 
-def _batch(rows: Sequence[Row]) -> ScoreBatch:
+def _batch(rows: Sequence[TokenRow]) -> ScoreBatch:
     shape = len(rows), max(len(row.input_ids) for row in rows)
     batch = ScoreBatch(np.full(shape, _PADDING, np.int64), np.zeros(shape, bool))
     for index, row in enumerate(rows):
@@ -48,9 +48,9 @@ def _batch(rows: Sequence[Row]) -> ScoreBatch:
     return batch
 
 
-def batches_of(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[ScoreBatch]:
-    """Rows of similar length together, shortest first; a batch has one row or at most `tokens_per_batch` tokens."""
-    waiting: list[Row] = []
+def batches_of(rows: Sequence[TokenRow], tokens_per_batch: int) -> Iterator[ScoreBatch]:
+    """Batches of rows of similar length, shortest first: at most `tokens_per_batch` tokens with padding, or one row."""
+    waiting: list[TokenRow] = []
     for row in (rows[index] for index in _by_length(rows)):
         if waiting and (len(waiting) + 1) * len(row.input_ids) > tokens_per_batch:
             yield _batch(waiting)
@@ -60,8 +60,8 @@ def batches_of(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[ScoreBatc
         yield _batch(waiting)
 
 
-def scores_of(rows: Sequence[Row], scores: Sequence[TokenScores]) -> list[RowScores]:
-    """Scores of each row's targets, in the order of `rows`, from those of the batches of `batches_of`."""
+def scores_of(rows: Sequence[TokenRow], scores: Sequence[TokenScores]) -> list[RowScores]:
+    """Scores of the targets of each row, in the order of `rows`; `scores` are those of the batches of `batches_of`."""
     order = _by_length(rows)
     scored = [
         (log_p, greedy)
@@ -69,7 +69,7 @@ def scores_of(rows: Sequence[Row], scores: Sequence[TokenScores]) -> list[RowSco
         for log_p, greedy in zip(batch.log_probability, batch.is_greedy, strict=True)
     ]
     if len(scored) != len(rows):
-        raise RuntimeError(f"{len(scored)} rows were scored where the task has {len(rows)}")
+        raise RuntimeError(f"{len(scored)} rows were scored, but the task has {len(rows)}")
     result: dict[int, RowScores] = {}
     for index, (log_probability, is_greedy) in zip(order, scored, strict=True):
         targets = np.flatnonzero(rows[index].target_mask)

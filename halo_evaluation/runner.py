@@ -1,11 +1,11 @@
-"""Runs tasks through a scorer."""
+"""Runs evaluation tasks through a scorer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from halo_evaluation.interface import ScoreBatch, Scorer, Task, TokenScores
+from halo_evaluation.interface import EvaluationTask, ScoreBatch, Scorer, TokenScores
 from halo_evaluation.niah import VARIANTS, needle_task
 from halo_evaluation.recall.materials import Materials
 
@@ -13,13 +13,13 @@ TaskMetrics = dict[str, dict[str, float]]
 
 
 def evaluate_models(
-    tasks: Sequence[Task],
+    tasks: Sequence[EvaluationTask],
     score: Callable[[ScoreBatch], Sequence[TokenScores]],
     tokens_per_batch: int,
 ) -> list[TaskMetrics]:
-    """Metrics by task name for each of several models that are scored together, as in the layer sweep.
+    """Metrics by task name, for each of several models that are scored together, as in the layer sweep.
 
-    `score` returns one TokenScores per model for a batch, always as many and in the same order.
+    `score` returns one TokenScores per model, in the same order for every batch.
     """
     results: list[TaskMetrics] = []
     for task in tasks:
@@ -31,7 +31,7 @@ def evaluate_models(
     return results
 
 
-def evaluate(tasks: Sequence[Task], scorer: Scorer, tokens_per_batch: int) -> TaskMetrics:
+def evaluate(tasks: Sequence[EvaluationTask], scorer: Scorer, tokens_per_batch: int) -> TaskMetrics:
     """Metrics of one model by task name."""
     return evaluate_models(tasks, lambda batch: [scorer(batch)], tokens_per_batch)[0]
 
@@ -46,16 +46,16 @@ def niah_grid(
     seed: int,
     tokens_per_batch: int,
 ) -> list[dict[str, Any]]:
-    """One row {"task", "context_length", "depth", "score", "items"} per cell of variants x contexts x depths.
+    """{"task", "context_length", "depth", "score", "items"} for every cell of variants x contexts x depths.
 
-    Cells are built one after another, so that long contexts never lie in memory together.
+    Cells are built one after another, to keep only one of them in memory.
     """
     cells = [(variant, context, depth) for variant in VARIANTS for context in contexts for depth in depths]
-    rows = []
+    results = []
     for variant, context, depth in cells:
         task = needle_task(materials, variant, context, [depth], items, seed)
         score = task.metrics([scorer(batch) for batch in task.batches(tokens_per_batch)])["score"]
-        rows.append(
+        results.append(
             {"task": task.name, "context_length": context, "depth": depth, "score": score, "items": items}
         )
-    return rows
+    return results

@@ -1,4 +1,4 @@
-"""The standard lists of tasks, built from held-out text, a tokenizer and held-out words. All are local proxies."""
+"""The standard suites of tasks, built from held-out documents and words. All tasks are local proxies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from halo_evaluation.interface import Group, Task
+from halo_evaluation.interface import EvaluationTask, Group
 from halo_evaluation.key_values import key_value_task
 from halo_evaluation.last_word import last_word_task
 from halo_evaluation.next_sentence import next_sentence_task
@@ -20,15 +20,15 @@ from halo_evaluation.recall.materials import Materials
 from halo_evaluation.recall.words import WordSplit
 from tokenized_data import TokenStore
 
-Purpose = Literal["selection", "evaluation"]  # which items are drawn: never the same ones for both
+Purpose = Literal["selection", "evaluation"]  # determines the items: no item is used for both
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-_MOST_PAIRS = 32
-_TOKENS_PER_PAIR = 16  # a word, punctuation and four digits, with room to spare
+_MAX_PAIRS = 32
+_TOKENS_PER_PAIR = 16  # upper bound: a word, punctuation and four digits
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What no model was trained on: documents, and the words of `materials`."""
+    """Documents, and words in `materials`, that no model was trained on."""
 
     documents: DocumentSource
     materials: Materials
@@ -43,9 +43,9 @@ class HeldOut:
 
 def recall_tasks(
     materials: Materials, purpose: Purpose, context_length: int, items: int, seed: int
-) -> list[Task]:
-    """Needles and key-value lists of exactly `context_length` tokens; ValueError when they do not fit in."""
-    pairs = max(2, min(_MOST_PAIRS, (context_length - 64) // _TOKENS_PER_PAIR))
+) -> list[EvaluationTask]:
+    """Needles and key-value lists of exactly `context_length` tokens; ValueError if they do not fit."""
+    pairs = max(2, min(_MAX_PAIRS, (context_length - 64) // _TOKENS_PER_PAIR))
     own_seed = f"{purpose}/{seed}"
     return [
         *(needle_task(materials, variant, context_length, _DEPTHS, items, own_seed) for variant in VARIANTS),
@@ -53,7 +53,7 @@ def recall_tasks(
     ]
 
 
-def _suite(held_out: HeldOut, purpose: Purpose, context_length: int, items: int, seed: int) -> list[Task]:
+def _suite(held_out: HeldOut, purpose: Purpose, context_length: int, items: int, seed: int) -> list[EvaluationTask]:
     own_seed = f"{purpose}/{seed}"
     return [
         *recall_tasks(held_out.materials, purpose, context_length, items, seed),
@@ -62,28 +62,28 @@ def _suite(held_out: HeldOut, purpose: Purpose, context_length: int, items: int,
     ]
 
 
-def selection_suite(held_out: HeldOut, *, context_length: int, items: int, seed: int) -> list[Task]:
-    """What layers are chosen by; `items` per task. Its items are not those of the evaluation suite."""
+def selection_suite(held_out: HeldOut, *, context_length: int, items: int, seed: int) -> list[EvaluationTask]:
+    """The tasks that layers are selected by, with `items` items each. None is an item of the evaluation suite."""
     return _suite(held_out, "selection", context_length, items, seed)
 
 
-def evaluation_suite(held_out: HeldOut, *, context_length: int, items: int, seed: int) -> list[Task]:
-    """What a finished model is judged by, `items` per task, perplexity included."""
+def evaluation_suite(held_out: HeldOut, *, context_length: int, items: int, seed: int) -> list[EvaluationTask]:
+    """The tasks that a finished model is evaluated on, with `items` items each; perplexity included."""
     return [
         *_suite(held_out, "evaluation", context_length, items, seed),
         perplexity_task(held_out.documents, context_length, items),
     ]
 
 
-def group_score(tasks: Sequence[Task], metrics: Mapping[str, Mapping[str, float]], group: Group) -> float:
-    """Mean "score" of the tasks of one group: R for "recall", C for "commonsense", both in [0, 1]."""
+def group_score(tasks: Sequence[EvaluationTask], metrics: Mapping[str, Mapping[str, float]], group: Group) -> float:
+    """Mean "score" in [0, 1] of the tasks of one group: R for "recall", C for "commonsense"."""
     return float(np.mean([metrics[task.name]["score"] for task in tasks if task.group == group]))
 
 
 def group_standard_error(
-    tasks: Sequence[Task], metrics: Mapping[str, Mapping[str, float]], group: Group
+    tasks: Sequence[EvaluationTask], metrics: Mapping[str, Mapping[str, float]], group: Group
 ) -> float:
-    """Standard error of `group_score`, taking every item for a yes or no of its own."""
+    """Standard error of `group_score`, with every item as an independent Bernoulli trial."""
     own = [metrics[task.name] for task in tasks if task.group == group]
     variances = [m["score"] * (1.0 - m["score"]) / m["items"] for m in own]
     return float(np.sqrt(np.sum(variances)) / len(own))

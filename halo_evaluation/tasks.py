@@ -1,4 +1,4 @@
-"""The three kinds of task, as rows plus a way to count: an exact answer, a choice, a text's perplexity."""
+"""The three kinds of task: exact answers, multiple choice, and perplexity."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from halo_evaluation.interface import Group, ScoreBatch, TokenScores
-from halo_evaluation.rows import Row, batches_of, scores_of
+from halo_evaluation.rows import TokenRow, batches_of, scores_of
 
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """Answers that greedy generation must hit exactly; one row per item, its targets the answer."""
+    """Answers that greedy generation has to produce exactly. One row per item; its targets are the answer."""
 
     name: str
     group: Group
-    rows: Sequence[Row]
+    rows: Sequence[TokenRow]
 
     def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
         return batches_of(self.rows, tokens_per_batch)
 
     def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
-        """score: share of exact answers; token_accuracy; answer_log_probability: mean nats per answer token; items."""
+        """score: share of exact answers; token_accuracy; answer_log_probability: mean per token, in nats; items."""
         answers = scores_of(self.rows, scores)
         return {
             "score": float(np.mean([answer.is_greedy.all() for answer in answers])),
@@ -37,31 +37,31 @@ class AnswerTask:
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """One context with several continuations: rows [choices] whose targets are the continuation."""
+    """One context with several continuations, one row per choice. The targets of a row are its continuation."""
 
-    rows: tuple[Row, ...]
-    sizes: tuple[int, ...]  # bytes of each continuation, by which its log-probability is divided
+    rows: tuple[TokenRow, ...]
+    sizes: tuple[int, ...]  # bytes of each continuation
     correct: int
 
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """The continuation with the highest log-probability per byte is the model's choice (the first one on a tie)."""
+    """The model chooses the continuation with the highest log-probability per byte, on a tie the first."""
 
     name: str
     group: Group
     items: Sequence[ChoiceItem]
 
     @property
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[TokenRow]:
         return [row for item in self.items for row in item.rows]
 
     def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
         return batches_of(self._rows, tokens_per_batch)
 
     def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
-        """score: share of right choices; probability: mean of exp(per-byte log p) shares of the right choice;
-        answer_log_probability: mean nats per token of the right continuations; items."""
+        """score: share of right choices; probability: mean softmax, over choices, of the log-probability per byte of
+        the right one; answer_log_probability: mean per token of the right continuations, in nats; items."""
         continuations = iter(scores_of(self._rows, scores))
         right, shares, correct_tokens = [], [], []
         for item in self.items:
@@ -82,17 +82,17 @@ class ChoiceTask:
 
 @dataclass(frozen=True)
 class PerplexityTask:
-    """Every token of every row but the first is a target."""
+    """Perplexity over all tokens of all rows, except for the first token of each row."""
 
     name: str
     group: Group
-    rows: Sequence[Row]
+    rows: Sequence[TokenRow]
 
     def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
         return batches_of(self.rows, tokens_per_batch)
 
     def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
-        """perplexity = exp(loss), loss in nats per token; score = 1 / perplexity, a mean probability per token."""
+        """loss in nats per token; perplexity = exp(loss); score = 1 / perplexity; items."""
         rows = scores_of(self.rows, scores)
         loss = -float(np.concatenate([row.log_probability for row in rows]).mean(dtype=np.float64))
         return {

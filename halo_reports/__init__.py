@@ -1,4 +1,4 @@
-"""What a run has done: its report, its model card, and its state while it runs.
+"""The report of a run, its model card, and its state while it runs. All are made from the files of the run folder.
 
 Import from the modules: `monitoring` needs no plotting library, `build` does.
 """

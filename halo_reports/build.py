@@ -1,4 +1,4 @@
-"""Renders the report: facts of a run in, one self-contained HTML file out."""
+"""Renders the report of a run as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from durable_files import write_text
 from halo_cluster.stage_id import StageId
 from halo_evaluation.results import Evaluation
 from halo_reports import outcome, plots
-from halo_reports.formatting import count, decimals, duration, model_label, moment, percent
-from halo_reports.run_facts import RunFacts, StageRecord, TrainingCurve, load_run
+from halo_reports.formatting import count, decimals, model_label, moment, percent
+from halo_reports.run_facts import FinishedStage, RunFacts, TrainingCurve, load_run
+from terminal_output import duration
 
 _LOSSES = {
     "pretrain": ("Pre-training", "cross entropy, nats per token"),
@@ -29,10 +30,10 @@ _OPEN_TABLE_LAYERS = 16
 
 
 def build_report(run_folder: Path, stage_folders: Mapping[str, Path], out: Path) -> Path:
-    """Write the report of a run to `out` and return it.
+    """Write the report of a run to `out`. Returns `out`.
 
-    `stage_folders` maps stage names ("align", "distill.hybrid", "evaluate.teacher", ...) to the folders whose
-    files are to be read; a missing file leaves its section out. Raises ValueError naming a broken file.
+    `stage_folders` maps stage names ("align", "distill.hybrid", "evaluate.teacher", ...) to their folders. A missing
+    file leaves out its section. Raises ValueError with the name of a malformed file.
     """
     run = load_run(run_folder, stage_folders)
     environment = Environment(
@@ -71,7 +72,7 @@ def _content(run: RunFacts) -> dict[str, Any]:
 
 
 def _tiles(run: RunFacts) -> list[tuple[str, str, str]]:
-    """(label, figure, comparison) of the numbers worth a glance."""
+    """(label, figure, comparison) of the main results."""
     tiles = _evaluation_tiles(run.evaluations.get("hybrid"), run.evaluations.get("teacher"), run.fair_context)
     if run.selection is not None:
         kept, layers = len(run.selection.attention_layers), run.selection.sweep.num_layers
@@ -105,7 +106,7 @@ def _evaluation_tiles(
 
 
 def _stage_groups(run: RunFacts) -> list[dict[str, Any]]:
-    """Rows of the cost table: the way to the hybrid, then the baselines; `share` is of the longest stage."""
+    """Groups of rows of the cost table: the stages of the hybrid, then the baselines."""
     longest = max((record.seconds for record in run.stages), default=0.0) or 1.0
     groups = []
     for title, baselines in (("Teacher and hybrid", False), ("Baselines, for comparison only", True)):
@@ -118,7 +119,8 @@ def _stage_groups(run: RunFacts) -> list[dict[str, Any]]:
     return groups
 
 
-def _stage_row(record: StageRecord, curve: TrainingCurve | None, longest: float) -> dict[str, Any]:
+def _stage_row(record: FinishedStage, curve: TrainingCurve | None, longest: float) -> dict[str, Any]:
+    """`share` is the time relative to the longest stage."""
     return {
         "record": record,
         "share": record.seconds / longest,
@@ -174,7 +176,7 @@ def _needles(run: RunFacts) -> dict[str, Any] | None:
 
 
 def _versions() -> list[tuple[str, str]]:
-    """Versions in the process that writes the report, which for `halo run` is the one that ran the stages."""
+    """Versions in this process. With `halo run` the same installation ran the stages."""
     versions = [("python", platform.python_version())]
     for package in _VERSIONED_PACKAGES:
         try:

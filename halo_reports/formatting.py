@@ -1,4 +1,4 @@
-"""Numbers and names as readers see them, in the report and in model cards."""
+"""Formats numbers and names for the report and for model cards."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MODEL_LABELS = {"teacher": "Teacher", "hybrid": "Hybrid"}
 
 
 def model_label(model: str) -> str:
-    """Name of the teacher, the hybrid or a baseline; a baseline is named after its selection method."""
+    """Display name of the teacher, the hybrid or a baseline. A baseline has the name of its selection method."""
     return _MODEL_LABELS.get(model) or method_label(model)
 
 
 def method_label(method: str) -> str:
-    """Name of a selection method."""
+    """Display name of a selection method."""
     return _METHOD_LABELS.get(method, method)
 
 
@@ -33,17 +33,6 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def decimals(number: float | None, digits: int = 2) -> str:
     return ABSENT if number is None else f"{number:.{digits}f}"
-
-
-def duration(seconds: float) -> str:
-    """0.4 s, 48 s, 3 min 05 s, 2 h 07 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def moment(time: datetime) -> str:

@@ -1,4 +1,4 @@
-"""Model cards in Markdown for trained teachers and converted hybrids, from what their runs left on disk."""
+"""Model cards in Markdown for trained teachers and converted hybrids, from the files of their runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from halo_reports.formatting import ABSENT, count, decimals, duration, model_label
+from halo_reports.formatting import ABSENT, count, decimals, model_label
 from halo_reports.outcome import (
     PROXY_NOTE,
     headline,
@@ -17,30 +17,30 @@ from halo_reports.outcome import (
     usage_snippet,
 )
 from halo_reports.run_facts import RunFacts
+from terminal_output import duration
 
 TEACHER_LIMITATIONS = """## Limitations
 
-- A teacher for testing conversions, not an assistant: it knows the style of its small corpora and little of
-  the world.
-- Generated tasks taught it to recall within its training context; it is not expected to recall beyond.
-- It has had no instruction tuning and no safety tuning."""
+- This model is a teacher for testing conversions, not an assistant. Its corpora are small, and it knows little of the
+  world.
+- It learned recall from generated tasks within its training context. Expect none beyond that length.
+- It has no instruction tuning and no safety tuning."""
 
 HYBRID_LIMITATIONS = """## Limitations
 
-- It has every gap of its teacher, and its teacher's lack of safety tuning; conversion adds no knowledge.
-- Recurrent layers keep a state of constant size, so recall of many facts at once may fall sooner than in the
-  teacher.
-- The folder contains its own modelling code, so loading it needs `trust_remote_code=True`; read it first."""
+- It has the limitations of its teacher, including a lack of safety tuning. Conversion adds no knowledge.
+- Recurrent layers keep a state of constant size, so the recall of many facts may degrade sooner than in the teacher.
+- The folder contains modelling code, so loading it requires `trust_remote_code=True`. Read the code first."""
 
 CODE_LICENCE = """## Licence
 
-The weights have the licence that the front matter names. The modelling code in this folder is part of
+The front matter names the licence of the weights. The modelling code in this folder is part of
 hypenet-megatron and has the Apache License 2.0."""
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """One corpus: its origin, its licence, and how many tokens of it were used (None if unknown)."""
+    """One corpus: its origin, its licence, and the number of tokens used (None if unknown)."""
 
     name: str
     licence: str
@@ -61,16 +61,16 @@ def teacher_model_card(
 ) -> str:
     """Card of a teacher trained from scratch.
 
-    `config` is its Hugging Face config.json, `command` the line that trains it again, `ngram_perplexity` that
-    of an n-gram model on the same held-out text. Raises ValueError when `config` lacks a dimension.
+    `config` is its Hugging Face config.json, `command` reproduces the training, `ngram_perplexity` is the perplexity of
+    an n-gram model on the same held-out text. Raises ValueError if `config` lacks a dimension.
     """
     evaluation = run.evaluations.get("teacher")
     baseline = []
     if ngram_perplexity is not None:
         perplexity = decimals(evaluation.perplexity if evaluation else None)
         baseline = [
-            f"On the same held-out text an n-gram model has a perplexity of {decimals(ngram_perplexity)}, "
-            f"this model one of {perplexity}."
+            f"On the same held-out text the perplexity of an n-gram model is {decimals(ngram_perplexity)}, "
+            f"that of this model {perplexity}."
         ]
     return _card(
         _front_matter(licence, ["qwen3", "teacher"]),
@@ -102,8 +102,8 @@ def hybrid_model_card(
 ) -> str:
     """Card of a HypeNet hybrid converted from `base_model`.
 
-    `config` is its exported config.json, `student` the title of its recurrent mixer, `command` the line that converts
-    it again. Raises ValueError when `config` lacks a dimension.
+    `config` is its exported config.json, `student` the title of its recurrent mixer, `command` reproduces the
+    conversion. Raises ValueError if `config` lacks a dimension.
     """
     sections = []
     if run.selection is not None:
@@ -115,10 +115,10 @@ def hybrid_model_card(
         ]
     calibration = run.calibrations.get("hybrid")
     if calibration is not None:
-        setting = "it is off" if calibration.base is None else f"it has the base a = {calibration.base:g}"
+        setting = "turned it off" if calibration.base is None else f"chose a = {calibration.base:g}"
         sections.append(
-            "HypeNet can scale attention queries by log(t + a) / log(a) at position t, at inference only. "
-            f"Calibrated on long documents, {setting} here."
+            "At inference HypeNet can scale attention queries by log(t + a) / log(a) at position t. "
+            f"Calibration on long documents {setting}."
         )
     return _card(
         _front_matter(licence, ["hypenet", "hybrid", "linear-attention", "distillation"], base_model),
@@ -140,7 +140,7 @@ def _card(*blocks: str) -> str:
 
 
 def _front_matter(licence: str, tags: Sequence[str], base_model: str | None = None) -> str:
-    """The YAML header that model hubs read; JSON strings are valid YAML."""
+    """The YAML header for model hubs. JSON strings are valid YAML."""
     lines = [
         "---",
         "library_name: transformers",
@@ -162,7 +162,7 @@ def _dimensions(config: Mapping[str, Any], parameters: int) -> str:
         )
     except KeyError as error:
         raise ValueError(
-            f"the model card needs {error} of the model's config.json; export the model again"
+            f"config.json has no {error}, which the model card needs; export the model again"
         ) from None
 
 
@@ -185,7 +185,7 @@ def _training_cell(run: RunFacts, stage: str) -> str:
 
 
 def _loss_table(run: RunFacts, stage: str) -> str:
-    """The training curve in eight rows, each the mean loss of the steps since the row above."""
+    """The loss curve as eight rows: each is the mean loss since the row above."""
     curve = run.curves.get(stage)
     if curve is None:
         return ""
@@ -216,7 +216,7 @@ def _scores(run: RunFacts) -> list[str]:
 def _choices_table(run: RunFacts) -> str:
     assert run.selection is not None
     return _table(
-        ("Ranking", "Attention layers it would choose"),
+        ("Ranking", "Attention layers"),
         [
             (model_label(method), ", ".join(map(str, layers)) or "none")
             for method, layers in run.selection.choices.items()

@@ -1,4 +1,4 @@
-"""How a conversion came out: the sentences, tables and code that the report and the model cards share."""
+"""The results of a conversion: sentences, tables and code that the report and the model cards share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from halo_reports.run_facts import RunFacts
 
 PROXY_NOTE = (
     "All scores are local proxies: tasks that this project generates from held-out text and random keys. "
-    "They compare the models of one run; they are not the published benchmarks of similar names."
+    "They compare the models of one run, and are not the published benchmarks of similar names."
 )
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One line of the score table: a text per model, and which of the converted models are best."""
+    """One row of the score table: a text per model, and the columns of the best converted models."""
 
     label: str
     group: str
@@ -27,11 +27,11 @@ class ScoreRow:
 
 
 def headline(run: RunFacts) -> str:
-    """The outcome in one sentence: the hybrid against its teacher, or the teacher alone."""
+    """The result in one sentence: the hybrid compared with its teacher, or the teacher alone."""
     teacher, hybrid = run.evaluations.get("teacher"), run.evaluations.get("hybrid")
     subject, reference = (hybrid, teacher) if hybrid else (teacher, None)
     if subject is None:
-        return f"Run {run.name}: neither the teacher nor the hybrid has been evaluated yet."
+        return f"Run {run.name}: neither teacher nor hybrid has been evaluated yet."
     facts = []
     limit = run.fair_context or 0
     recall = subject.needle_recall(0, limit)
@@ -49,7 +49,7 @@ def headline(run: RunFacts) -> str:
 
 
 def baseline_sentence(run: RunFacts) -> str:
-    """Needle recall of the baselines over the same cells; empty without baselines."""
+    """Needle recall of the baselines at the same context lengths; empty without baselines."""
     scores = [
         f"{model_label(model)} {percent(evaluation.needle_recall(0, run.fair_context or 0))}"
         for model, evaluation in run.evaluations.items()
@@ -58,23 +58,23 @@ def baseline_sentence(run: RunFacts) -> str:
     if not scores:
         return ""
     return (
-        f"Converted in the same way with other attention layers, over the same contexts: {', '.join(scores)}."
+        f"Baselines with other attention layers, at the same context lengths: {', '.join(scores)}."
     )
 
 
 def selection_sentence(run: RunFacts) -> str:
-    """Which layers stayed attention and by which ranking; empty before selection."""
+    """Which layers keep attention and which ranking selected them; empty before selection."""
     if run.selection is None:
         return ""
     layers = ", ".join(map(str, run.selection.attention_layers)) or "none"
     return (
-        f"Attention stays in layers {layers} of {run.selection.sweep.num_layers} (counted from 0), "
-        f"chosen by the {method_label(run.selection.method)} ranking."
+        f"Layers {layers} of {run.selection.sweep.num_layers} (counted from 0) keep softmax attention, "
+        f"selected by the {method_label(run.selection.method)} ranking."
     )
 
 
 def score_rows(run: RunFacts) -> tuple[ScoreRow, ...]:
-    """Needle recall within and beyond the training context, every task, perplexity; one column per model."""
+    """Needle recall within and beyond the training context, all tasks, and perplexity; one column per model."""
     evaluations = list(run.evaluations.values())
     rows = []
     limit = run.fair_context or 0
@@ -98,7 +98,7 @@ def score_rows(run: RunFacts) -> tuple[ScoreRow, ...]:
 
 
 def _best(run: RunFacts, values: Sequence[float | None], sign: int) -> frozenset[int]:
-    """Columns of the best converted models; the teacher does not compete, and nor does a model alone."""
+    """Columns of the best converted models. The teacher does not compete, and neither does a single model."""
     contest = {
         column: sign * value
         for column, (model, value) in enumerate(zip(run.evaluations, values, strict=True))

@@ -1,8 +1,7 @@
-"""Everything a report or a model card says about a run, read from the files its stages published.
+"""The facts that reports and model cards state about a run, read from the files that its stages published.
 
-Only metrics.jsonl, selection.json, evaluation.json, calibration.json and DONE.json of each stage folder and
-the run's frozen recipe.yaml are read. A file that is not there leaves its part empty; one that is there but
-broken raises ValueError naming it.
+Reads metrics.jsonl, selection.json, evaluation.json, calibration.json and DONE.json of each stage folder, and the
+recipe.yaml of the run. A missing file leaves its facts empty. A malformed file raises ValueError with its name.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ BASELINES = MODEL_ORDER[2:]
 
 
 def model_rank(model: str) -> int:
-    """Teacher first, then the hybrid, then the baselines in the order used everywhere."""
+    """Sort key: teacher, hybrid, then the baselines in MODEL_ORDER."""
     return MODEL_ORDER.index(model) if model in MODEL_ORDER else len(MODEL_ORDER)
 
 
 @dataclass(frozen=True)
-class StageRecord:
-    """DONE.json of one stage; `seconds` is wall time summed over all attempts."""
+class FinishedStage:
+    """DONE.json of one stage. `seconds` is wall time over all attempts."""
 
     name: str
     folder: Path
@@ -80,7 +79,7 @@ class TrainingCurve:
 
     @property
     def final_loss(self) -> float:
-        """Mean loss of the last twentieth of the steps: one batch alone is noise."""
+        """Mean loss over the last twentieth of the steps, because the loss of a single batch is noisy."""
         tail = self.losses[-max(1, len(self.losses) // 20) :]
         return sum(tail) / len(tail)
 
@@ -91,7 +90,7 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class Calibration:
-    """calibration.json: loss in nats per token for each candidate base; base None means no logits scaling."""
+    """calibration.json: loss in nats per token of each candidate base. Base None means no logits scaling."""
 
     base: float | None
     candidates: tuple[tuple[float | None, float], ...]
@@ -99,17 +98,17 @@ class Calibration:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run so far. Dictionaries are keyed by stage name, or by model for the last two."""
+    """What is known of a run so far. `curves` is keyed by stage name, `evaluations` and `calibrations` by model."""
 
     name: str
     recipe: str | None
-    stages: tuple[StageRecord, ...]
+    stages: tuple[FinishedStage, ...]
     curves: Mapping[str, TrainingCurve]
     selection: Selection | None
     evaluations: Mapping[str, Evaluation]
     calibrations: Mapping[str, Calibration]
 
-    def stage(self, name: str) -> StageRecord | None:
+    def stage(self, name: str) -> FinishedStage | None:
         return next((record for record in self.stages if record.name == name), None)
 
     @property
@@ -123,7 +122,7 @@ class RunFacts:
 
     @property
     def export_folder(self) -> Path | None:
-        """The folder of the exported model: where the export stage's outputs have their config.json."""
+        """The folder of the exported model: the one with config.json among the outputs of the export stage."""
         record = self.stage("export")
         if record is None:
             return None
@@ -132,9 +131,9 @@ class RunFacts:
 
 
 def load_run(run_folder: Path, stage_folders: Mapping[str, Path]) -> RunFacts:
-    """Read a run. `stage_folders` maps a stage name such as "distill.hybrid" to its <input hash> folder.
+    """Read a run. `stage_folders` maps stage names such as "distill.hybrid" to their <input hash> folders.
 
-    Raises ValueError naming the file when one is present but not as the stages write it.
+    Raises ValueError with the name of a malformed file.
     """
     ordered = sorted(stage_folders.items(), key=lambda item: _stage_rank(item[0]))
     selections = _of_stages(Selection.FILE, ordered, Selection.from_json)
@@ -175,7 +174,7 @@ def _parse[T](path: Path, convert: Callable[[Any], T]) -> T:
         return convert(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not as its stage writes it ({type(error).__name__}: {error}); rerun the stage"
+            f"{path} is malformed ({type(error).__name__}: {error}); rerun its stage"
         ) from None
 
 
@@ -183,8 +182,8 @@ def _of_stages[T](file: str, ordered: list[tuple[str, Path]], convert: Callable[
     return {name: _parse(folder / file, convert) for name, folder in ordered if (folder / file).is_file()}
 
 
-def _stage(name: str, folder: Path, content: Mapping[str, Any]) -> StageRecord:
-    return StageRecord(
+def _stage(name: str, folder: Path, content: Mapping[str, Any]) -> FinishedStage:
+    return FinishedStage(
         name=name,
         folder=folder,
         attempt=str(content["attempt"]),
@@ -207,10 +206,10 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
 
 
 def _curve(path: Path) -> TrainingCurve | None:
-    """The curve of a metrics.jsonl; None when it is missing or has no whole line.
+    """The curve of a metrics.jsonl; None if it is missing or has no complete line.
 
-    A killed attempt leaves steps that its successor trains again, and perhaps half a last line: of a repeated
-    step the later line counts, and a last line that does not parse is passed over.
+    After a kill the file may have steps that the next attempt repeats, and an incomplete last line. Of a repeated step
+    the later line counts, and an incomplete last line is ignored.
     """
     if not path.is_file():
         return None

@@ -1,1 +1,1 @@
-"""The one trainer for pretrain, align, distill and finetune."""
+"""The trainer of the stages pretrain, align, distill and finetune."""

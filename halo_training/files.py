@@ -1,4 +1,4 @@
-"""File names that say how far a stage is. Kept apart so that `halo status` imports them without torch."""
+"""Names of the files that hold the progress of a stage. In a module that `halo status` imports without torch."""
 
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"

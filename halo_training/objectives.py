@@ -1,8 +1,8 @@
-"""What one step minimises: next token, KL to a teacher, or mixer alignment.
+"""Training objectives: cross entropy of the next token, KL to a teacher, or alignment of mixers.
 
-Each runs Megatron's pipeline schedule over the micro-batches of a step, leaves gradients in the model's gradient
-buffers and returns the step's mean loss. Sums over tokens are divided by the loss weight of the whole global batch, so
-the result does not depend on how the batch was cut.
+Each objective runs Megatron's pipeline schedule over the micro-batches of a step, accumulates gradients in the model's
+gradient buffers, and returns the mean loss of the step. Sums over tokens are divided by the loss weight of the global
+batch, so the result does not depend on how the batch is split.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ class Objective(Protocol):
 
     model: LocalModel
     chunks: list[DistributedDataParallel]
-    """The parts of `model` on this rank, each behind its gradient buffers."""
+    """The model chunks on this rank, each wrapped with its gradient buffers."""
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
-        """Gradients of one global batch into the gradient buffers; returns the mean loss, fp32 scalar."""
+        """Accumulate the gradients of one global batch. Returns the mean loss, an fp32 scalar."""
         ...
 
 
 def wrap_for_gradients(
     model: LocalModel, *, distributed_optimizer: bool = False, overlap: bool = False
 ) -> list[DistributedDataParallel]:
-    """Megatron DDP around every part of the model: contiguous fp32 gradient buffers, reduced over the ranks that hold
-    the same weights. `overlap` communicates while computing (see `ParallelLayout`)."""
+    """Megatron DDP around every model chunk: contiguous fp32 gradient buffers, reduced over data and context ranks.
+
+    `overlap` communicates while computing (see `ParallelLayout`).
+    """
     config: DecoderConfig = model_chunks(model)[0].config
     chunks = [
         DistributedDataParallel(
@@ -70,7 +72,7 @@ def wrap_for_gradients(
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Let every rank have the whole of the last update, where gathering it was left to the next forward pass."""
+    """Gather the last update on every rank now, if `overlap_param_gather` left that to the next forward pass."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -84,7 +86,7 @@ def _run_schedule(
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
-    """Megatron's schedule for this layout; every chunk reads the batches from the beginning."""
+    """Run Megatron's schedule for this layout. Every chunk iterates over all batches."""
     micro_batch, slice_length = batches[0].input_ids.shape
     interleaved = len(chunks) > 1
     return get_forward_backward_func()(
@@ -100,7 +102,7 @@ def _run_schedule(
 
 
 def _sum_over_data(value: Tensor) -> Tensor:
-    """In place, over the ranks that hold the same weights and other tokens: data and context parallel."""
+    """Sum in place over data-parallel and context-parallel ranks, which have the same weights and different tokens."""
     dist.all_reduce(value, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return value
 
@@ -111,7 +113,7 @@ def _total_loss_weight(batches: Sequence[TokenBatch]) -> Tensor:
 
 
 class _LossMeter:
-    """Adds up the step's loss on the last pipeline stage and shares it with all ranks."""
+    """Sums the loss of a step on the last pipeline stage, and shares it with all ranks."""
 
     def __init__(self, device: torch.device):
         self.value = torch.zeros((), device=device)
@@ -119,7 +121,8 @@ class _LossMeter:
     def add(self, loss: Tensor) -> None:
         self.value += loss.detach()
 
-    def everywhere(self) -> Tensor:
+    def broadcast(self) -> Tensor:
+        """The sum over the step, on every rank."""
         dist.broadcast(
             _sum_over_data(self.value),
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
@@ -129,12 +132,12 @@ class _LossMeter:
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """[b, s] of the data to the [s * b] token order of Megatron's hidden states."""
+    """From [b, s] to [s * b], the token order of Megatron's hidden states."""
     return x.t().reshape(-1)
 
 
 class _HiddenStateObjective:
-    """Shared by the two losses that start from the final hidden states, which the last pipeline stage has."""
+    """Base of the losses of final hidden states, which exist on the last pipeline stage."""
 
     def __init__(self, model: LocalModel, layout: ParallelLayout = ONE_PROCESS):
         self.model = model
@@ -144,14 +147,14 @@ class _HiddenStateObjective:
         )
 
     def _token_loss(self, rows: Tensor, batch: TokenBatch, token_weights: Tensor) -> Tensor:
-        """Weighted sum of losses; rows [s * b, d], token_weights [s * b], both in Megatron's token order."""
+        """Weighted sum of the losses of rows [s * b, d]; token_weights [s * b]. Both are in Megatron's token order."""
         raise NotImplementedError
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
         total_weight = _total_loss_weight(batches)
         meter = _LossMeter(total_weight.device)
-        # Undone here: Megatron divides the loss by the micro-batches, and averages gradients over data ranks. That it
-        # averages them over context ranks too, its schedule makes good.
+        # Megatron divides the loss by the number of micro-batches and averages gradients over data ranks; the scale
+        # undoes both. It also averages over context ranks, which its schedule undoes.
         scale = len(batches) * parallel_state.get_data_parallel_world_size()
 
         def loss_of(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -167,7 +170,7 @@ class _HiddenStateObjective:
             return model(batch.input_ids), partial(loss_of, batch)
 
         _run_schedule(forward_step, self.chunks, batches, forward_only=False)
-        return meter.everywhere()
+        return meter.broadcast()
 
 
 class NextTokenObjective(_HiddenStateObjective):
@@ -184,8 +187,8 @@ class NextTokenObjective(_HiddenStateObjective):
 
 
 class DistillationObjective(_HiddenStateObjective):
-    """KL(teacher || student). The frozen teacher runs its own forward-only schedule first; of it only the final
-    hidden states stay, on the last stage, never the logits."""
+    """KL(teacher || student). The frozen teacher runs a forward-only schedule first. The last pipeline stage keeps its
+    final hidden states, never its logits."""
 
     def __init__(self, model: LocalModel, teacher: LocalModel, layout: ParallelLayout = ONE_PROCESS) -> None:
         super().__init__(model, layout)
@@ -208,7 +211,7 @@ class DistillationObjective(_HiddenStateObjective):
         return super().accumulate(batches)
 
     def _token_loss(self, rows: Tensor, batch: TokenBatch, token_weights: Tensor) -> Tensor:
-        # The last stage takes micro-batches in order in both schedules.
+        # The last pipeline stage processes micro-batches in order in both schedules.
         teacher = self.teacher[-1]
         return chunked_kl_divergence(
             rows,
@@ -221,10 +224,10 @@ class DistillationObjective(_HiddenStateObjective):
 
 
 class AlignmentObjective:
-    """HALO stage 1: mean squared distance of every student mixer to its teacher, all layers at once.
+    """HALO stage 1: mean squared error between every student mixer and its teacher, in all layers at once.
 
-    Nothing flows backward between layers, so every pipeline stage runs forward only, sends the teacher's residual
-    stream on and calls backward for its own mixers.
+    No gradient passes between layers. Every pipeline stage runs a forward-only schedule, sends the teacher's residual
+    stream on, and calls backward for its own mixers.
     """
 
     def __init__(self, model: LocalModel, layout: ParallelLayout = ONE_PROCESS):
@@ -235,21 +238,21 @@ class AlignmentObjective:
                 parameter.requires_grad_(".student." in name)
             part.set_route(Route.ALIGN)
         self.config: DecoderConfig = parts[0].config
-        # No overlap: Megatron starts overlapped reductions from its backward schedule, which never runs here.
+        # No overlap: Megatron starts overlapped reductions in its backward schedule, which does not run here.
         self.chunks = wrap_for_gradients(model, distributed_optimizer=layout.distributed_optimizer)
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
         meter = _LossMeter(batches[0].input_ids.device)
         tensor_group = parallel_state.get_tensor_model_parallel_group()
-        # A mixer's loss is the mean over the tokens that it sees. With sequence parallelism those are a tensor rank's
-        # share, and the backward passes of the ranks add up.
+        # The loss of a mixer is a mean over its tokens. With sequence parallelism these are the tokens of one tensor
+        # rank, and the gradients of the tensor ranks add up.
         shares = tensor_group.size() if self.config.sequence_parallel else 1
         parts = self.config.num_layers * len(batches) * shares
 
         def forward_step(
             batches: Iterator[TokenBatch], model: DistributedDataParallel
         ) -> tuple[Tensor, Callable[..., Any]]:
-            # The teacher runs without a graph; each aligned mixer switches gradients on for its student alone.
+            # The teacher runs without a graph. Each aligned mixer enables gradients for its student only.
             hidden = model(next(batches).input_ids)
             part: DecoderModel = model.module
             losses = [mixer.loss for mixer in part.aligned_mixers()]

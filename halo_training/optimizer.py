@@ -1,4 +1,4 @@
-"""Megatron's AdamW with fp32 master weights, as HALO sets it: betas (0.9, 0.95), clip by global norm."""
+"""Megatron's AdamW with fp32 master weights and HALO's settings: betas (0.9, 0.95), clipping by global norm."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ BETAS = (0.9, 0.95)
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], section: TrainingSection) -> MegatronOptimizer:
-    """Optimizer over the trainable parameters of `chunks`; bf16 models get fp32 master weights.
+    """Optimizer of the trainable parameters of `chunks`. bf16 models get fp32 master weights.
 
-    Distributed (master weights and moments split over data-parallel ranks) if the chunks' gradient buffers are.
+    It is distributed (master weights and moments are sharded over data-parallel ranks) if the gradient buffers are.
     """
     dtype, buffers = chunks[0].config.params_dtype, chunks[0].ddp_config
     return get_megatron_optimizer(

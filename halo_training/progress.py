@@ -1,4 +1,4 @@
-"""What a stage shows while it runs: a progress bar, its log, TensorBoard, and files that the monitoring reads."""
+"""Progress of a running stage: a bar on the terminal, log lines, TensorBoard events, and files for the monitoring."""
 
 from __future__ import annotations
 
@@ -14,29 +14,22 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch.utils.tensorboard import SummaryWriter
 
 from durable_files import write_json, write_text
 from halo_training.files import METRICS_FILE, PROGRESS_FILE
+from terminal_output import ProgressBar
 
-PLAIN_LINE_SECONDS = 10.0
-EARLIER_SECONDS = 1.0
+LINE_INTERVAL_SECONDS = 10.0
+WARM_UP_SECONDS = 1.0
 
 _log = logging.getLogger("halo_training.progress")
-_log.setLevel(logging.INFO)  # for the attempt's log; a terminal has the bar
+_log.setLevel(logging.INFO)  # for the log of the attempt; a terminal shows the bar
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl; `step` counts finished steps. Memory is the peak so far of the process that writes."""
+    """One line of metrics.jsonl. `step` counts finished steps. Memory is the peak of rank 0 so far, in bytes."""
 
     step: int
     loss: float
@@ -47,21 +40,20 @@ class StepMetrics:
     consumed_samples: int
     consumed_tokens: int
     host_memory_bytes: int
-    gpu_memory_bytes: int | None
-    """None without CUDA."""
+    gpu_memory_bytes: int | None  # None without CUDA
 
 
 def peak_memory() -> tuple[int, int | None]:
-    """Most bytes that this process has had resident, and most that its tensors have had on its GPU, if it has one."""
+    """Peak of this process in bytes: resident host memory, and tensors on the GPU (None without CUDA)."""
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return host, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of one stage. Lines after the step resumed from are dropped.
+    """metrics.jsonl and TensorBoard events of one stage. Drops lines after the step that training resumes from.
 
-    Of the processes that train together one `writes`; in the others nothing happens.
+    `writes` is True on one rank only. On the others all methods do nothing.
     """
 
     def __init__(self, folder: Path, *, resume_step: int, writes: bool = True):
@@ -77,7 +69,7 @@ class MetricsLog:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
-                break  # a line that a kill cut short; everything after it is gone too
+                break  # the last line, cut short by a kill
             if entry["step"] <= resume_step:
                 kept.append(line)
                 self.elapsed_before = entry["elapsed_seconds"]
@@ -99,27 +91,16 @@ class MetricsLog:
 
 
 class ProgressReporter:
-    """A live bar on a terminal; elsewhere (log files, CI) one plain line every few seconds, which the attempt's log has
-    in any case.
+    """Shows progress as a bar on a terminal, otherwise as a line every few seconds. The log always has the lines.
 
-    With `folder`, where a stage of tasks has got to is kept in its progress.json; a training's metrics.jsonl says that
-    already.
+    `folder` gets a progress.json for the monitoring. A training passes None, because its metrics.jsonl has the same
+    information.
     """
 
     def __init__(self, title: str, total: int, console: Console, folder: Path | None = None):
         self._title, self._total, self._console = title, total, console
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=total, numbers="")
+        self._bar = ProgressBar(title, total, console)
+        self._shown = 0
         self._started = self._last_line = time.monotonic()
         self._measured_from: tuple[float, int] | None = None
         self._file = folder / PROGRESS_FILE if folder else None
@@ -131,11 +112,13 @@ class ProgressReporter:
             yield self
 
     def update(self, done: int, numbers: str) -> None:
-        self._bar.update(self._task, completed=done, numbers=numbers)
+        """Report `done` finished items of the total. `numbers` is text shown beside them."""
+        self._bar.advance(done - self._shown, numbers)
+        self._shown = done
         now = time.monotonic()
         left = self._seconds_left(now, done)
         self._write_file(done, left)
-        if now - self._last_line >= PLAIN_LINE_SECONDS or done >= self._total:
+        if now - self._last_line >= LINE_INTERVAL_SECONDS or done >= self._total:
             self._last_line = now
             line = f"{self._title}: {done}/{self._total}  {numbers}  about {left or 0.0:.0f} s left"
             _log.info(line)
@@ -143,12 +126,12 @@ class ProgressReporter:
                 self._console.print(line, highlight=False)
 
     def _seconds_left(self, now: float, done: int) -> float | None:
-        """By the speed since the start; what comes in the first moments was there before, and says nothing of speed."""
+        """Estimated from the speed so far. Items reported within WARM_UP_SECONDS come from an earlier attempt."""
         if self._measured_from is None:
             self._measured_from = (self._started, done - 1)
         if done >= self._total:
             return 0.0
-        if now - self._started < EARLIER_SECONDS:
+        if now - self._started < WARM_UP_SECONDS:
             self._measured_from = (now, done)
             return None
         since, before = self._measured_from
@@ -157,5 +140,5 @@ class ProgressReporter:
     def _write_file(self, done: int, seconds_left: float | None) -> None:
         if self._file is not None:
             content = {"title": self._title, "done": done, "total": self._total, "seconds_left": seconds_left}
-            with suppress(OSError):  # a full disk is for the stage to report, where it loses something
+            with suppress(OSError):  # the stage reports a full disk where it loses data
                 write_json(self._file, content)

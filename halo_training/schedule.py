@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that there is nothing to save or restore."""
+"""The learning rate as a pure function of the step, without state to save or restore."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from halo_training.settings import TrainingSection
 
 
 def learning_rate(section: TrainingSection, step: int) -> float:
-    """Rate of 0-based `step`: linear warm-up, then cosine to `final_learning_rate` or constant."""
+    """Rate of 0-based `step`: linear warm-up, then constant or a cosine to `final_learning_rate`."""
     warmup = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
     if section.schedule == "constant":
         return section.learning_rate * warmup

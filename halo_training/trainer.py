@@ -1,4 +1,4 @@
-"""The training loop of every stage: batches in, checkpoints and metrics out, exact resume."""
+"""The training loop of all stages. Resumes exactly from the newest valid checkpoint."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from halo_training.settings import TrainingSection
 from halo_training.supervision import PeerLost, StopRequests, Watchdog, is_lost_peer
 from sharded_tensors.ranks import highest
 
-_WAIT_TO_SPEAK_OF_SECONDS = 10.0
+_REPORTED_WAIT_SECONDS = 10.0
 
 
 class AttemptInProgress(Protocol):
-    """What a trainer needs of its attempt: where it leaves things, what it is about, and to say why it ends."""
+    """The part of an attempt that the trainer uses: its record, its folder, and a way to report a failure."""
 
     @property
     def record(self) -> StageRecord: ...
@@ -47,10 +47,10 @@ class AttemptInProgress(Protocol):
 
 @dataclass
 class Trainer:
-    """Trains `objective` for `section.steps` steps in `folder`, from the newest valid checkpoint there.
+    """Trains `objective` for `section.steps` steps, from the newest valid checkpoint in `folder`. Runs on every rank.
 
-    Every rank runs one, in step. `keep_keys` restricts checkpoints to the tensors that are trained (alignment leaves
-    the teacher out). `attempt` gets the stacks and the reason if the watchdog ends the run; without it, `folder` does.
+    `keep_keys` restricts checkpoints to the trained tensors (alignment leaves out the teacher). If the watchdog ends
+    the run, the stacks and the reason go to `attempt`, or to `folder` without one.
     """
 
     title: str
@@ -75,9 +75,10 @@ class Trainer:
             self.console = Console(quiet=True)
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; returns a summary (steps, tokens, final loss, tokens per second).
+        """Train to the last step. Returns a summary: steps, tokens, final loss, seconds.
 
-        Raises TrainingDiverged, StopRequested after saving, PeerLost when another rank is gone.
+        Raises TrainingDiverged, StopRequested after the step is saved, PeerLost if another rank is gone, and ValueError
+        if the checkpoint belongs to another training.
         """
         # A scheduler that ends the rest when one rank is gone must not keep us from saying that it is.
         with self.stop.accepted(), self._watched() as watchdog:
@@ -101,11 +102,11 @@ class Trainer:
             raise
         finally:
             log.close()
-            self.saver.wait_for_removal()  # who comes next may begin with tidying up the same folder
+            self.saver.wait_for_removal()  # the next trainer may start by cleaning up the same folder
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:
-        """Under the watchdog, with the errors that a vanished rank causes in a sentence."""
+        """Run under the watchdog. Errors that a lost rank causes become PeerLost."""
         with Watchdog(
             self.title,
             self.section.watchdog_seconds,
@@ -118,15 +119,15 @@ class Trainer:
                 if not is_lost_peer(error):
                     raise
                 raise PeerLost(
-                    f"{watchdog.lost_peers() or 'another rank'} has ended; its own message says why, or the system's "
-                    "log if memory ran out; the same command resumes from the last checkpoint"
+                    f"{watchdog.lost_peers() or 'another rank'} has ended; its own message says why, or the kernel log "
+                    "if memory ran out; the same command resumes from the last checkpoint"
                 ) from error
 
     def _resume(self, optimizer: MegatronOptimizer) -> int:
         step, damage = self.checkpoints.newest_valid()
         for sentence in damage:
-            remark = Text(f"{self.title}: skipping a damaged checkpoint: {sentence}", "yellow")
-            self.console.print(remark, soft_wrap=True)
+            warning = Text(f"{self.title}: skipping a damaged checkpoint: {sentence}", "yellow")
+            self.console.print(warning, soft_wrap=True)
         self.checkpoints.set_damaged_aside(step)
         if step is None:
             return 0
@@ -139,8 +140,8 @@ class Trainer:
         )
         if restored["code_version"] != code_version():
             self.console.print(
-                f"{self.title}: the checkpoint was saved by code {restored['code_version']}, this is "
-                f"{code_version()}; numbers may differ from here on",
+                f"{self.title}: the checkpoint was saved by code {restored['code_version']}, but this is "
+                f"{code_version()}; results may differ from here on",
                 highlight=False,
             )
         return step
@@ -151,14 +152,14 @@ class Trainer:
             saved = restored["section"].get(key)
             if saved != now:
                 raise ValueError(
-                    f"{place} was saved with {key} {saved}, the recipe says {now}; restore the recipe, or "
-                    f"remove {self.checkpoints.folder} to train anew"
+                    f"{place} was saved with {key} {saved}, but the recipe says {now}; restore the recipe, or "
+                    f"remove {self.checkpoints.folder} to train from the start"
                 )
         now = self._recipe_hash()
         if now and restored["recipe_hash"] not in ("", now):
             raise ValueError(
-                f"{place} was saved for stage inputs {restored['recipe_hash']}, these are {now}; "
-                f"remove {self.checkpoints.folder} to train anew"
+                f"{place} was saved for the inputs {restored['recipe_hash']}, but these are {now}; "
+                f"remove {self.checkpoints.folder} to train from the start"
             )
 
     def _recipe_hash(self) -> str:
@@ -221,7 +222,7 @@ class Trainer:
         return loss, float(gradient_norm)
 
     def _between_steps(self, done: int, optimizer: MegatronOptimizer, watchdog: Watchdog) -> None:
-        """What all ranks agree on after a step: publish the save that is written, begin the next, stop."""
+        """After a step all ranks agree: publish a finished save, begin a new one, or stop."""
         stop, busy = highest([self.stop.code(), self.saver.busy])
         if self.saver.in_flight and not busy:
             self.saver.publish_written()
@@ -230,7 +231,7 @@ class Trainer:
             gather_weights(self.objective.chunks)
             self.saver.begin(done, self.model, optimizer, self._training_state(done))
         if done - self.saver.published >= self.section.checkpoint_every:
-            self._wait_for_save(watchdog)  # killed in the next step, training would lose one more than it may
+            self._wait_for_save(watchdog)  # a kill in the next step would lose more than checkpoint_every
         if stop:
             self.saver.finish(watchdog.progress)
             if self._is_first:
@@ -242,24 +243,24 @@ class Trainer:
             )
 
     def _save_is_due(self, done: int) -> bool:
-        """Twice in `checkpoint_every` steps, so that one save is written by the time when it has to be; and where a
-        checkpoint is to be kept for good."""
-        often, kept = -(-self.section.checkpoint_every // 2), self.section.keep_checkpoint_every
-        return done < self.section.steps and (done % often == 0 or bool(kept and done % kept == 0))
+        """Whether to save after step `done`: twice per `checkpoint_every` steps, so that one save is complete when it
+        must be, and at checkpoints that are kept for good."""
+        interval, kept = -(-self.section.checkpoint_every // 2), self.section.keep_checkpoint_every
+        return done < self.section.steps and (done % interval == 0 or bool(kept and done % kept == 0))
 
     def _wait_for_save(self, watchdog: Watchdog) -> None:
         started = time.monotonic()
         self.saver.finish(watchdog.progress)
         waited = time.monotonic() - started
-        if waited > _WAIT_TO_SPEAK_OF_SECONDS:
+        if waited > _REPORTED_WAIT_SECONDS:
             self.console.print(
-                f"{self.title}: waited {waited:.0f} s for checkpoint {self.saver.published} to be written; with a "
-                "larger checkpoint_every training goes on meanwhile",
+                f"{self.title}: waited {waited:.0f} s for checkpoint {self.saver.published} to be written; a larger "
+                "checkpoint_every lets training continue meanwhile",
                 highlight=False,
             )
 
     def _training_state(self, done: int) -> dict[str, Any]:
-        """What a checkpoint says besides tensors. The data order and the learning rate are functions of the step."""
+        """The state in a checkpoint besides tensors. Data order and learning rate are functions of the step."""
         return {
             "step": done,
             "optimizer_step": done,

@@ -1,7 +1,7 @@
-"""Which tokens sample n of a training run is made of. The samplers have no state: (seed, n) is everything.
+"""Which tokens sample n of a training run consists of. Samplers have no state: (seed, n) determines the sample.
 
-So resuming is asking for the next n, and the order does not depend on how many processes share the work. Orders come
-from integer arithmetic alone: numpy does not promise that a Generator draws the same in its next release.
+Training therefore resumes by asking for the next n, and the order does not depend on the number of processes. Orders
+come from integer arithmetic only, because numpy does not promise equal draws of a Generator across releases.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _LONGEST_PERIOD = 100_000
 
 @dataclass(frozen=True)
 class Window:
-    """tokens int64 [context_length + 1]; loss_weights fp32 [context_length], those of the labels tokens[1:]."""
+    """One sample: tokens int64 [context_length + 1] and the loss weights fp32 [context_length] of labels tokens[1:].
+
+    `source` is the name of the store, `position` the index of the first token in it.
+    """
 
     tokens: np.ndarray
     loss_weights: np.ndarray
@@ -31,7 +34,7 @@ class Window:
 
 
 def _mix(value: int) -> int:
-    """SplitMix64's finaliser: 64 well-mixed bits, the same on every machine and in every numpy."""
+    """Finaliser of SplitMix64: 64 well-mixed bits, the same on every machine."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -39,9 +42,9 @@ def _mix(value: int) -> int:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Image of `index` under a permutation of range(size) chosen by `key`; O(1) memory.
+    """Image of `index` under a permutation of range(size) that `key` selects, in O(1) memory.
 
-    A Feistel network permutes the next power of four; values outside the range are walked on until they fall in.
+    A Feistel network permutes the next power of four. Values outside the range are permuted again until one is inside.
     """
     half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     half_mask = (1 << half_bits) - 1
@@ -55,9 +58,9 @@ def permuted(index: int, size: int, key: int) -> int:
 
 
 class WindowSampler:
-    """Windows of one store, `context_length` tokens apart, each exactly once per epoch, in a new order every epoch.
+    """Disjoint windows of `context_length` tokens of one store, each once per epoch, in a new order every epoch.
 
-    With `tokens`, only windows among the first so many tokens of the store.
+    `tokens` restricts the windows to the first so many tokens. Raises ValueError if not even one window fits.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class WindowSampler:
             )
 
     def window(self, sample: int) -> Window:
-        """Window of sample `sample` >= 0; epoch `sample // num_windows` has an order of its own."""
+        """Window of sample `sample` >= 0, which belongs to epoch `sample // num_windows`."""
         epoch, index = divmod(sample, self.num_windows)
         start = permuted(index, self.num_windows, _mix(_mix(self._seed) ^ epoch)) * self._context_length
         return Window(
@@ -92,17 +95,18 @@ def _periodic(proportions: Sequence[float]) -> tuple[int, list[int]]:
     period = lcm(*(share.denominator for share in shares))
     if sum(shares) != 1 or min(shares) < 0 or period > _LONGEST_PERIOD:
         raise ValueError(
-            f"proportions {list(proportions)} must be positive or 0 and sum to 1; round them to four decimals that do"
+            f"proportions {list(proportions)} must not be negative and must sum to 1; round them to four decimals"
         )
     return period, [int(share * period) for share in shares]
 
 
 def _schedule(period: int, draws: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each sample of a period, and how many samples before it came from that source; int32 [period] each.
+    """Source of each sample of a period, and how many earlier samples have that source; int32 [period] each.
 
-    A source may give its k-th sample from when it is no more than one sample ahead, and must have given it before it
-    is one behind; the most urgent one goes first. With shares that sum to 1 all can always be served in time, which is
-    why a running count never strays a whole sample from its proportion (largest deficit alone would let it).
+    Sample k of a source may come once the source would be less than one sample ahead, and must come before it is one
+    sample behind. Of the sources that may come, the one with the earliest deadline does. Since the shares sum to 1 no
+    deadline is missed, so every count stays within one sample of its proportion. (Choosing the source that is furthest
+    behind would not guarantee this.)
     """
     sources, before = np.empty(period, np.int32), np.empty(period, np.int32)
     given = [0] * len(draws)
@@ -115,10 +119,10 @@ def _schedule(period: int, draws: Sequence[int]) -> tuple[np.ndarray, np.ndarray
 
 
 class BlendedSampler:
-    """Several samplers in fixed proportions: after any n samples each has given its share to within one.
+    """Several samplers in fixed proportions: after n samples every count is within one sample of its proportion.
 
-    The order of the sources repeats after as many samples as the proportions need to come out whole (20 for 0.65 and
-    0.35), so which source sample n comes from, and which of its windows, is a look-up and arithmetic on n.
+    The sequence of sources has a period, the least common denominator of the proportions (20 for 0.65 and 0.35). The
+    source of sample n, and which of its windows it is, take one table look-up.
     """
 
     def __init__(self, samplers: Sequence[WindowSampler], proportions: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""Text files to a token store."""
+"""From text files to a token store."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from terminal_output import ProgressBar
 from tokenized_data.identity import load_tokenizer, load_tokenizer_identity
 from tokenized_data.store import TokenStore
 from tokenized_data.writer import TokenStoreWriter
@@ -23,15 +23,15 @@ SEPARATOR_LINE = "\x00"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 Split = Literal["all", "train", "held_out"]
 _PIECE_CHARACTERS = 20_000
-_PIECES_AT_ONCE = 512
-# Before a single space or after a newline, where the next thing is no space: byte-level tokenizers never join these,
-# so that the pieces get the tokens of the whole. In runs of spaces a cut may cost a token.
+_PIECES_PER_BATCH = 512
+# Before a single space or after a newline, if no further white space follows. Byte-level tokenizers never merge across
+# such a place, so the pieces get the tokens of the whole text. A cut within a run of spaces may add a token.
 _CLEAN_CUT = re.compile(r"(?<=\S) (?=\S)|(?<=\n)(?=\S)")
-_PARQUET_ROWS_AT_ONCE = 256
+_PARQUET_ROWS_PER_BATCH = 256
 
 
 def text_files(sources: Sequence[Path]) -> list[Path]:
-    """The text files among `sources`, folders searched through, in a fixed order; ValueError when there are none."""
+    """The text files in `sources`, searching folders recursively, in a fixed order; ValueError if there are none."""
     files: list[Path] = []
     for source in sources:
         if not source.exists():
@@ -39,18 +39,18 @@ def text_files(sources: Sequence[Path]) -> list[Path]:
         candidates = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
         inside = [path for path in candidates if path.suffix in SUFFIXES]
         if not inside:
-            raise ValueError(f"{source} holds no {', '.join(SUFFIXES)} text; give a file or folder that does")
+            raise ValueError(f"{source} has no {', '.join(SUFFIXES)} files; give a file or folder of text")
         files += inside
     return files
 
 
 def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, ended by a bare newline whatever the file's convention is."""
+    """(number, line), with a bare newline as the end of line whatever the file uses."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             advance(len(line))
             try:
-                # A byte order mark is no text.
+                # utf-8-sig drops a byte order mark.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(
@@ -76,16 +76,16 @@ def _json_documents(path: Path, advance: Callable[[int], None]) -> Iterator[str]
             continue
         try:
             text = json.loads(line)["text"]
-            text.encode()  # half of a surrogate pair is good JSON, but no text
+            text.encode()  # half of a surrogate pair is valid JSON, but cannot be encoded
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeEncodeError):
             raise ValueError(
-                f'{path}:{number} is not a JSON object with a "text" string; mend or remove the line'
+                f'{path}:{number} is not a JSON object with a "text" string; fix or remove the line'
             ) from None
         yield text
 
 
 def _parquet_documents(path: Path, advance: Callable[[int], None]) -> Iterator[str]:
-    # The largest package that is needed at all; every process of a training would load it for nothing.
+    # Imported here because it is large and the processes of a training do not need it.
     import pyarrow
     import pyarrow.parquet
 
@@ -99,13 +99,13 @@ def _parquet_documents(path: Path, advance: Callable[[int], None]) -> Iterator[s
                 raise ValueError(
                     f"{path} has no string column 'text' but {columns}; rename or convert the column"
                 )
-            for batch in file.iter_batches(_PARQUET_ROWS_AT_ONCE, columns=["text"]):
+            for batch in file.iter_batches(_PARQUET_ROWS_PER_BATCH, columns=["text"]):
                 advance(size * (rows_seen + len(batch)) // rows - size * rows_seen // rows)
                 rows_seen += len(batch)
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not a readable parquet file ({reason}); fetch it again") from error
+        raise ValueError(f"{path} is not a readable parquet file ({reason}); download it again") from error
 
 
 _READERS: dict[str, Callable[[Path, Callable[[int], None]], Iterator[str]]] = {
@@ -116,22 +116,22 @@ _READERS: dict[str, Callable[[Path, Callable[[int], None]], Iterator[str]]] = {
 
 
 def documents(path: Path, advance: Callable[[int], None]) -> Iterator[str]:
-    """Non-empty documents of one file, one at a time; `advance` is told of bytes as they are read.
+    """The non-empty documents of one file. Calls `advance` with the number of bytes read.
 
-    A .txt is one document or several with lines of a NUL character between them, a .jsonl has {"text": ...} lines, a
-    .parquet a string column "text". ValueError names the file, and the line where there are lines.
+    A .txt file is one document, or several separated by lines that hold a NUL character. A .jsonl file has lines
+    {"text": ...}, a .parquet file a string column "text". ValueError names the file and, if it has lines, the line.
     """
     return (text for text in _READERS[path.suffix](path, advance) if text.strip())
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Decided by the document's own content, so no copy of a held-out document is trained on."""
+    """Whether a document is held out, by a hash of its text, so that all copies of a document are."""
     digest = hashlib.sha256(text.strip().encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut long documents between words: encoding time grows faster than length, memory too."""
+    """Cut long documents between words, because the time and memory to encode a text grow faster than its length."""
     start = 0
     while start < len(text):
         end = start + _PIECE_CHARACTERS
@@ -145,11 +145,11 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _encoded(tokenizer: Tokenizer, texts: Iterable[str], eos_id: int) -> Iterator[np.ndarray]:
-    """Ids uint32 of each document, EOS last. Pieces of many documents at once keep the tokenizer's threads busy."""
+    """Token ids uint32 of each document, EOS last. Batches span documents, to keep the tokenizer's threads busy."""
     # None marks the end of a document.
     pieces = (piece for text in texts for piece in itertools.chain(_pieces(text), [None]))
     ids: list[np.ndarray] = []
-    for batch in itertools.batched(pieces, _PIECES_AT_ONCE):
+    for batch in itertools.batched(pieces, _PIECES_PER_BATCH):
         encoded = iter(
             tokenizer.encode_batch_fast([p for p in batch if p is not None], add_special_tokens=False)
         )
@@ -168,9 +168,9 @@ def encoded_documents(
     held_out_share: float,
     advance: Callable[[int], None] = lambda read: None,
 ) -> Iterator[np.ndarray]:
-    """Ids uint32, EOS last, of every document of `files` that belongs to `split`; `advance` is told of bytes read.
+    """Token ids uint32, EOS last, of every document of `files` in `split`. Calls `advance` with the bytes read.
 
-    A document's ids depend on no other document, so files may be encoded apart from each other.
+    The ids of a document depend on no other document, so files may be encoded separately.
     """
     chosen = (
         text
@@ -190,7 +190,7 @@ def write_text_store(
     split: Split,
     held_out_share: float,
 ) -> TokenStore:
-    """A new store at `folder` of `encoded`, the documents of `sources` in the order of their files."""
+    """Write a store of `encoded`, the documents of `sources` in the order of the files; ValueError if it is empty."""
     provenance: dict[str, Any] = {
         "files": [path.name for path in text_files(sources)],
         "split": split,
@@ -198,14 +198,14 @@ def write_text_store(
     }
     identity = load_tokenizer_identity(tokenizer_folder)
     with TokenStoreWriter(folder, identity, provenance=provenance) as writer:
-        nothing = True
+        empty = True
         for token_ids in encoded:
             writer.add_document(token_ids)
-            nothing = False
-        if nothing:
+            empty = False
+        if empty:
             raise ValueError(
                 f"{', '.join(map(str, sources))} has no document for {folder} (split {split}, held-out share "
-                f"{held_out_share}); give more text or another share"
+                f"{held_out_share}); give more text or change the share"
             )
     return TokenStore.open(folder)
 
@@ -219,25 +219,20 @@ def tokenize_text(
     held_out_share: float = 0.01,
     console: Console | None = None,
 ) -> TokenStore:
-    """Encode the documents of `sources` (or those of one split), EOS after each, into a new store at `folder`.
+    """Encode the documents of `sources`, EOS after each, and write them as a store at `folder`.
 
-    `sources`: .txt, .jsonl and .parquet files, or folders of them. With one `held_out_share`, the splits "train" and
-    "held_out" of the same sources share no document. The tokenizer's own threads do the work; a bar is shown where
-    `console` (default: stderr) is a terminal.
+    Args:
+        sources: .txt, .jsonl and .parquet files, or folders of them.
+        tokenizer_folder: folder of a Hugging Face tokenizer.
+        split: documents to encode. With the same sources and share, "train" and "held_out" have no document in common.
+        held_out_share: share of the documents in "held_out".
+        console: where a progress bar is shown if it is a terminal; stderr if None.
+
+    Raises:
+        ValueError: a source is missing, unreadable or empty.
     """
     files = text_files(sources)
-    console = console or Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    row = bar.add_task(f"tokenizing {folder.name}", total=sum(path.stat().st_size for path in files))
-    with bar:
-        encoded = encoded_documents(
-            files, tokenizer_folder, split, held_out_share, lambda read: bar.advance(row, read)
-        )
+    total = sum(path.stat().st_size for path in files)
+    with ProgressBar(f"tokenizing {folder.name}", total, console, in_bytes=True) as bar:
+        encoded = encoded_documents(files, tokenizer_folder, split, held_out_share, bar.advance)
         return write_text_store(folder, encoded, sources, tokenizer_folder, split, held_out_share)

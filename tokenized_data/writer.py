@@ -1,7 +1,7 @@
-"""Writes a token store: a zarr v3 group, streamed shard by shard, published whole.
+"""Writes a token store: a zarr v3 group, streamed shard by shard and published atomically.
 
-Shards are uncompressed so that readers can memory-map them (reading windows through zarr itself is two orders of
-magnitude slower); the shard index carries a crc32c and the group's attributes a SHA-256 per shard.
+Shards are uncompressed so that readers can memory-map them, which is two orders of magnitude faster than reading
+windows through zarr. A shard index has a crc32c, and the attributes of the group have a SHA-256 per shard.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHARD_TOKENS = 16 * 2**20
 
 @contextmanager
 def _errors_name(folder: Path) -> Iterator[None]:
-    """A full disk does not say which file it had no room for: let its OSError name `folder`."""
+    """Let an OSError without a file name (such as that of a full disk) name `folder`."""
     try:
         yield
     except OSError as error:
@@ -62,7 +62,7 @@ def _discard_dead_siblings(folder: Path) -> None:
 
 
 class _ShardedArray:
-    """One 1-D array that grows a shard at a time; `checksums` has the SHA-256 of each shard by its path."""
+    """A 1-D array that grows by one shard at a time. `checksums` has the SHA-256 of each shard by path."""
 
     def __init__(self, folder: Path, group: zarr.Group, name: str, dtype: Any, shard_length: int) -> None:
         self.checksums: dict[str, str] = {}
@@ -80,7 +80,7 @@ class _ShardedArray:
             compressors=None,
             filters=None,
             fill_value=0,
-            # A chunk of zeros is data here, and a mapped shard has no gaps.
+            # By default zarr skips chunks of zeros, but a mapped shard must have no gaps.
             config={"write_empty_chunks": True},
         )
 
@@ -94,7 +94,7 @@ class _ShardedArray:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is buffered as the next shard; all shards but the last are full."""
+        """Write the buffer as the next shard. All shards but the last are full."""
         if self._filled:
             start = self._array.shape[0]
             self._array.resize((start + self._filled,))
@@ -151,7 +151,7 @@ class TokenStoreWriter:
         return _ShardedArray(self._temporary, self._group, name, dtype, self._shard_tokens)
 
     def _discard(self) -> None:
-        # When one of zarr's writes fails, others still run in its threads and may put a file where all were gone.
+        # When one write of zarr fails, others still run in its threads and may create files in a removed folder.
         for pause in (0, 0.05, 0.2, 0.5):
             time.sleep(pause)
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -162,7 +162,10 @@ class TokenStoreWriter:
             self._lock = None
 
     def add_document(self, token_ids: np.ndarray, loss_weights: np.ndarray | None = None) -> None:
-        """Append one document, EOS included by the caller: ids [n] and, in a weighted store, uint8 weights [n]."""
+        """Append one document that ends with EOS: ids [n] and, in a store with loss weights, uint8 weights [n].
+
+        Raises ValueError for ids outside the vocabulary, and for missing, superfluous or too few weights.
+        """
         if (
             len(token_ids)
             and not 0 <= int(np.min(token_ids)) <= int(np.max(token_ids)) < self._tokenizer.vocab_size
@@ -176,7 +179,7 @@ class TokenStoreWriter:
         ):
             wanted = "one loss weight per token" if self._has_weights else "no loss weights"
             raise ValueError(
-                f"{self.folder} takes {wanted}; give the document so, or open the writer otherwise"
+                f"{self.folder} takes {wanted}; pass the document that way, or change loss_weights of the writer"
             )
         with _errors_name(self.folder):
             self._tokens.append(np.asarray(token_ids, np.uint32))
@@ -199,7 +202,7 @@ class TokenStoreWriter:
         for sharded in [self._tokens, *([self._weights] if self._weights is not None else [])]:
             sharded.flush()
             checksums |= sharded.checksums
-        # Uncompressed, so that its checksum depends on the content alone.
+        # Uncompressed, so that its checksum depends on the content only.
         offsets = np.frombuffer(self._offsets, np.int64)
         self._group.create_array("document_offsets", data=offsets, chunks=offsets.shape, compressors=None)
         checksums["document_offsets/c/0"] = sha256_file(self._temporary / "document_offsets/c/0")

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from halo_cluster.execution import StageResult, StopRequested, execute_attempt
 from halo_cluster.record import Attempt, StageRecord
+from terminal_output import duration
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def run_stages(stages: Sequence[PlannedStage], console: Console) -> dict[str, di
         done = stage.record.done()
         if done is not None:
             stage.record.cleanup()
-            _say(console, stage, width, "done", f"{_duration(done['seconds'])}, in an earlier run")
+            _say(console, stage, width, "done", f"{duration(done['seconds'])}, in an earlier run")
         else:
             done = _run_stage(stage, console, width)
         published[stage.name] = done
@@ -52,7 +53,7 @@ def run_stages(stages: Sequence[PlannedStage], console: Console) -> dict[str, di
 def _run_stage(stage: PlannedStage, console: Console, width: int) -> dict[str, Any]:
     attempt = stage.record.begin_attempt()
     earlier = stage.record.attempts()[:-1]
-    spent = _duration(sum(status.seconds for status in earlier))
+    spent = duration(sum(status.seconds for status in earlier))
     resumed = f"attempt {len(earlier) + 1}, after {spent} in earlier ones" if earlier else ""
     _say(console, stage, width, "running", resumed)
     try:
@@ -64,7 +65,7 @@ def _run_stage(stage: PlannedStage, console: Console, width: int) -> dict[str, A
     except Exception:
         _say(console, stage, width, "failed", "")
         raise
-    _say(console, stage, width, "done", _duration(done["seconds"]))
+    _say(console, stage, width, "done", duration(done["seconds"]))
     return done
 
 
@@ -74,8 +75,3 @@ _STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed"
 def _say(console: Console, stage: PlannedStage, width: int, state: str, remark: str) -> None:
     line = Text.assemble((f"{stage.name:<{width}}  ", ""), (f"{state:<12}", _STYLES[state]), remark)
     console.print(line, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

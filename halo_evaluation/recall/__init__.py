@@ -1,4 +1,4 @@
-"""Generated recall episodes for training mixtures: needles, key-value lists and span copies, token by token."""
+"""Generated recall episodes for training mixtures: needles, key-value lists and span copies."""
 
 from halo_evaluation.recall.episodes import EpisodeGenerator
 from halo_evaluation.recall.materials import Materials

@@ -1,4 +1,4 @@
-"""Key-value lists: many pairs at once, some of them asked for at the end."""
+"""Key-value lists: many pairs, and questions for some of the values at the end."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from random import Random
 
 from halo_evaluation.recall.materials import Materials, Segment, segment, total_length
 
-MOST_PAIRS = 64
-_FEWEST_PAIRS = 2
-_MOST_QUESTIONS = 6
+MAX_PAIRS = 64
+_MIN_PAIRS = 2
+_MAX_QUESTIONS = 6
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A pair is written before + key + between + " " + value + after; `question` asks up to the value."""
+class ListFormat:
+    """Text of a pair: before + key + between + " " + value + after. `question` ends where the value follows."""
 
     before: str
     between: str
@@ -32,23 +32,23 @@ class Layout:
         return ids
 
     def ask(self, materials: Materials, key: str, value: str) -> list[Segment]:
-        """Question and answer; what follows the answer is left to the caller."""
+        """Question and answer, without anything after the answer."""
         question = segment(materials.encode(self.question.format(key=key)))
         return [question, segment(materials.encode(f" {value}"), is_answer=True)]
 
 
-# Evaluation uses this one; training sees it in about half of its lists.
-CANONICAL = Layout("", ":", "\n", "\nWhat is the value for {key}?\n{key}:")
+# The format of evaluation items and of about half of the lists in training.
+CANONICAL = ListFormat("", ":", "\n", "\nWhat is the value for {key}?\n{key}:")
 CANONICAL_DIGITS = 4
-_OTHER_LAYOUTS = (
-    Layout(' "', '":', ",", '\nThe value stored under "{key}" is'),
-    Layout(" ", " =", ";", "\nQuestion: {key} = ?\nAnswer:"),
-    Layout("", "", "\n", "\n{key}"),
+_OTHER_FORMATS = (
+    ListFormat(' "', '":', ",", '\nThe value stored under "{key}" is'),
+    ListFormat(" ", " =", ";", "\nQuestion: {key} = ?\nAnswer:"),
+    ListFormat("", "", "\n", "\n{key}"),
 )
 
 
 def digits(rng: Random, count: int) -> str:
-    """That many decimal digits; the first may be 0."""
+    """`count` decimal digits. The first may be 0."""
     return f"{rng.randrange(10**count):0{count}}"
 
 
@@ -63,7 +63,7 @@ def _draw_pairs(rng: Random, words: Sequence[str], count: int) -> list[tuple[str
 def around(
     materials: Materials, rng: Random, body: Sequence[int], tail: Sequence[Segment], length: int
 ) -> list[Segment]:
-    """`body` in prose, then `tail`: exactly `length` tokens. Half of the time all of the prose comes first."""
+    """Prose around `body`, then `tail`: exactly `length` tokens. In half of the cases all prose comes before `body`."""
     room = length - len(body) - total_length(tail)
     prose = materials.prose(rng, room)
     cut = rng.randint(0, room) if rng.random() < 0.5 else room
@@ -71,18 +71,18 @@ def around(
 
 
 def key_value_episode(materials: Materials, rng: Random, length: int) -> list[Segment] | None:
-    """Segments of exactly `length` tokens, or None when not even two pairs fit."""
-    layout = CANONICAL if rng.random() < 0.5 else rng.choice(_OTHER_LAYOUTS)
-    most = max(_FEWEST_PAIRS, min(MOST_PAIRS, length // 12))
-    pairs = _draw_pairs(rng, materials.words, rng.randint(_FEWEST_PAIRS, most))
-    questions = rng.randint(1, _MOST_QUESTIONS)
-    end = segment(materials.encode("." if layout.after != "\n" else "\n"))
+    """Segments of exactly `length` tokens, or None if two pairs do not fit."""
+    style = CANONICAL if rng.random() < 0.5 else rng.choice(_OTHER_FORMATS)
+    most = max(_MIN_PAIRS, min(MAX_PAIRS, length // 12))
+    pairs = _draw_pairs(rng, materials.words, rng.randint(_MIN_PAIRS, most))
+    questions = rng.randint(1, _MAX_QUESTIONS)
+    end = segment(materials.encode("." if style.after != "\n" else "\n"))
     while True:
         asked = rng.sample(pairs, min(len(pairs), questions))
-        body = layout.pairs(materials, pairs)
-        tail = [piece for key, value in asked for piece in (*layout.ask(materials, key, value), end)]
+        body = style.pairs(materials, pairs)
+        tail = [piece for key, value in asked for piece in (*style.ask(materials, key, value), end)]
         if len(body) + total_length(tail) <= length:
             return around(materials, rng, body, tail, length)
-        if len(pairs) <= _FEWEST_PAIRS:
+        if len(pairs) <= _MIN_PAIRS:
             return None
-        pairs, questions = pairs[: max(_FEWEST_PAIRS, len(pairs) * 3 // 4)], max(1, questions // 2)
+        pairs, questions = pairs[: max(_MIN_PAIRS, len(pairs) * 3 // 4)], max(1, questions // 2)

@@ -1,4 +1,4 @@
-"""What episodes and evaluation items are made of: running prose, an encoder, words, and segments of token ids."""
+"""The ingredients of episodes and evaluation items: prose, an encoder, words, and segments of token ids."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-# Documents are far longer than this many tokens, so one read nearly always survives the removal of its EOS tokens.
+# Extra tokens to make up for removed EOS tokens. Documents are far longer, so one read nearly always suffices.
 _SPARE_TOKENS = 16
 _CACHED_ENCODINGS = 65_536
 
 
 class TokenSource(Protocol):
-    """Token ids that can be read anywhere; a TokenStore is one."""
+    """Token ids with random access, such as a TokenStore."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -29,7 +29,7 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of token ids int64 [n]; `is_answer` marks what can only be known by recall."""
+    """Token ids int64 [n]. `is_answer` marks tokens that can only be predicted by recall."""
 
     ids: np.ndarray
     is_answer: bool = False
@@ -55,7 +55,7 @@ def join(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def insert(haystack: np.ndarray, insertions: Iterable[tuple[int, Sequence[int]]]) -> list[Segment]:
-    """`haystack` int64 [n] with each (position, ids) put in before its token `position` in [0, n]."""
+    """`haystack` int64 [n] with ids inserted before token `position` in [0, n], for each (position, ids)."""
     pieces, last = [], 0
     for position, ids in sorted(insertions, key=lambda insertion: insertion[0]):
         pieces += [Segment(haystack[last:position]), segment(ids)]
@@ -69,15 +69,15 @@ def _table(flags: Iterable[bool]) -> np.ndarray:
 
 
 class Materials:
-    """Prose of one token source, the tokenizer it was made with, and the words that may serve as keys.
+    """Prose of one token source, its tokenizer, and the words that may be keys.
 
-    Texts are encoded piece by piece (template, key, value) and joined as ids. The pieces are cut where Qwen-style
-    pre-tokenizers cut anyway, before a space or a line, so the ids are those of the joined text; with any other
-    tokenizer a value still has the same ids where it is told and where it is asked for.
+    Texts are encoded in pieces (template, key, value) whose ids are concatenated. Pieces begin with a space or newline,
+    where pre-tokenizers such as Qwen's split anyway, so the ids equal those of the whole text. With other tokenizers a
+    value still has the same ids in the statement and in the answer.
     """
 
     def __init__(self, source: TokenSource, tokenizer_file: Path, eos_id: int, words: Sequence[str]):
-        """`tokenizer_file` is a tokenizer.json. ValueError when `source` is empty."""
+        """`tokenizer_file` is a tokenizer.json. ValueError if `source` is empty."""
         if source.num_tokens == 0:
             raise ValueError(
                 "the token store for recall tasks is empty; tokenize at least one document of prose"
@@ -87,7 +87,7 @@ class Materials:
         self._source = source
         self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
         self._tokenizer.encode_special_tokens = (
-            True  # as ordinary text: passages are decoded and encoded again
+            True  # encode them as ordinary text: passages are decoded and encoded again
         )
         vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
         texts = self._tokenizer.decode_batch([[token] for token in range(vocabulary)])
@@ -110,7 +110,7 @@ class Materials:
         return self._tokenizer.decode(ids.tolist())
 
     def prose(self, rng: Random, length: int) -> np.ndarray:
-        """Prose int64 [length] from a random place, without EOS; further places when documents or the store end."""
+        """Prose int64 [length] from a random position, without EOS. Continues elsewhere if that is too short."""
         parts = [np.empty(0, np.int64)]
         missing = length
         while missing > 0:
@@ -121,10 +121,10 @@ class Materials:
         return np.concatenate(parts)
 
     def random_tokens(self, rng: Random, length: int) -> np.ndarray:
-        """int64 [length], any tokens but special ones."""
+        """Random tokens int64 [length], without special tokens."""
         return self._ordinary_ids[rng.choices(range(len(self._ordinary_ids)), k=length)]
 
     def sentence_ends(self, ids: np.ndarray) -> np.ndarray:
-        """Positions in (0, n] right after a full stop of `ids` [n] that white space or the end follows, ascending."""
+        """Ascending positions in (0, n] after each full stop in `ids` [n] that precedes white space or the end."""
         blank_follows = np.append(self._begins_blank[ids[1:]], True)[: len(ids)]
         return np.flatnonzero(self._stops[ids] & blank_follows | self._stops_and_breaks[ids]) + 1

@@ -1,4 +1,4 @@
-"""Needles: facts about random keys, told once somewhere in prose and asked for at the end."""
+"""Needles: facts about random keys, stated once within prose and asked for at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from halo_evaluation.recall.materials import Materials, Segment, insert, segment, total_length
 
-MOST_NEEDLES = 8
+MAX_NEEDLES = 8
 _SHORT_HAYSTACK = 32
 _AFTER_SENTENCE_SHARE = 0.8
 
@@ -20,13 +20,13 @@ ValueKind = Literal["number", "hex", "word"]
 
 @dataclass(frozen=True)
 class Phrasing:
-    """How a fact is told and asked, each up to the value. {noun} and {key} are filled in."""
+    """Templates of a statement and a question with {noun} and {key}. The value follows each."""
 
     statement: str
     question: str
 
 
-# Evaluation uses this one and the noun below; training sees them in about half of its needle episodes.
+# The wording of evaluation items and of about half of the needle episodes in training.
 CANONICAL = Phrasing(
     " The special {noun} for {key} is:",
     "\nWhat is the special {noun} for {key}? The special {noun} for {key} is:",
@@ -51,7 +51,7 @@ _NOUNS: dict[ValueKind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Needle:
-    """One fact with the wording it is told in."""
+    """One fact and its wording."""
 
     phrasing: Phrasing
     noun: str
@@ -59,23 +59,23 @@ class Needle:
     value: str
 
     def statement(self, materials: Materials) -> list[int]:
-        told = self.phrasing.statement.format(noun=self.noun, key=self.key)
-        return [*materials.encode(told), *materials.encode(f" {self.value}"), *materials.encode(".")]
+        statement = self.phrasing.statement.format(noun=self.noun, key=self.key)
+        return [*materials.encode(statement), *materials.encode(f" {self.value}"), *materials.encode(".")]
 
     def question(self, materials: Materials) -> list[Segment]:
-        """Question and answer; the full stop after the answer is left to the caller."""
-        asked = self.phrasing.question.format(noun=self.noun, key=self.key)
+        """Question and answer, without a full stop after the answer."""
+        question = self.phrasing.question.format(noun=self.noun, key=self.key)
         answer = segment(materials.encode(f" {self.value}"), is_answer=True)
-        return [segment(materials.encode(asked)), answer]
+        return [segment(materials.encode(question)), answer]
 
 
 def number(rng: Random, digits: int = 7) -> str:
-    """A decimal number of that many digits, the first of them not 0."""
+    """A decimal number with `digits` digits. The first is not 0."""
     return str(rng.randint(10 ** (digits - 1), 10**digits - 1))
 
 
 def hex_groups(rng: Random, groups: Sequence[int]) -> str:
-    """Lower-case hexadecimal digits in groups of these sizes, joined by hyphens as in a UUID."""
+    """Lower-case hexadecimal digits in groups of the given sizes, joined by hyphens as in a UUID."""
     return "-".join(f"{rng.getrandbits(4 * size):0{size}x}" for size in groups)
 
 
@@ -91,7 +91,7 @@ def _value(rng: Random, kind: ValueKind, words: Sequence[str]) -> str:
 
 
 def _keys(rng: Random, words: Sequence[str], count: int) -> list[str]:
-    """Different keys: words, now and then two joined by a hyphen."""
+    """Distinct keys: single words, or sometimes two words joined by a hyphen."""
     return [
         word if rng.random() < 0.7 else f"{word}-{rng.choice(words)}"
         for word in rng.sample(words, min(count, len(words)))
@@ -99,9 +99,9 @@ def _keys(rng: Random, words: Sequence[str], count: int) -> list[str]:
 
 
 def _draw(rng: Random, words: Sequence[str]) -> list[Needle]:
-    """One to eight needles in one wording."""
+    """One to eight needles in the same wording."""
     share = rng.random()
-    count = 1 if share < 0.5 else rng.randint(2, 4) if share < 0.8 else rng.randint(5, MOST_NEEDLES)
+    count = 1 if share < 0.5 else rng.randint(2, 4) if share < 0.8 else rng.randint(5, MAX_NEEDLES)
     kind: ValueKind = rng.choices(("number", "hex", "word"), (72, 20, 8))[0]
     phrasing = CANONICAL if rng.random() < 0.55 else rng.choice(_OTHER_PHRASINGS)
     noun = rng.choice(_NOUNS[kind])
@@ -109,7 +109,7 @@ def _draw(rng: Random, words: Sequence[str]) -> list[Needle]:
 
 
 def _positions(materials: Materials, rng: Random, haystack: np.ndarray, count: int) -> list[int]:
-    """Where needles go: mostly after the next sentence end, sometimes inside a sentence."""
+    """Positions of the needles: mostly at the end of a sentence, sometimes within one."""
     ends = materials.sentence_ends(haystack)
     positions = []
     for _ in range(count):
@@ -121,7 +121,7 @@ def _positions(materials: Materials, rng: Random, haystack: np.ndarray, count: i
 
 
 def needle_episode(materials: Materials, rng: Random, length: int) -> list[Segment] | None:
-    """Segments of exactly `length` tokens, or None when not even one needle fits."""
+    """Segments of exactly `length` tokens, or None if one needle does not fit."""
     needles = _draw(rng, materials.words)
     asked = rng.sample(needles, min(len(needles), 1 if rng.random() < 0.5 else rng.randint(1, 3)))
     stop = segment(materials.encode("."))

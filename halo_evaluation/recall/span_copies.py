@@ -1,4 +1,4 @@
-"""Span copies: the same run of tokens occurs two or three times in prose; its repeats can be known from the first."""
+"""Span copies: a span of tokens occurs two or three times within prose, so its repetitions can be recalled."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from random import Random
 
 from halo_evaluation.recall.materials import Materials, Segment
 
-_SHORTEST_SPAN, _LONGEST_SPAN = 12, 128
-# A repeat can be recognised only after its first tokens, so these carry no answer weight.
+_MIN_SPAN, _MAX_SPAN = 12, 128
+# A repetition is recognisable only after its first tokens, so these do not count as answers.
 _CUE_TOKENS = 2
 
 
 def span_copy_episode(materials: Materials, rng: Random, length: int) -> list[Segment]:
     """Segments of exactly `length` >= 12 tokens."""
-    longest = min(_LONGEST_SPAN, length // 4)
-    size = rng.randint(min(_SHORTEST_SPAN, longest), longest)
+    longest = min(_MAX_SPAN, length // 4)
+    size = rng.randint(min(_MIN_SPAN, longest), longest)
     occurrences = 2 if rng.random() < 0.7 else 3
     span = materials.random_tokens(rng, size) if rng.random() < 0.7 else materials.prose(rng, size)
     prose = materials.prose(rng, length - size * occurrences)

@@ -1,4 +1,4 @@
-"""Writes a store of recall episodes with several processes; its content does not depend on their number."""
+"""Writes a store of recall episodes. Its content does not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from halo_cluster.children import process_pool
 from halo_evaluation.recall.episodes import EpisodeGenerator
 from halo_evaluation.recall.materials import Materials
 from halo_evaluation.recall.words import WordSplit
+from terminal_output import ProgressBar
 from tokenized_data import TokenStore, TokenStoreWriter
 
 _EPISODES_PER_TASK = 64
@@ -95,10 +95,11 @@ def write_recall_store(
     workers: int = 1,
     console: Console | None = None,
 ) -> TokenStore:
-    """Publish `folder`: `episodes` documents of `context_length` tokens each, answers weighted `answer_weight`.
+    """Write `episodes` documents of `context_length` tokens each as a store at `folder`.
 
-    The prose comes from `haystack`, the keys from `words.training`. `workers` is an upper limit; the store does not
-    depend on it. A progress bar is shown if `console` (default: stderr) is a terminal.
+    Prose comes from `haystack`, keys from `words.training`. Answer tokens have the loss weight `answer_weight`. At most
+    `workers` processes share the work, and the store is the same for any number of them. `console` (default: stderr)
+    shows a progress bar if it is a terminal.
     """
     plan = _Plan(
         haystack.folder,
@@ -120,25 +121,12 @@ def write_recall_store(
         "answer_weight": answer_weight,
     }
     with (
-        _bar(console or Console(stderr=True)) as bar,
+        ProgressBar("recall episodes", episodes, console) as bar,
         TokenStoreWriter(folder, haystack.tokenizer, provenance=provenance, loss_weights=True) as writer,
         closing(_generate(plan, tasks, useful_workers)) as generated,
     ):
-        row = bar.add_task("recall episodes", total=episodes)
         for made in generated:
             for ids, loss_weights in made:
                 writer.add_document(ids, loss_weights)
-            bar.advance(row, len(made))
+            bar.advance(len(made))
     return TokenStore.open(folder)
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

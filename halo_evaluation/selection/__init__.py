@@ -1,1 +1,1 @@
-"""Which layers stay softmax attention: the layer sweep and the rankings that read its scores."""
+"""Selects the layers that keep softmax attention: the layer sweep and the rankings of its scores."""

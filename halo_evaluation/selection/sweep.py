@@ -1,9 +1,9 @@
 """The layer sweep: scores of every M(i), the teacher with layer i replaced by its aligned student mixer.
 
-One model is loaded, the stage-1 model that has teacher and student side by side in every layer. The teacher runs once
-per batch and its residual stream before each layer is kept; M(i) starts from the one before layer i, takes the student
-there and the teacher above. A sweep over L layers so costs about L / 2 forward passes and one copy of the weights.
-Several workers take groups of layers. A layer sees the same tensors in whatever group, so scores are the same bits.
+It loads the aligned model, which has a teacher and a student mixer in every layer. The teacher runs once per batch, and
+its residual stream before each layer is kept. M(i) continues from the stream before layer i, with the student in that
+layer and the teacher above. A sweep over L layers costs about L / 2 forward passes and one copy of the weights. Workers
+take groups of layers. The inputs of a layer do not depend on its group, so scores are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from hypenet_megatron.model import DecoderModel
 
 @dataclass(frozen=True)
 class LayerSwitch:
-    """An aligned model of which any single layer can run its student."""
+    """An aligned model in which any single layer can run its student mixer."""
 
     model: DecoderModel
     device: torch.device
 
     def _run(self, hidden: Tensor, first: int, rotary: Tensor) -> Iterator[Tensor]:
-        """Residual stream after each layer from `first` on, then after the final norm."""
+        """Residual stream after each layer from `first` on, and after the final norm."""
         decoder = self.model.decoder
         for layer in decoder.layers[first:]:
             hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
@@ -41,8 +41,8 @@ class LayerSwitch:
     def final_hidden(
         self, input_ids: Tensor, layers: range | None = None, *, teacher: bool = True
     ) -> Iterator[Tensor]:
-        """Final hidden states [s, b, d] of the teacher, if asked for, then of M(i) for each i of consecutive `layers`
-        (None: all), for token ids [b, s]."""
+        """Final hidden states [s, b, d] for token ids [b, s]: of the teacher, if `teacher`, then of M(i) for every i in
+        the consecutive `layers` (None: all)."""
         layers = range(len(self.model.aligned_mixers())) if layers is None else layers
         self.model.eval()
         self.model.set_route(Route.TEACHER)
@@ -62,7 +62,7 @@ class LayerSwitch:
     def score(
         self, batch: ScoreBatch, layers: range | None = None, *, teacher: bool = True
     ) -> list[TokenScores]:
-        """Scores of the models that `final_hidden` is of."""
+        """Scores of the models of `final_hidden`, in the same order."""
         return [
             score_hidden(self.model, hidden, batch)
             for hidden in self.final_hidden(to_device(batch, self.device), layers, teacher=teacher)
@@ -78,14 +78,14 @@ class LayerSwitch:
 
 
 def _last(stream: Iterator[Tensor]) -> Tensor:
-    """The end of a stream, holding no more than one of its tensors."""
+    """The last tensor of a stream. Keeps only one of them in memory."""
     return deque(stream, maxlen=1)[0]
 
 
 def layer_groups(num_layers: int, groups: int) -> list[range]:
-    """`groups` runs of consecutive layers, none empty, about equally long to sweep: M(i) costs num_layers - i layers.
+    """At most `groups` non-empty groups of consecutive layers of about equal cost: M(i) runs num_layers - i layers.
 
-    Each group passes the layers below it once more, which all groups but the first so do in vain.
+    Every group also runs the layers below its first one, which is not counted.
     """
     cost = [num_layers - layer for layer in range(num_layers)]
     found, start = [], 0

@@ -6,9 +6,9 @@ from itertools import chain
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from halo_jobs.commands.consoles import console
+from terminal_output import ProgressBar
 
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels on this machine.")
 
@@ -74,12 +74,10 @@ def warmup(
         for what, _ in calls:
             console.print(what, highlight=False)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(calls))
+    with ProgressBar("compiling kernels", len(calls), console) as bar:
         for what, call in calls:
-            progress.update(task, description=what)
+            bar.advance(0, what)
             call()
-            progress.advance(task)
+            bar.advance(1)
         torch.cuda.synchronize()
     console.print(f"Compiled {len(calls)} kernels for {torch.cuda.get_device_name()}", highlight=False)

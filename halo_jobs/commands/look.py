@@ -28,6 +28,7 @@ from halo_reports.monitoring.readings import (
     latest_of_each_stage,
     read_run,
 )
+from terminal_output import duration
 
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo.")]
 
@@ -94,7 +95,7 @@ def _remarks(stage: StageReading, job: LiveJob | None) -> Iterator[str]:
         yield f"{'restarted after' if stage.state == 'running' else stage.state}: {stage.reason}"
     age = stage.heartbeat_age_seconds
     if age is not None and age > _SILENT_SECONDS:
-        yield f"sent its last heartbeat {_duration(age)} ago; {stage.node} may be down, or the disk slow"
+        yield f"sent its last heartbeat {duration(age)} ago; {stage.node} may be down, or the disk slow"
     if job is not None:
         where = f" on {job.nodes}" if job.nodes else f" ({job.reason})"
         yield f"is job {job.job}, {job.state}{where}"
@@ -109,8 +110,8 @@ def _row(stage: StageReading) -> dict[str, str | Text]:
         "done": _done(stage),
         "loss": "" if stage.loss is None else f"{stage.loss:.4g}",
         "tokens/s": "" if stage.tokens_per_second is None else f"{stage.tokens_per_second:,.0f}",
-        "left": "" if stage.seconds_left is None else _duration(stage.seconds_left),
-        "time": _duration(stage.seconds),
+        "left": "" if stage.seconds_left is None else duration(stage.seconds_left),
+        "time": duration(stage.seconds),
         "node": stage.node,
     }
 
@@ -139,14 +140,6 @@ def _done(stage: StageReading) -> str:
     if stage.steps:
         return f"{stage.step or 0:,}/{stage.steps:,}"
     return f"{stage.tasks_done}/{stage.tasks}" if stage.tasks else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def logs(

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from halo_jobs.commands.consoles import console, errors
+from terminal_output import ProgressBar
 
 if TYPE_CHECKING:
     from hypenet_tools.folder_job import Job, Part
@@ -219,8 +210,8 @@ def verify(
     from hypenet_tools.verify import verify as compare
 
     one, other = weights_source(a), weights_source(b)
-    with _bar("comparing", one.stored.nbytes) as advance:
-        result = compare(one, other, advance=advance)
+    with ProgressBar("comparing", one.stored.nbytes, errors, in_bytes=True) as bar:
+        result = compare(one, other, advance=bar.advance)
     _tell(result, as_json)
     if not result["match"]:
         raise RuntimeError(f"{a} and {b} are not the same model; the report above says what differs")
@@ -243,8 +234,8 @@ def inspect(
     from hypenet_tools.inspection import inspect_model
 
     opened = weights_source(folder)
-    with _bar("reading", opened.stored.nbytes) as advance:
-        result = inspect_model(opened, advance=advance)
+    with ProgressBar("reading", opened.stored.nbytes, errors, in_bytes=True) as bar:
+        result = inspect_model(opened, advance=bar.advance)
     _tell(result, as_json)
 
 
@@ -286,8 +277,8 @@ def _do(job: Job, workers: int | None, part_text: str, dry_run: bool) -> None:
             highlight=False,
         )
         return
-    with _bar(job.out.name, nbytes) as advance:
-        complete = run_job(job, workers=workers or default_workers(nbytes), part=part, advance=advance)
+    with ProgressBar(job.out.name, nbytes, errors, in_bytes=True) as bar:
+        complete = run_job(job, workers=workers or default_workers(nbytes), part=part, advance=bar.advance)
     if complete:
         console.print(f"{job.out}: complete", soft_wrap=True, highlight=False)
     else:
@@ -300,21 +291,6 @@ def _do(job: Job, workers: int | None, part_text: str, dry_run: bool) -> None:
 
 def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes on stderr; yields the function to call with the number of bytes done."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def _tell(report: dict[str, Any], as_json: bool) -> None:

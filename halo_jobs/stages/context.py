@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from rich.console import Console
 
 from halo_cluster import StageResult
@@ -106,15 +105,8 @@ class StageContext(StageWork):
         self, section: TrainingSection, objective: Objective, keep_keys: KeyFilter | None = None
     ) -> Trainer:
         """A trainer for this stage, not yet run."""
-        cursor = BatchCursor(
-            self.sampler(section),
-            section.global_batch,
-            section.micro_batch,
-            self.device,
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_ranks=parallel_state.get_data_parallel_world_size(),
-            context_rank=parallel_state.get_context_parallel_rank(),
-            context_ranks=parallel_state.get_context_parallel_world_size(),
+        cursor = BatchCursor.of_this_rank(
+            self.sampler(section), section.global_batch, section.micro_batch, self.device
         )
         return Trainer(
             self.name, section, objective, cursor, self.folder, self.console, keep_keys, self.attempt

@@ -28,10 +28,10 @@ from tokenized_data import (
     TokenStore,
     encoded_documents,
     load_tokenizer_identity,
-    read_part,
+    read_encoded,
     text_files,
     tokenize_text,
-    write_part,
+    write_encoded,
     write_text_store,
 )
 
@@ -95,7 +95,7 @@ def _written_text_stores(context: StageContext) -> dict[str, TokenStore]:
     elif missing:
         parts = _encoded_by_workers(context, wanted)
         for store in missing:
-            encoded = chain.from_iterable(map(read_part, parts[store.name]))
+            encoded = chain.from_iterable(map(read_encoded, parts[store.name]))
             folder = context.folder / store.name
             write_text_store(folder, encoded, store.sources, tokenizer, store.split, share)
     shutil.rmtree(context.folder / PARTS, ignore_errors=True)
@@ -132,7 +132,7 @@ def make_tokenizing_worker(setup: Any) -> WorkerFunction:
         # A worker that was given up may still be writing, so each try has a name of its own.
         part = f"part-{uuid.uuid4().hex}"
         files = [Path(arguments["file"])]
-        write_part(folder / part, encoded_documents(files, tokenizer, arguments["split"], share))
+        write_encoded(folder / part, encoded_documents(files, tokenizer, arguments["split"], share))
         return part
 
     return run

@@ -13,7 +13,7 @@ from rich.progress import track
 from durable_files import read_json, write_json
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import WorkerFunction
-from halo_evaluation.interface import Task as EvaluationTask
+from halo_evaluation.interface import EvaluationTask
 from halo_evaluation.megatron_scorer import MegatronScorer
 from halo_evaluation.ngram import NGramBaseline
 from halo_evaluation.niah import VARIANTS

@@ -13,7 +13,7 @@ import torch
 from durable_files import publish_once, read_json
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import WorkerFunction
-from halo_evaluation.interface import Task as EvaluationTask
+from halo_evaluation.interface import EvaluationTask
 from halo_evaluation.recall import load_words
 from halo_evaluation.results import Selection
 from halo_evaluation.runner import TaskMetrics, evaluate_models

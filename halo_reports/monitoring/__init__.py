@@ -1,5 +1,5 @@
-"""Looking at runs from outside, by their folders alone: for a terminal, for scripts, and for Prometheus.
+"""Monitors runs by reading their folders: for terminals, scripts and Prometheus.
 
-Whoever ran a stage, and where, does not matter, for all executors leave the same files. Nothing is written here and no
-lock is taken, so looking disturbs nobody and works from every machine that sees the folder.
+All executors write the same files. Monitoring writes nothing and takes no lock, so it cannot disturb a run. It works on
+every machine that sees the folder.
 """

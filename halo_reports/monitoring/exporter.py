@@ -1,8 +1,8 @@
-"""A Prometheus endpoint over run folders: loopback only, and with a bearer token.
+"""A Prometheus endpoint for run folders, on the loopback interface only, with a bearer token.
 
-    Authorization: Bearer <the token file's content>
+    Authorization: Bearer <content of the token file>
 
-The token is in a file that its owner alone can read; Prometheus is told the file (`credentials_file`), never the token.
+Only its owner can read the token file. Prometheus is configured with the file (`credentials_file`), not the token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prometheus_client.exposition import choose_encoder, generate_latest
 from halo_reports.monitoring.families import RunCollector
 
 LOOPBACK = "127.0.0.1"
-_CLIENT_SECONDS = 10.0
+_CLIENT_TIMEOUT_SECONDS = 10.0
 
 
 def default_token_file() -> Path:
@@ -30,7 +30,7 @@ def default_token_file() -> Path:
 
 
 def read_or_make_token(path: Path) -> str:
-    """The token in `path`, made at first use with mode 0600. ValueError if others may read the file, or it is empty."""
+    """The token in `path`, created at first use with mode 0600. ValueError if others can read it, or it is empty."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -41,16 +41,16 @@ def read_or_make_token(path: Path) -> str:
             file.write(secrets.token_urlsafe(32) + "\n")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ValueError(
-            f"{path} can be read by others; run `chmod 600 {path}`, or remove it for a new token"
+            f"{path} is readable by others; run `chmod 600 {path}`, or remove it to get a new token"
         )
     token = path.read_text().strip()
     if not token:
-        raise ValueError(f"{path} holds no token; remove it, and a new one is made")
+        raise ValueError(f"{path} has no token; remove it to get a new one")
     return token
 
 
 def exposition(folder: Path) -> str:
-    """The runs of `folder` in Prometheus' text format."""
+    """The metrics of all runs in `folder`, in Prometheus' text format."""
     return generate_latest(_registry(folder)).decode()
 
 
@@ -61,12 +61,12 @@ def _registry(folder: Path) -> CollectorRegistry:
 
 
 class MetricsServer(ThreadingHTTPServer):
-    """Serves /metrics of the runs of `folder` to whoever shows `token`."""
+    """Serves the metrics of the runs in `folder` at /metrics, to clients with `token`."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path, token: str, port: int) -> None:
-        """OSError if the port is taken; `port` 0 takes a free one."""
+        """Port 0 selects a free port. OSError if the port is in use."""
         self.registry = _registry(folder)
         self.token = token
         super().__init__((LOOPBACK, port), _Handler)
@@ -78,14 +78,14 @@ class MetricsServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: MetricsServer
-    timeout = _CLIENT_SECONDS  # of a client that says nothing
+    timeout = _CLIENT_TIMEOUT_SECONDS
 
     def do_GET(self) -> None:
         given, expected = self.headers.get("Authorization", ""), f"Bearer {self.server.token}"
         if not hmac.compare_digest(given.encode(), expected.encode()):
-            self._answer(HTTPStatus.UNAUTHORIZED, b"a bearer token is needed\n", "text/plain")
+            self._answer(HTTPStatus.UNAUTHORIZED, b"this endpoint requires a bearer token\n", "text/plain")
         elif self.path.partition("?")[0] != "/metrics":
-            self._answer(HTTPStatus.NOT_FOUND, b"there is /metrics only\n", "text/plain")
+            self._answer(HTTPStatus.NOT_FOUND, b"the only path is /metrics\n", "text/plain")
         else:
             encode, content_type = choose_encoder(self.headers.get("Accept", ""))
             self._answer(HTTPStatus.OK, encode(self.server.registry), content_type)
@@ -100,4 +100,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *values: object) -> None:
-        """A line per scrape is of no use to anybody."""
+        """Do not log every scrape."""

@@ -1,4 +1,4 @@
-"""What a stage's attempts have logged: once, or as it comes, across attempts."""
+"""The logs of the attempts of a stage: printed once, or followed across attempts."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from halo_reports.monitoring.readings import (
     submitted,
 )
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 def stage_record(run: Path, stage: str) -> StageRecord:
-    """The folder of `stage` that counts. ValueError, with those that were, if it was neither begun nor submitted."""
+    """The newest record of `stage`. ValueError, with the known stages, if it was neither started nor submitted."""
     check_run(run)
-    begun = {row.record.stage: row.record for row in latest_of_each_stage(run)}
-    if stage in begun:
-        return begun[stage]
+    started = {status.record.stage: status.record for status in latest_of_each_stage(run)}
+    if stage in started:
+        return started[stage]
     for record in submitted(run):
         if record.stage == stage:
             return record
-    there = ", ".join(begun) or "none yet"
-    raise ValueError(f"{run} has begun no stage {stage!r}; begun are: {there}")
+    raise ValueError(f"{run} has not started {stage!r}; started are: {', '.join(started) or 'none yet'}")
 
 
 @dataclass
 class _Tail:
-    """A file that grows. Each call of `lines` returns what was added since, cut at the last whole line."""
+    """A growing file. `lines` returns the complete lines added since its last call."""
 
     path: Path
     offset: int = 0
@@ -54,19 +53,19 @@ class _Tail:
         return [line.decode(errors="replace") for line in whole]
 
     def last_line(self) -> list[str]:
-        """What follows the last line end, when nobody writes any more."""
+        """The text after the last newline, for a file that no longer grows."""
         rest, self.rest = self.rest, b""
         return [rest.decode(errors="replace")] if rest else []
 
 
 def _files(attempt: Path) -> list[Path]:
-    """log.txt, then the ranks' in order."""
+    """log.txt, then the logs of the ranks in order."""
     ranks = sorted(attempt.glob("rank-*.txt"), key=lambda path: (len(path.name), path.name))
     return [attempt / "log.txt", *ranks]
 
 
 def _job_files(stage_folder: Path) -> list[Path]:
-    """What the newest job printed, node by node, as the scheduler keeps it."""
+    """The output of the newest job as the scheduler stored it, one file per node."""
     numbers = job_numbers(stage_folder)
     if not numbers:
         return []
@@ -75,31 +74,31 @@ def _job_files(stage_folder: Path) -> list[Path]:
 
 @dataclass
 class StageLog:
-    """The newest attempt's log; of a job that began no attempt, what the scheduler has kept of it."""
+    """The log of the newest attempt, or the scheduler's log of a job that has not started an attempt."""
 
     record: StageRecord
     _tails: dict[Path, _Tail] = field(default_factory=dict)
-    _spoke_last: Path | None = None
+    _last_printed: Path | None = None
     _ended: set[Path] = field(default_factory=set)
 
     def read(self) -> Iterator[str]:
-        """All there is now of the newest attempt, line by line, with a heading for each file."""
+        """All lines of the newest attempt so far, with a heading for each file."""
         attempts = attempt_folders(self.record.folder)
         yield from self._added(attempts[-1:], final=True)
         if self._is_done():
             yield f"== {self.record.stage} done"
 
     def follow(self) -> Iterator[str]:
-        """What there is, then what comes, until the stage is done; attempts that begin meanwhile are told apart."""
+        """Lines of the newest attempt and of all later ones, until the stage is done."""
         earlier = set(attempt_folders(self.record.folder)[:-1])
         while True:
-            done = self._is_done()  # asked first: what was logged before is then read below
+            done = self._is_done()  # read first, so that everything logged before is read below
             attempts = [folder for folder in attempt_folders(self.record.folder) if folder not in earlier]
             yield from self._added(attempts, final=done)
             if done:
                 yield f"== {self.record.stage} done"
                 return
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _is_done(self) -> bool:
         return (self.record.folder / DONE_FILE).exists()
@@ -110,7 +109,7 @@ class StageLog:
         for folder in attempts:
             if folder in self._ended:
                 continue
-            status = AttemptStatus.read(folder)  # first: what it logged before its end is then read below
+            status = AttemptStatus.read(folder)  # read first, so that everything logged before its end is read below
             title, over = f"attempt {status.label}", status.state != "running"
             yield from self._lines(f"{title} on {status.host}", _files(folder), final or over)
             if over:
@@ -122,7 +121,7 @@ class StageLog:
         for path in files:
             tail = self._tails.setdefault(path, _Tail(path))
             lines = tail.lines() + (tail.last_line() if final else [])
-            if lines and path != self._spoke_last:
-                self._spoke_last = path
+            if lines and path != self._last_printed:
+                self._last_printed = path
                 yield f"== {title}: {path.name}"
             yield from lines

@@ -1,11 +1,11 @@
-"""Where the stages of a run are, read from its folder.
+"""The state of the stages of a run, read from its folder.
 
-recipe.yaml                              how many steps a training stage has
-<stage>/<input hash>/attempt.<label>/    state, host, heartbeat, reason of an end
+recipe.yaml                              number of steps of a training stage
+<stage>/<input hash>/attempt.<label>/    state, host, heartbeat, reason it ended
                      jobs/<id>.json      submitted to a scheduler
-                     metrics.jsonl       training: a line per step
-                     progress.json       stages of tasks (select, evaluate): tasks done and in all
-                     checkpoints/        training: what is saved
+                     metrics.jsonl       of a training: one line per step
+                     progress.json       of select and evaluate: finished and total tasks
+                     checkpoints/        of a training
                      DONE.json           finished
 """
 
@@ -30,31 +30,40 @@ from halo_training.files import METRICS_FILE, PROGRESS_FILE
 
 JOBS_FOLDER = "jobs"
 StageState = AttemptState | Literal["pending"]
-"""Pending: submitted to a scheduler, and no attempt begun."""
-_TAIL_BYTES = 1 << 16  # of metrics.jsonl, whose lines have some 300 bytes
+"""Pending: submitted to a scheduler, but no attempt has started."""
+_METRICS = (  # of metrics.jsonl, by the names of their fields
+    "step",
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+    "host_memory_bytes",
+    "gpu_memory_bytes",
+)
+_TAIL_BYTES = 1 << 16  # of metrics.jsonl, whose lines have about 300 bytes
 
 
 @dataclass(frozen=True)
 class StageReading:
-    """One stage. What is None is not known: not recorded yet, or nothing that such a stage has."""
+    """The state of one stage. None means not recorded yet, or not applicable to this stage."""
 
     stage: str
     input_hash: str
     folder: str
     state: StageState
-    attempts: int
-    attempt: str
-    """Label of the newest attempt, as in attempt.<label>; empty before the first."""
     job: str
-    """The scheduler's number of the newest submission; empty without a scheduler."""
-    started: str
-    """Of the first attempt, ISO 8601; empty before it."""
-    seconds: float
+    """Job number of the newest submission; empty without a scheduler."""
+    attempts: int = 0
+    attempt: str = ""
+    """Label of the newest attempt, as in attempt.<label>; empty before the first."""
+    started: str = ""
+    """Start of the first attempt, ISO 8601; empty before it."""
+    seconds: float = 0.0
     """Wall time over all attempts."""
-    node: str
+    node: str = ""
     """Host of the newest attempt."""
-    reason: str
-    """Why the newest attempt ended, if it did not end well; while one runs, why the one before it did not."""
+    reason: str = ""
+    """Why the newest attempt that failed or was interrupted ended; empty if the stage is done."""
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
@@ -70,9 +79,13 @@ class StageReading:
     checkpoint_step: int | None = None
     checkpoint_age_seconds: float | None = None
     heartbeat_age_seconds: float | None = None
-    """Of a running stage: seconds since its process last showed that it lives."""
+    """Of a running stage: seconds since its last heartbeat."""
     host_memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
+
+    @property
+    def restarts(self) -> int:
+        return max(0, self.attempts - 1)
 
 
 def is_run(folder: Path) -> bool:
@@ -80,50 +93,52 @@ def is_run(folder: Path) -> bool:
 
 
 def check_run(folder: Path) -> None:
-    """ValueError unless `folder` is a run's."""
+    """ValueError unless `folder` is a run folder."""
     if not is_run(folder):
-        raise ValueError(f"{folder} is not a run's folder; give one that `halo run` made, such as runs/demo")
+        raise ValueError(f"{folder} is not a run folder; give one that `halo run` created, such as runs/demo")
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """`folder` itself if it is a run's, otherwise the runs in it."""
+    """`folder` itself if it is a run folder, otherwise the run folders in it."""
     if is_run(folder):
         return [folder]
     return sorted(inner for inner in folder.iterdir() if is_run(inner)) if folder.is_dir() else []
 
 
 def latest_of_each_stage(run: Path) -> list[StageStatus]:
-    """Every stage that was begun, in the order in which they were.
+    """The stages that have started, in the order of their first attempts.
 
-    Of the folders of a stage the one counts that the run's latest recipe refers to.
+    Of the folders of a stage, the one of the latest recipe of the run counts.
     """
     folder = RunFolder(run)
     planned = {record.folder for record in folder.planned()}
-    return sorted((row for row in folder.status() if row.record.folder in planned), key=_begun)
+    found = (status for status in folder.status() if status.record.folder in planned)
+    return sorted(found, key=_started)
 
 
-def _begun(row: StageStatus) -> tuple[str, float]:
-    """When a stage was; what a run says of itself in whole seconds, the file system says to the end."""
-    return row.attempts[0].started, _modified(attempt_folders(row.record.folder)[0] / "started.json") or 0.0
+def _started(status: StageStatus) -> tuple[str, float]:
+    """Start of the first attempt: in whole seconds as recorded, then with the precision of the file system."""
+    first = attempt_folders(status.record.folder)[0]
+    return status.attempts[0].started, _modified(first / "started.json") or 0.0
 
 
 def read_run(run: Path) -> list[StageReading]:
-    """A reading of every stage that was begun, then of those only submitted. ValueError if it is not a run's folder."""
+    """All stages that have started, then those only submitted. ValueError if `run` is not a run folder."""
     check_run(run)
     recipe = _recipe(run)
-    begun = [_read_stage(row, recipe) for row in latest_of_each_stage(run)]
-    names = {stage.stage for stage in begun}
+    started = [_read_stage(status, recipe) for status in latest_of_each_stage(run)]
+    names = {stage.stage for stage in started}
     pending = [_pending(record, recipe) for record in submitted(run) if record.stage not in names]
-    return begun + sorted(pending, key=lambda stage: int(stage.job))
+    return started + sorted(pending, key=lambda stage: int(stage.job))
 
 
 def submitted(run: Path) -> list[StageRecord]:
-    """Stages of the run's latest recipe that were submitted to a scheduler."""
+    """Stages of the latest recipe that were submitted to a scheduler."""
     return [record for record in RunFolder(run).planned() if job_numbers(record.folder)]
 
 
 def job_numbers(stage_folder: Path) -> list[int]:
-    """The scheduler's numbers of the stage's submissions, oldest first."""
+    """Job numbers of the submissions of a stage, oldest first."""
     notes = (path.stem for path in (stage_folder / JOBS_FOLDER).glob("*.json"))
     return sorted(int(name) for name in notes if name.isdecimal())
 
@@ -134,13 +149,7 @@ def _pending(record: StageRecord, recipe: dict[str, Any]) -> StageReading:
         input_hash=record.input_hash,
         folder=str(record.folder),
         state="pending",
-        attempts=0,
-        attempt="",
         job=str(job_numbers(record.folder)[-1]),
-        started="",
-        seconds=0.0,
-        node="",
-        reason="",
         steps=_steps(recipe, record.stage),
     )
 
@@ -153,51 +162,45 @@ def _recipe(run: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_stage(row: StageStatus, recipe: dict[str, Any]) -> StageReading:
-    folder, newest = row.record.folder, row.attempts[-1]
-    runs = row.state == "running"
+def _read_stage(status: StageStatus, recipe: dict[str, Any]) -> StageReading:
+    folder, newest = status.record.folder, status.attempts[-1]
+    runs = status.state == "running"
     metrics, tasks = last_metrics(folder), _read_progress(folder)
-    steps = _steps(recipe, row.record.stage)
+    steps = _steps(recipe, status.record.stage)
     saved, saved_at = newest_checkpoint(folder)
     beat_at = _modified(attempt_folders(folder)[-1] / "heartbeat")
     return StageReading(
-        stage=row.record.stage,
-        input_hash=row.record.input_hash,
+        stage=status.record.stage,
+        input_hash=status.record.input_hash,
         folder=str(folder),
-        state=row.state,
-        attempts=len(row.attempts),
+        state=status.state,
+        attempts=len(status.attempts),
         attempt=newest.label,
         job=next((str(number) for number in reversed(job_numbers(folder))), ""),
-        started=row.attempts[0].started,
-        seconds=row.seconds,
+        started=status.attempts[0].started,
+        seconds=status.seconds,
         node=newest.host,
-        reason=_reason(row),
-        step=metrics.get("step"),
+        reason=_reason(status),
         steps=steps,
-        loss=metrics.get("loss"),
-        learning_rate=metrics.get("learning_rate"),
-        gradient_norm=metrics.get("gradient_norm"),
-        tokens_per_second=metrics.get("tokens_per_second"),
+        **{field: metrics.get(field) for field in _METRICS},
         tasks_done=tasks.get("done"),
         tasks=tasks.get("total"),
-        progress=_progress(row, metrics, steps, tasks),
+        progress=_progress(status, metrics, steps, tasks),
         seconds_left=_seconds_left(metrics, steps, tasks) if runs else None,
         checkpoint_step=saved,
         checkpoint_age_seconds=_age(saved_at),
         heartbeat_age_seconds=_age(beat_at) if runs else None,
-        host_memory_bytes=metrics.get("host_memory_bytes"),
-        gpu_memory_bytes=metrics.get("gpu_memory_bytes"),
     )
 
 
-def _reason(row: StageStatus) -> str:
-    if row.state == "done":
+def _reason(status: StageStatus) -> str:
+    if status.state == "done":
         return ""
-    return next((attempt.reason for attempt in reversed(row.attempts) if attempt.reason), "")
+    return next((attempt.reason for attempt in reversed(status.attempts) if attempt.reason), "")
 
 
 def last_metrics(stage_folder: Path) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl; empty for stages that do not train, or have not begun to."""
+    """The last complete line of metrics.jsonl; empty for stages that do not train, or before the first step."""
     try:
         with open(stage_folder / METRICS_FILE, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
@@ -205,7 +208,7 @@ def last_metrics(stage_folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     for line in reversed(lines):
-        with suppress(ValueError):  # being written, or cut short by a kill
+        with suppress(ValueError):  # incomplete: being written, or cut short by a kill
             return dict(json.loads(line))
     return {}
 
@@ -225,9 +228,9 @@ def _read_progress(stage_folder: Path) -> dict[str, Any]:
 
 
 def _progress(
-    row: StageStatus, metrics: dict[str, Any], steps: int | None, tasks: dict[str, Any]
+    status: StageStatus, metrics: dict[str, Any], steps: int | None, tasks: dict[str, Any]
 ) -> float | None:
-    if row.state == "done":
+    if status.state == "done":
         return 1.0
     if steps:
         return float(metrics.get("step", 0) / steps)
@@ -253,10 +256,10 @@ def newest_checkpoint(stage_folder: Path) -> tuple[int | None, float | None]:
 def _modified(path: Path) -> float | None:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # dropped in the meantime
+    except FileNotFoundError:  # removed in the meantime
         return None
 
 
 def _age(moment: float | None) -> float | None:
-    """Seconds since; never negative, for the file server's clock may be ahead of ours."""
+    """Seconds since `moment`; not negative, because the clock of the file server may be ahead of ours."""
     return None if moment is None else max(0.0, time.time() - moment)

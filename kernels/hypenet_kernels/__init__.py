@@ -1,6 +1,6 @@
-"""The arithmetic of HypeNet that is worth a kernel, each op with its plain PyTorch reference beside it.
+"""HypeNet's kernels: Lightning Attention, the norms around it, vocabulary losses; each with a PyTorch reference.
 
-CUDA tensors go to Triton, all others to PyTorch. Imports only torch (and, on CUDA, triton).
+CUDA tensors run Triton kernels, other tensors run PyTorch. Imports only torch and, on CUDA, triton.
 """
 
 from hypenet_kernels.decode import lightning_decode, lightning_decode_deferred

@@ -1,7 +1,7 @@
-"""Launching a kernel again without what Triton, and its caller, would work out anew.
+"""Kernel launches that skip Triton's lookup.
 
-Triton looks at every argument of every call to find the right compiled kernel; for short sequences that takes longer
-than the kernel runs. A PreparedLaunch has looked once; what it was prepared for is its owner's key.
+Triton inspects every argument of every call to find the compiled kernel. For short sequences this takes longer than the
+kernel runs. A `PreparedLaunch` looks the kernel up once; its owner keeps one for every layout of the inputs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from torch import Tensor
 
 
 class PreparedLaunch:
-    """A kernel with everything given but the tensors it begins with.
+    """A kernel with all arguments bound, except for the leading tensors.
 
     Args:
         kernel: a `triton.jit` function whose parameters are tensors, then `arguments`, then constexprs.
+        grid: number of programs along each axis.
+        arguments: strides and scalars that follow the tensors.
         constants: the constexprs, in the order of the signature.
-        options: of the compilation, such as num_warps.
+        options: options of the compilation, such as num_warps.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class PreparedLaunch:
         self._again: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        """Run on the current CUDA stream. The tensors are as aligned as those of the first call."""
+        """Run on the current CUDA stream. The tensors must be aligned like those of the first call."""
         if self._again is not None:
             self._again(*tensors, *self._rest)
             return
@@ -45,5 +47,5 @@ class PreparedLaunch:
 
 
 def layout_key(*tensors: Tensor) -> tuple[Hashable, ...]:
-    """What a launch depends on in tensors of one shape: that, dtypes, strides, alignment."""
+    """What a launch depends on in tensors of one shape: the shape, dtypes, strides and alignment."""
     return tensors[0].shape, *[(x.dtype, x.stride(), x.data_ptr() % 16 == 0) for x in tensors]

@@ -1,10 +1,8 @@
-"""RMSNorm over head_dim and rotary embedding of queries and keys, fused: what comes before attention.
+"""RMSNorm over head_dim and rotary embedding of queries and keys, fused. Runs before attention.
 
     n = w x / sqrt(mean(x^2) + epsilon),   out_1 = n_1 cos - n_2 sin,   out_2 = n_2 cos + n_1 sin
 
-with 1, 2 the halves of head_dim. Shapes: query [batch, time, query_heads, head_dim], key [batch, time, key_heads,
-head_dim], in bf16 or fp32 with any batch, time and head strides; weights [head_dim]; cos, sin fp32
-[time, head_dim / 2], or None for no rotation. All arithmetic is fp32 and rounded once, to the input's dtype.
+1 and 2 are the halves of head_dim. Arithmetic is fp32, rounded once to the input's dtype.
 """
 
 from __future__ import annotations
@@ -15,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypenet_kernels.arguments import check_dtypes, check_last_dimensions, check_shape, reference_dtype
 from hypenet_kernels.operators import Operator
 from hypenet_kernels.tiles import device_limits
 
-ROWS = 16  # With 4 warps and head_dim 128 every thread loads 16 bytes of bf16 per half.
+ROWS = 16  # with 4 warps and head_dim 128 every thread loads 16 bytes of bf16 per half
 PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
@@ -31,7 +30,18 @@ def norm_rope(
     sin: Tensor | None,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised and rotated query and key, contiguous, in their own dtype. See the module for shapes and equation."""
+    """Normalised and rotated query and key, contiguous, in their own dtypes. Differentiable once.
+
+    Args:
+        query: [batch, time, query_heads, head_dim], bf16 or fp32; head_dim is a power of two. The last dimension is
+            contiguous, other strides are free.
+        key: [batch, time, key_heads, head_dim], likewise.
+        query_weight, key_weight: [head_dim].
+        cos, sin: fp32 [time, head_dim / 2], or None for no rotation.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that the kernels would misread.
+    """
     check_dtypes(query=query, key=key)
     check_last_dimensions(query=query, key=key, query_weight=query_weight, key_weight=key_weight)
     _, time, _, head_dim = query.shape
@@ -50,35 +60,6 @@ def norm_rope(
     return op(query, key, query_weight, key_weight, cos, sin, epsilon)
 
 
-def check_dtypes(**tensors: Tensor) -> None:
-    """ValueError unless every tensor is bf16 or fp32; fp64, for the plain references, passes on CPU."""
-    for name, x in tensors.items():
-        if x.dtype in (torch.bfloat16, torch.float32) or (x.dtype == torch.float64 and not x.is_cuda):
-            continue
-        raise ValueError(
-            f"{name} is {str(x.dtype).removeprefix('torch.')}, the kernels take bfloat16 or float32; use bfloat16 "
-            "(float16 overflows in training, bfloat16 does not)"
-        )
-
-
-def check_last_dimensions(**tensors: Tensor) -> None:
-    """ValueError unless every tensor's last dimension is contiguous: kernels load it 16 bytes at a time."""
-    for name, x in tensors.items():
-        if x.stride(-1) != 1:
-            raise ValueError(
-                f"{name} has stride {x.stride(-1)} in its last dimension, the kernels need 1; "
-                f"pass {name}.contiguous(), or slice the fused projection without transposing that dimension"
-            )
-
-
-def check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
-    """ValueError unless x has this shape: a kernel would read beyond it."""
-    if tuple(x.shape) != expected:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, expected {expected}; slice or reshape it to that"
-        )
-
-
 def plain_norm_rope(
     query: Tensor,
     key: Tensor,
@@ -88,7 +69,7 @@ def plain_norm_rope(
     sin: Tensor | None,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, differentiable by autograd; computes in fp64 when query is fp64, else in fp32."""
+    """Reference in PyTorch, differentiable by autograd. Computes in fp64 for fp64 inputs, else in fp32."""
     return (
         _plain_one(query, query_weight, cos, sin, epsilon),
         _plain_one(key, key_weight, cos, sin, epsilon),
@@ -96,7 +77,7 @@ def plain_norm_rope(
 
 
 def _plain_one(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, epsilon: float) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = reference_dtype(x)
     wide = x.to(dtype)
     normed = weight.to(dtype) * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     if cos is not None and sin is not None:
@@ -107,12 +88,12 @@ def _plain_one(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None
 
 
 def _heads_per_tile(heads: int) -> int:
-    """Largest power of two that divides heads, so that no row of a tile is wasted."""
+    """Largest power of two that divides heads, at most ROWS, so that no row of a tile is wasted."""
     return math.gcd(heads, ROWS)
 
 
 def _arguments(x: Tensor, cos: Tensor | None, sin: Tensor | None, epsilon: float) -> tuple[Any, ...]:
-    """What both kernels end with: strides of x, cos and sin, sizes, epsilon."""
+    """The last runtime arguments of both kernels: strides of x, cos and sin, tokens, time, epsilon."""
     rows = [0 if angle is None else angle.stride(0) for angle in (cos, sin)]
     return *x.stride()[:3], *rows, x.shape[0] * x.shape[1], x.shape[1], epsilon
 
@@ -130,7 +111,7 @@ def _constants(x: Tensor, cos: Tensor | None) -> dict[str, Any]:
 
 
 def _tiles(x: Tensor) -> tuple[int, int]:
-    """Tiles along tokens and along heads."""
+    """Number of tiles along tokens and along heads."""
     heads_per_tile = _heads_per_tile(x.shape[2])
     return math.ceil(x.shape[0] * x.shape[1] * heads_per_tile / ROWS), x.shape[2] // heads_per_tile
 
@@ -196,33 +177,16 @@ def _backward(
     return dquery, dkey, dquery_weight, dkey_weight
 
 
-def _forward_shapes(
-    query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None, sin: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return query.new_empty(query.shape), key.new_empty(key.shape)
+def _shapes_of(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
 
 
-def _backward_shapes(
-    d_query_out: Tensor, d_key_out: Tensor, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor,
-    cos: Tensor | None, sin: Tensor | None, epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dquery, dkey, dquery_weight, dkey_weight = (
-        x.new_empty(x.shape) for x in (query, key, query_weight, key_weight)
-    )
-    return dquery, dkey, dquery_weight, dkey_weight
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.epsilon = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx: Any, d_query_out: Tensor, d_key_out: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _fused_backward(d_query_out, d_key_out, *ctx.saved_tensors, ctx.epsilon)
-    return *gradients, None, None, None
-
-
-fused_norm_rope = Operator("norm_rope", _forward, _forward_shapes)
-_fused_backward = Operator("norm_rope_backward", _backward, _backward_shapes)
-fused_norm_rope.register_gradients(_keep_inputs, _gradients)
+fused_norm_rope = Operator(
+    "norm_rope",
+    _forward,
+    lambda query, key, *_: _shapes_of(query, key),
+    backward=Operator(
+        "norm_rope_backward", _backward, lambda _dq, _dk, *inputs: _shapes_of(*inputs[:4])
+    ),
+    tensors=6,
+)

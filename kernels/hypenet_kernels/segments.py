@@ -1,8 +1,9 @@
-"""Which block of the GPU computes which stretch of which sequence: the work list of the Lightning kernels.
+"""The work list of the Lightning kernels: which block of the GPU computes which segment of which sequence.
 
-An item is eight int32: sequence, head, batch row, first token in that row, tokens of the sequence, first chunk, chunk
-after the last, halo. Chunks count from the sequence's start, or from its end when a kernel reads it backwards. The halo
-is how many chunks before the first one are replayed to rebuild the state.
+An item has eight int32 fields: sequence, head, batch row, first token of the sequence in that row, tokens of the
+sequence, first chunk of the segment, chunk after its last, halo. Chunks count from the start of the sequence, or from
+its end when a kernel reads it backwards. The halo is the number of chunks before the segment that are replayed to
+rebuild its start state.
 """
 
 from __future__ import annotations
@@ -13,30 +14,30 @@ import math
 import torch
 from torch import Tensor
 
-# A token weighs gamma^distance; what is dropped weighs less than 2^-25 of what is kept, half a rounding step of fp32.
+# A token has the weight gamma^distance. Tokens below 2^-25 are dropped: half a rounding step of fp32.
 HALO_BITS = 25
-# A replayed chunk costs this much of a computed one: two of three tiles read, one of four products (measured).
+# Measured cost of a replayed chunk relative to a computed one. It reads two of three tiles, does one of four products.
 HALO_COST = 0.45
 
 
 def halo_tokens(slope: float) -> float:
-    """Distance at which the decay exp(-slope * distance) has fallen to 2^-HALO_BITS."""
+    """Distance in tokens at which exp(-slope * distance) falls to 2^-HALO_BITS."""
     return math.inf if slope <= 0 else HALO_BITS * math.log(2) / slope
 
 
 def halo_chunks(slopes: tuple[float, ...], chunk: int) -> list[int]:
-    """Halo of every head in chunks; one more than its tokens fill, because a sequence's last chunk may be short."""
+    """Halo of every head in chunks: one more than its tokens fill, because a sequence's last chunk may be short."""
     return [min(2**30, math.ceil(halo_tokens(slope) / chunk) + 1) if slope > 0 else 2**30 for slope in slopes]
 
 
 @functools.lru_cache(maxsize=64)
 def log2_gammas(slopes: tuple[float, ...], device: torch.device) -> Tensor:
-    """log2 of every head's decay, fp32 [heads]."""
+    """log2 of every head's decay, fp32 [heads]. Cached, because the copy to the device would wait for its queue."""
     return torch.tensor([-slope / math.log(2) for slope in slopes], dtype=torch.float32).to(device)
 
 
 def _segment_lengths(halos: list[int], chunks: int, cost: float) -> list[int] | None:
-    """Chunks per segment so that no segment costs more than `cost` chunks, halo included; None if impossible."""
+    """Chunks per segment such that no segment costs more than `cost` chunks, halo included; None if impossible."""
     if cost >= chunks:
         return [chunks] * len(halos)
     lengths = [math.floor(cost - HALO_COST * min(halo, chunks)) for halo in halos]
@@ -44,9 +45,9 @@ def _segment_lengths(halos: list[int], chunks: int, cost: float) -> list[int] | 
 
 
 def balanced_segments(halos: list[int], chunks: int, sequences: int, slots: int, exact: bool) -> list[int]:
-    """Chunks per segment for every head, such that `slots` blocks running at once are done soonest.
+    """Chunks per segment for every head that finish soonest when `slots` blocks run at once.
 
-    Heads with a long memory pay a long halo, hence shorter segments. Exact: whole sequences, no halo.
+    A slowly decaying head has a long halo and therefore shorter segments. With `exact`, sequences stay whole.
     """
     best = [chunks] * len(halos)
     if exact or chunks <= 1:
@@ -61,7 +62,7 @@ def balanced_segments(halos: list[int], chunks: int, sequences: int, slots: int,
             low, high = (low, cost) if items <= waves * slots else (cost, high)
         if waves * high < best_time * 0.99:
             best_time, best = waves * high, _segment_lengths(halos, chunks, high) or best
-    # The same number of segments, as equal as they can be.
+    # The same number of segments, of equal length as far as possible.
     return [math.ceil(chunks / math.ceil(chunks / length)) for length in best]
 
 
@@ -75,7 +76,7 @@ def batch_items(
     exact: bool,
     device: torch.device,
 ) -> Tensor:
-    """Work list int32 [items, 8] for `batch` sequences of `time` tokens; the costliest heads come first."""
+    """Work list int32 [items, 8] for `batch` sequences of `time` tokens. The most expensive heads come first."""
     chunks = math.ceil(time / chunk)
     halos = halo_chunks(slopes, chunk)
     lengths = balanced_segments(halos, chunks, batch, slots, exact)
@@ -98,9 +99,9 @@ def _packed_layout(
     exact: bool,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What of a packed batch's work list does not depend on where the sequences begin.
+    """The part of a packed batch's work list that does not depend on the boundaries of the sequences.
 
-    Chunks per segment [heads]; for every item its head, its number within the head; halos [heads].
+    Chunks per segment [heads]; head of every item [items]; number of every item within its head [items]; halos [heads].
     """
     halos = halo_chunks(slopes, chunk)
     lengths = balanced_segments(halos, math.ceil(time / chunk), 1, slots, exact)
@@ -114,9 +115,9 @@ def _packed_layout(
 def packed_items(
     slopes: tuple[float, ...], cu_seqlens: Tensor, time: int, chunk: int, slots: int, exact: bool
 ) -> Tensor:
-    """Work list int32 [items, 8] for sequences packed along one row: sequence n is tokens cu_seqlens[n] .. [n + 1].
+    """Work list int32 [items, 8] for packed sequences: number n is tokens cu_seqlens[n] to cu_seqlens[n + 1] of row 0.
 
-    Computed on the device without waiting for it: the list has room for the worst case, and spare items are empty.
+    Computed on the device without synchronisation: the list has the length of the worst case, spare items are empty.
     """
     device = cu_seqlens.device
     sequences = len(cu_seqlens) - 1
@@ -126,7 +127,7 @@ def packed_items(
     chunks = (tokens + chunk - 1).div(chunk, rounding_mode="floor")
     segments = (chunks + segment[:, None] - 1).div(segment[:, None], rounding_mode="floor")
     ends = segments.cumsum(1)
-    # Per head one sorted row of segment counts; shifted by a row offset they make one sorted list to search.
+    # One sorted row of segment counts per head. Shifted by an offset per row, they form one sorted list to search.
     stride = time + sequences + 1
     offset = torch.arange(len(slopes), device=device)[:, None] * stride
     found = torch.searchsorted((ends + offset).flatten(), numbers + heads * stride, right=True)

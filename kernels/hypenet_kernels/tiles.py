@@ -1,9 +1,9 @@
-"""Tile sizes of the Lightning kernels, measured once and written down: nothing is tuned at a user's first call.
+"""Tile sizes of the Lightning kernels. They are fixed: no autotuning runs at a user's first call.
 
-Each kernel and dtype has a short list, best first; the first tile that the device is new enough for and has the shared
-memory for is taken. Hopper keeps operands of its matrix products in shared memory (227 KiB per block on an H200); on
-older cards they go through registers, where a large tile spills, so an A100 or an RTX 4090 gets a smaller one. Tiles
-for Hopper were chosen by time; the others, for want of such cards, by what the compiler says of registers.
+Each kernel and dtype has a short list, best first. `choose_tile` takes the first tile that the device supports and has
+the shared memory for. Hopper keeps the operands of matrix products in shared memory (227 KiB per block on an H200).
+Older cards keep them in registers, where a large tile spills, so an A100 or an RTX 4090 gets a smaller tile. Tiles for
+Hopper were chosen by measured time, the others by the compiler's register counts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ OLDEST_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Tile:
-    """How one block works: chunk tokens at a time, `columns` of the state, and how many blocks share a multiprocessor.
+    """How one block works: tokens per chunk, columns of the state, and how many blocks share a multiprocessor.
 
-    `shared_memory` in bytes is the most the compiler asks for at head_dim 128; a test compares it with the compiler.
+    `shared_memory` is the compiler's maximum at head_dim 128, in bytes. A test compares it with the compiler.
     """
 
     chunk: int
@@ -36,7 +36,7 @@ _BF16 = (
     Tile(64, 64, 4, 2, 2, 90_112, oldest_capability=(9, 0)),
     Tile(32, 64, 8, 2, 1, 36_864),
 )
-# Products in full fp32 run on the ordinary units, their operands in registers: larger tiles spill by kilobytes.
+# fp32 products run on CUDA cores with operands in registers, where larger tiles spill kilobytes.
 _FP32 = (Tile(16, 32, 8, 1, 1, 19_456),)
 TILES: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
     ("forward", torch.bfloat16): _BF16,
@@ -48,7 +48,7 @@ TILES: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What of a device decides about tiles; shared memory in bytes per block."""
+    """The properties of a device that choose_tile depends on; shared memory in bytes per block."""
 
     name: str
     capability: tuple[int, int]
@@ -58,7 +58,7 @@ class DeviceLimits:
 
 @functools.lru_cache
 def device_limits(device: torch.device) -> DeviceLimits:
-    """Limits of a CUDA device; a CPU stands for the interpreter, which has no limits worth respecting."""
+    """Limits of a CUDA device. A CPU device stands for Triton's interpreter, which has none that matter."""
     if device.type != "cuda":
         return DeviceLimits("interpreter", (9, 0), 4, 2**20)
     properties = torch.cuda.get_device_properties(device)
@@ -71,21 +71,21 @@ def device_limits(device: torch.device) -> DeviceLimits:
 
 
 def choose_tile(kernel: str, dtype: torch.dtype, limits: DeviceLimits) -> Tile:
-    """The best tile of `kernel` ("forward" or "backward") for a dtype that this device can run."""
+    """The best tile of `kernel` ("forward" or "backward") for `dtype` on this device; ValueError if there is none."""
     if (kernel, dtype) not in TILES:
         raise ValueError(
             f"Lightning Attention takes bfloat16 or float32, not {str(dtype).removeprefix('torch.')}; "
-            "convert the inputs (float16 overflows in the state, bfloat16 does not)"
+            "convert the inputs (float16 overflows in the state)"
         )
     if limits.capability < OLDEST_CAPABILITY:
         raise ValueError(
             f"{limits.name} has compute capability {limits.capability[0]}.{limits.capability[1]}; the kernels need 8.0 "
-            "or newer (A100, RTX 30 series and later): run on such a card, or on CPU tensors"
+            "(A100, RTX 30 series) or newer; use such a card, or CPU tensors"
         )
     for tile in TILES[kernel, dtype]:
         if limits.capability >= tile.oldest_capability and limits.shared_memory >= tile.shared_memory:
             return tile
     raise ValueError(
-        f"{limits.name} offers {limits.shared_memory} bytes of shared memory per block and no {kernel} tile for "
-        f"{dtype} needs so little; run on a card with at least {TILES[kernel, dtype][-1].shared_memory}"
+        f"{limits.name} offers {limits.shared_memory} bytes of shared memory per block, but the {kernel} kernel for "
+        f"{dtype} needs {TILES[kernel, dtype][-1].shared_memory}; use a card that has them"
     )

@@ -26,7 +26,7 @@ def test_stages_run_in_order_and_only_once(run: RunFolder, counting, console: Co
     init, align = counting(run.stage("init", "0" * 12)), counting(run.stage("align", "1" * 12))
     plan = [init.planned(), align.planned("init")]
     published = run_stages(plan, console)
-    assert [line.rstrip("0123456789 s") for line in shown(console)] == [
+    assert [line.rstrip("0123456789. s") for line in shown(console)] == [
         "init running",
         "init done",
         "align running",
@@ -136,7 +136,7 @@ def test_interrupt_is_recorded_and_resumed(record: StageRecord, counting, consol
     assert shown(console)[-1] == "distill.uniform interrupted the same command resumes here"
     stage.error = None
     assert run_stages([stage.planned()], console)["distill.uniform"]["attempt"] == "2"
-    assert "attempt 2, after 0 s in earlier ones" in shown(console)[-2]
+    assert "attempt 2, after 0.0 s in earlier ones" in shown(console)[-2]
 
 
 def test_library_logs_reach_the_attempt(record: StageRecord, console: Console) -> None:

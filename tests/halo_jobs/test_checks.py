@@ -31,16 +31,16 @@ def test_good_recipes_pass(tiny_recipe):
 @pytest.mark.parametrize(
     ("settings", "start", "mend"),
     [
-        (["align.context_length=60"], "align with recall_share 0.5: ", "at least 64, not 60; lengthen it"),
+        (["align.context_length=60"], "align with recall_share 0.5: ", "at least 64, not 60; increase it"),
         (["corpus.answer_weight=300"], "align with recall_share 0.5: ", "choose 1 to 255"),
         (["corpus.recall_episodes=0"], "corpus.recall_episodes: ", "or set align.recall_share to 0"),
-        (["select.context_length=40"], "select.context_length: niah_single_1 ", "lengthen it"),
+        (["select.context_length=40"], "select.context_length: niah_single_1 ", "increase it"),
         (
             ["distill.context_length=70"],
             "distill.context_length, at which models are evaluated: niah_single_1 ",
-            "lengthen it",
+            "increase it",
         ),
-        (["evaluate.contexts=[512, 50]"], "evaluate.contexts: niah_single_1 ", "not 50; lengthen it"),
+        (["evaluate.contexts=[512, 50]"], "evaluate.contexts: niah_single_1 ", "not 50; increase it"),
         (["evaluate.depths=[0.5, 50]"], "evaluate.depths: 50", "between 0 (start) and 1 (end)"),
         (["select.attention_layers=[1, 4]"], "select.attention_layers: ", "choose from 0 to 3"),
         (["select.attention_layers=[1, 1]"], "select.attention_layers: ", "name each once"),
@@ -152,7 +152,7 @@ def test_corpus_without_text(tiny_recipe_file, tmp_path):
     (tmp_path / "pictures" / "a.png").write_bytes(b"")
     message = _refusal(tiny_recipe_file, f"corpus.held_out=[{tmp_path / 'pictures'}]")
     assert message.startswith("corpus.held_out: ")
-    assert "holds no .txt, .jsonl, .parquet text" in message
+    assert "has no .txt, .jsonl, .parquet files" in message
 
 
 def _broken_teacher(teacher, tmp_path):

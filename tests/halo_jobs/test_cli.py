@@ -263,7 +263,7 @@ def test_corrupt_parquet_ends_a_run(finished, tmp_path):
     text = tmp_path / "text.parquet"
     text.write_bytes(b"PAR1" + bytes(100) + b"PAR1")
     message = error_sentence(halo("run", recipe, "--runs", tmp_path, "--set", f"corpus.train=[{text}]"), 2)
-    assert f"{text} is not a readable parquet file" in message and "fetch it again" in message
+    assert f"{text} is not a readable parquet file" in message and "download it again" in message
 
 
 def test_store_of_another_tokenizer(finished, tiny_corpus, tiny_tokenizer, tmp_path):
@@ -305,11 +305,11 @@ def test_status_and_report_of_an_unfinished_run(finished, tmp_path):
     written = halo("report", run)
     assert written.returncode == 0, written.stderr
     page = (run / "report.html").read_text()
-    assert "Layer importance" in page or "Which layers stay attention" in page
+    assert "Layer importance" in page or "Layers that keep attention" in page
 
 
 def test_status_of_what_is_no_run(tmp_path):
-    assert "is not a run's folder" in error_sentence(halo("status", tmp_path), 2)
+    assert "is not a run folder" in error_sentence(halo("status", tmp_path), 2)
 
 
 def test_tokenize_makes_a_store_once(tiny_corpus, tiny_tokenizer, tmp_path):

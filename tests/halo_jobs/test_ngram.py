@@ -58,7 +58,7 @@ def test_ngram_perplexity_does_not_depend_on_the_chunks(monkeypatch: pytest.Monk
     model = NGramBaseline.fit(generator.integers(0, 40, 3000), vocab_size=40)
     text = generator.integers(0, 40, 1000)
     whole = model.perplexity(text)
-    monkeypatch.setattr(ngram, "_SCORED_AT_ONCE", 77)
+    monkeypatch.setattr(ngram, "_POSITIONS_PER_CHUNK", 77)
     assert model.perplexity(text) == pytest.approx(whole, rel=1e-12)
 
 

@@ -135,7 +135,7 @@ def test_malformed_line_in_a_worker(aligned: Path, recipe: ConversionRecipe, tmp
     corpus.write_text('{"text": "The river feeds the garden."}\n{"text": 5}\n')
     update = {"corpus": recipe.corpus.model_copy(update={"train": [str(corpus)]})}
     several = recipe.model_copy(update=update | {"fan_out": FanOutSection(workers=2)})
-    with pytest.raises(ValueError, match=r'bad.jsonl:2 is not a JSON object with a "text" string; mend'):
+    with pytest.raises(ValueError, match=r'bad.jsonl:2 is not a JSON object with a "text" string; fix'):
         run_stage(several, "tokenize", aligned, tmp_path / "tokenize")
 
 

@@ -22,7 +22,7 @@ from prometheus_client.utils import floatToGoString
 
 from halo_cluster import RunFolder, StageRecord
 from halo_reports.monitoring.exporter import MetricsServer, exposition, read_or_make_token
-from halo_reports.monitoring.families import ALL_METRICS, EXTRA_LABELS
+from halo_reports.monitoring.families import ALL_METRICS
 from halo_reports.monitoring.readings import last_metrics, read_run
 from halo_training.progress import peak_memory
 from tests.support.halo import halo, halo_command
@@ -83,7 +83,7 @@ def test_logs_of_a_stage(training_run):
     assert shown.stdout.splitlines()[-1] == "== align done"
     absent = halo("logs", training_run, "alin")
     assert absent.returncode == 2
-    assert "has begun no stage 'alin'; begun are: tokenize, " in absent.stderr
+    assert "has not started 'alin'; started are: tokenize, " in absent.stderr
 
 
 def test_last_metrics_of_a_long_file_that_was_cut_short(tmp_path):
@@ -191,7 +191,7 @@ def test_runs_come_and_go_under_a_server(tmp_path):
 def test_the_page_lists_the_metrics():
     rows = re.findall(r"^\| `(halo_\w+)` \| ([\w, ]+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
     expected = [
-        (metric.name, ", ".join(EXTRA_LABELS.get(metric.name, ("run", "stage"))), metric.help)
+        (metric.name, ", ".join(metric.labels), metric.help)
         for metric in ALL_METRICS
     ]
     assert rows == expected

@@ -40,9 +40,7 @@ def _batches() -> list[TokenBatch]:
     tokens = torch.randint(SHAPE.vocab_size, (2, 2, LENGTH + 1), generator=generator)
     weights = torch.rand(2, 2, LENGTH, generator=generator)
     return [
-        TokenBatch(
-            tokens[n, :, :-1].contiguous(), tokens[n, :, 1:].contiguous(), weights[n], (2 * n, 2 * n + 1)
-        )
+        TokenBatch(tokens[n, :, :-1].contiguous(), tokens[n, :, 1:].contiguous(), weights[n])
         for n in range(2)
     ]
 

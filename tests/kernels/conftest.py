@@ -1,4 +1,4 @@
-"""The kernels run on the GPU if there is one, else in Triton's interpreter (fp32 only: its bf16 dots are wrong)."""
+"""Kernels run on the GPU if there is one, otherwise in Triton's interpreter (only fp32: its bf16 dots are wrong)."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def kernel_device() -> torch.device:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """torch.empty returns NaN, so that what a kernel does not write shows."""
+    """Fill torch.empty with NaN, to detect elements that a kernel does not write."""
     empty = torch.empty
 
     def poisoned(*size, **options):

@@ -1,4 +1,4 @@
-"""Every kernel is compiled for Ampere and Hopper, without a GPU: registers suffice, shared memory is as written."""
+"""Compiles every kernel for Ampere and Hopper without a GPU, and checks spills and shared memory."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from hypenet_kernels.tiles import TILES, DeviceLimits, choose_tile
 SCRIPT = Path(__file__).parents[1] / "support" / "compile_kernels.py"
 CAPABILITIES = (80, 90)
 # Bytes that a thread may spill, by kernel and capability; 0 for all others. Measured and rounded up: the backward pass
-# with states keeps three of them alive for a few instructions, and fp32 dots hold their operands in registers.
+# keeps three states alive for a few instructions, and fp32 dots have their operands in registers.
 SPILLS = {
     ("lightning forward bfloat16 0", 90): 64,
     ("lightning backward bfloat16 0", 90): 320,
@@ -40,7 +40,7 @@ def compiled(tmp_path_factory):
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),  # compiled now, not remembered
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),  # an empty cache
     }
     command = [sys.executable, str(SCRIPT), *map(str, CAPABILITIES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -49,7 +49,7 @@ def compiled(tmp_path_factory):
 
 
 def test_no_kernel_is_left_out(compiled):
-    """Public functions of triton_kernels are kernels; helpers begin with an underscore."""
+    """Public functions of triton_kernels are kernels; names of helpers begin with an underscore."""
     compiled_kernels = {result["kernel"] for result in compiled}
     for module in pkgutil.iter_modules(triton_kernels.__path__):
         names = vars(importlib.import_module(f"{triton_kernels.__name__}.{module.name}"))

@@ -1,4 +1,4 @@
-"""Decoding steps against the recurrence in fp64: slots in any order, empty seats, lagging states."""
+"""Decoding steps against the recurrence in fp64: slots in any order, unused rows, deferred states."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def _relative(found, expected):
 
 
 def _judge(tokens, state, slots):
-    """Outputs [steps, batch, ...] and pool after them, in fp64."""
+    """Outputs [steps, batch, ...] and the pool of states after the last step, in fp64."""
     state, outputs = state.double(), []
     for q, k, v in tokens.double():
         outputs.append(torch.empty_like(q))
@@ -61,7 +61,7 @@ def test_in_place(kernel_device):
 
 @pytest.mark.parametrize("strided", [False, True])
 def test_deferred_over_two_windows(kernel_device, strided):
-    """Sequences that are at different places of their windows, from NaN windows (only written entries may count)."""
+    """Windows start as NaN, so that entries that were not written would show."""
     steps = 2 * WINDOW + 3
     tokens = _tokens(kernel_device, steps, 3)
     slots = torch.tensor([2, 4, 1], device=kernel_device)
@@ -81,7 +81,7 @@ def test_deferred_over_two_windows(kernel_device, strided):
 
 
 def test_deferred_state_after_full_windows(kernel_device):
-    """One sequence starts mid-window: each state is written exactly when its own window is full."""
+    """A state is written exactly when the window is full."""
     tokens = _tokens(kernel_device, WINDOW, 2)
     slots = torch.tensor([0, 3], device=kernel_device)
     state = torch.randn(SLOTS, HEADS, HEAD_DIM, HEAD_DIM, device=kernel_device)

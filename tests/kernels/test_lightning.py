@@ -1,4 +1,4 @@
-"""The chunked path and the recurrence compute the same function; fp64 is the judge."""
+"""The chunked form against the recurrence, in fp64."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_chunked_equals_recurrence_in_fp64(time):
 
 
 def test_segments_carry_the_state():
-    """More chunks than one segment holds: the loop over segments is exercised."""
+    """More chunks than in one segment, to exercise the loop over segments."""
     q, k, v, slopes, _ = _inputs(64 * 64 + 70, heads=2, head_dim=4)
     expected, _ = recurrent_lightning_attention(q, k, v, slopes, 1.0)
     output, _ = chunked_lightning_attention(q, k, v, slopes, 1.0)

@@ -19,10 +19,10 @@ SCALE = 0.3
 
 @pytest.fixture(params=[1, 64], ids=["few multiprocessors", "many multiprocessors"])
 def multiprocessors(request, monkeypatch):
-    """Many multiprocessors cut short sequences into segments with halos; few leave them whole."""
+    """With many multiprocessors short sequences are cut into segments with halos, with few they are not."""
     limits = DeviceLimits("test", (9, 0), request.param, 2**20)
     monkeypatch.setattr(ops, "device_limits", lambda device: limits)
-    monkeypatch.setattr(ops, "_launches", {})  # prepared for another number of multiprocessors
+    monkeypatch.setattr(ops, "_launches", {})  # those present are for another number of multiprocessors
     return request.param
 
 
@@ -34,7 +34,7 @@ def _inputs(device, batch, time, heads, head_dim, seed=0):
 
 def _run(q, k, v, slopes, state=None, cu_seqlens=None, exact=False):
     return torch.ops.hypenet.lightning_attention(
-        q, k, v, slopes, SCALE, state, cu_seqlens, exact, True, False
+        q, k, v, state, cu_seqlens, slopes, SCALE, exact, True, False
     )
 
 
@@ -67,7 +67,7 @@ def test_kernels_match_the_recurrence(kernel_device, multiprocessors, time, head
 
 
 def test_segments_are_cut_in_the_tests_above():
-    """Otherwise they would not see a halo."""
+    """Otherwise these tests would have no halo."""
     slopes = (0.7, 0.2)
     assert len(batch_items(slopes, 2, 5 * CHUNK + 7, CHUNK, 64, False, torch.device("cpu"))) > 2 * 2
     assert len(batch_items(slopes, 2, 5 * CHUNK + 7, CHUNK, 64, True, torch.device("cpu"))) == 2 * 2
@@ -94,7 +94,7 @@ def test_one_call_equals_chained_calls(kernel_device, multiprocessors, split):
 
 
 def test_packed_sequences_do_not_see_each_other(kernel_device, multiprocessors):
-    """An empty sequence, one token, a chunk and more; with states in and out, and their gradients."""
+    """Sequences of no token, one token, a chunk and more; with initial and final states, and their gradients."""
     lengths = [CHUNK + 9, 0, 1, 3 * CHUNK, 5]
     bounds = list(itertools.accumulate(lengths, initial=0))
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=kernel_device)
@@ -123,7 +123,7 @@ def test_packed_sequences_do_not_see_each_other(kernel_device, multiprocessors):
 
 
 def test_work_lists_cover_every_chunk_once():
-    """Plain and packed lists, for many shapes: each chunk of each sequence and head is computed exactly once."""
+    """Every chunk of every sequence and head is computed exactly once, in plain and packed work lists."""
     slopes = tuple(decay_slopes(5))
     for time, slots in itertools.product([1, 64, 65, 4096, 20_000], [1, 7, 132, 264]):
         items = batch_items(slopes, 2, time, 64, slots, False, torch.device("cpu"))
@@ -158,14 +158,13 @@ def test_without_the_dispatcher_the_same_bits(kernel_device, with_state):
     *leaves, do = (x.requires_grad_() for x in _inputs(kernel_device, 1, 70, 2, 64))
     state = torch.ones(1, 2, 64, 64, device=kernel_device, requires_grad=True) if with_state else None
     inputs = leaves if state is None else [*leaves, state]
-    watched = torch.ops.hypenet.lightning_attention(
-        *leaves, [0.7, 0.2], SCALE, state, None, False, with_state, False
+    dispatched = torch.ops.hypenet.lightning_attention(
+        *leaves, state, None, [0.7, 0.2], SCALE, False, with_state, False
     )
-    others = ([0.7, 0.2], SCALE, None, False, with_state, False)
-    eager = ops._EagerLightningAttention.apply(*leaves, state, others)
+    eager = ops.fused_lightning_attention(*leaves, state, None, [0.7, 0.2], SCALE, False, with_state, False)
     results = []
-    for outputs in (watched if with_state else watched[:1], eager if with_state else (eager,)):
-        loss = (outputs[0] * do).sum() + sum(final.sum() for final in outputs[1:])
+    for outputs in (dispatched, eager):
+        loss = (outputs[0] * do).sum() + outputs[1].sum()
         results.append((*outputs, *torch.autograd.grad(loss, inputs)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -183,14 +182,14 @@ def test_same_bits_from_run_to_run(kernel_device, multiprocessors):
 @pytest.mark.parametrize("packed", [False, True])
 def test_operator_contract(kernel_device, packed, monkeypatch):
     """Schema, fake tensors, autograd registration and dynamic shapes, as torch.compile relies on them."""
-    monkeypatch.undo()  # opcheck compares outputs, NaN-poisoned ones included
+    monkeypatch.undo()  # opcheck also compares outputs filled with NaN
     q, k, v, _ = _inputs(kernel_device, 1, 40, 2, 64)
     cu_seqlens = torch.tensor([0, 13, 40], device=kernel_device) if packed else None
     state = torch.randn(2 if packed else 1, 2, 64, 64, device=kernel_device)
     leaves = [x.requires_grad_() for x in (q, k, v, state)]
     torch.library.opcheck(
         torch.ops.hypenet.lightning_attention.default,
-        (*leaves[:3], [0.7, 0.2], SCALE, leaves[3], cu_seqlens, False, True, False),
+        (*leaves, cu_seqlens, [0.7, 0.2], SCALE, False, True, False),
     )
 
 
@@ -230,7 +229,7 @@ class TestPublicFunction:
             ops.lightning_attention(q.half(), k.half(), v.half(), [1.0, 0.5], 1.0)
         with pytest.raises(ValueError, match="repeat shared key heads"):
             ops.lightning_attention(q, k[:, :, :1], v, [1.0, 0.5], 1.0)
-        with pytest.raises(ValueError, match="slopes names 1 heads"):
+        with pytest.raises(ValueError, match="slopes has 1 entries for 2 heads"):
             ops.lightning_attention(q, k, v, [1.0], 1.0)
         with pytest.raises(ValueError, match="batch must be 1"):
             ops.lightning_attention(q, k, v, [1.0, 0.5], 1.0, cu_seqlens=torch.tensor([0, 8]))

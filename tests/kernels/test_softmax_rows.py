@@ -1,4 +1,4 @@
-"""The vocabulary losses on the kernels' path: through the interpreter without CUDA, compiled with it."""
+"""The vocabulary losses with kernels: in the interpreter without CUDA, compiled with CUDA."""
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ VOCABULARIES = [1, 100, 4096, 4097, 9001]
 
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch, poisoned_memory):
-    monkeypatch.setattr(vocabulary_losses, "_uses_kernels", lambda hidden: True)
+    functions = softmax_rows.softmax_row_statistics, softmax_rows.softmax_row_gradients
+    monkeypatch.setattr(vocabulary_losses, "_row_functions", lambda hidden: functions)
 
 
 def _normal(*shape, seed, device, scale=1.0):
@@ -77,12 +78,12 @@ def test_large_logits_do_not_overflow(loss, kernel_device):
     case = _case(3, 500, kernel_device)
     case["hidden"] *= 100
     case["teacher_hidden"] *= 100
-    # Logits of several hundred: the rounding of the matrix product alone is 1e-5 of a probability.
+    # With logits of several hundred, rounding of the matrix product changes probabilities by 1e-5.
     _assert_close(_ours(case, loss), _expected(case, loss), bound=2e-4)
 
 
 def test_a_nan_reaches_the_loss(kernel_device):
-    """The guard of the training loop looks at the loss alone."""
+    """The divergence guard of the training checks the loss only."""
     case = _case(3, 500, kernel_device)
     case["hidden"][1, 0] = float("nan")
     assert _ours(case, "KL")[0].isnan()
@@ -91,7 +92,7 @@ def test_a_nan_reaches_the_loss(kernel_device):
 
 @pytest.mark.parametrize("loss", ["cross entropy", "KL"])
 def test_two_ranks_combine_by_one_max_and_one_sum(loss, kernel_device, monkeypatch):
-    """Two slices of the vocabulary, each with the other's part added where ranks would reduce."""
+    """Two slices of the vocabulary. The patched reduction adds the other slice."""
     case = _case(4, 600, kernel_device)
     whole = _expected(case, loss)
     halves = [slice(0, 300), slice(300, 600)]

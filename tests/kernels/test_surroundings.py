@@ -1,4 +1,4 @@
-"""What surrounds Lightning Attention: fused kernels, in Triton's interpreter, against the plain references in fp64."""
+"""The fused norms around Lightning Attention, in Triton's interpreter, against the references in fp64."""
 
 import importlib
 import importlib.util
@@ -27,14 +27,14 @@ from hypenet_kernels.query_key_norm import fused_norm_rope, norm_rope, plain_nor
 
 EPSILON = 1e-5
 ops = torch.ops.hypenet
-# The operators run Triton kernels wherever their tensors are: on CPU they need the interpreter.
+# The operators run Triton kernels on any device. CPU tensors need the interpreter.
 kernels = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs triton and TRITON_INTERPRET=1",
 )
 
 
-# Through torch's dispatcher, and past it.
+# With and without torch's dispatcher.
 both_ways = pytest.mark.parametrize(
     "ops",
     [
@@ -51,7 +51,7 @@ both_ways = pytest.mark.parametrize(
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that a kernel forgets to write is NaN."""
+    """Fill torch.empty with NaN, to detect elements that a kernel does not write."""
     monkeypatch.setattr(torch, "empty", partial(_nan_filled, torch.empty))
 
 
@@ -139,7 +139,7 @@ def test_gated_norm_with_sum(poisoned, ops):
 
 
 def _split(sum_of_squares, with_sum, o, gate, weight, epsilon):
-    """Two ranks, each with some of the heads."""
+    """Compute on two ranks with some of the heads each."""
     channels = weight.shape[0]
     first = o.shape[2] // 3
     heads = [slice(None, first), slice(first, None)]
@@ -268,7 +268,7 @@ def test_checkpointing_and_compilation_change_nothing(ops, wrap):
 
 
 def test_cuda_tensors_go_to_the_operators():
-    """With fake tensors, which need no device: shapes, dtypes, and o refused when the kernel could not read it."""
+    """Checks shapes, dtypes and the refusal of a strided o, with fake tensors, which need no device."""
     # Another test may have installed the CPU backend, a torch function mode to which "cuda" means "cpu".
     with torch._C.DisableTorchFunction(), FakeTensorMode():
         x = torch.empty(5, 2, 3, 64, dtype=torch.bfloat16, device="cuda").transpose(0, 1)
@@ -292,7 +292,7 @@ class _Seen(TorchDispatchMode):
 
 
 @kernels
-def test_who_watches_sees_one_operator():
+def test_a_dispatch_mode_sees_one_operator():
     x, weight, weights = torch.ones(1, 2, 3, 16), torch.ones(16), torch.ones(48, requires_grad=True)
     with _Seen() as seen:
         query, _ = fused_norm_rope(x, x, weight, weight, None, None, EPSILON)
@@ -326,7 +326,7 @@ def test_plain_references_pass_gradcheck():
 
 
 def test_rotation_keeps_norms_and_depends_on_distance_alone():
-    """An independent look at the reference: relative positions, unit mean square."""
+    """Checks the reference itself: unit mean square, and scores that depend on relative positions only."""
     x = _normal(1, 1, 1, 64).double().expand(1, 8, 1, 64)
     y = _normal(1, 1, 1, 64, seed=1).double().expand(1, 8, 1, 64)
     cos, sin = (angle.double() for angle in _angles(8, 64))

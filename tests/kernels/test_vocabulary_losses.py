@@ -1,4 +1,4 @@
-"""Chunked losses against torch's own, values and gradients."""
+"""Values and gradients of the chunked losses against those of torch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `halo kernels warmup` runs: here on CPU tensors, where the same calls take the PyTorch paths."""
+"""The calls of `halo kernels warmup`, on CPU tensors, where they run the PyTorch references."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_every_call_runs(dtype):
 
 
 def test_every_operator_is_called(monkeypatch):
-    """With fake CUDA tensors, which need no device; autograd would, so gradients are left to tests/gpu."""
+    """Uses fake CUDA tensors, which need no device. Gradients need one, so tests/gpu checks them."""
     monkeypatch.setattr(torch.Tensor, "backward", lambda x: None)
     called = set()
 

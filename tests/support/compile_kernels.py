@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hypenet_kernels import softmax_rows
-from hypenet_kernels.decode import _DEFERRED, _IN_PLACE, WINDOW
+from hypenet_kernels.decode import DEFERRED_BLOCKS, IN_PLACE_BLOCKS, WINDOW
 from hypenet_kernels.query_key_norm import ROWS
 from hypenet_kernels.tiles import TILES
 from hypenet_kernels.triton_kernels import decode, gated_norm, lightning_scan, norm_rope, softmax_losses
@@ -63,10 +63,10 @@ def variants(capability: int) -> Iterator[Variant]:
         yield f"gated_norm backward {has_sum}", gated_norm.gated_norm_backward, 4, {**constants, "STAGES": 2}
     yield "sum_of_squares forward", gated_norm.sum_of_squares_forward, 4, channels
     yield "sum_of_squares backward", gated_norm.sum_of_squares_backward, 4, channels
-    for block in _IN_PLACE:
+    for block in IN_PLACE_BLOCKS:
         constants = {"D": HEAD_DIM, "BV": block.columns}
         yield f"decode in place {block.columns}", decode.decode_in_place, block.warps, constants
-    for block in _DEFERRED:
+    for block in DEFERRED_BLOCKS:
         constants = {
             "D": HEAD_DIM,
             "BV": block.columns,

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,28 +30,38 @@ from hypenet_tools.model_weights import save_weights
 from tests.support.fork_server import describe_world
 from tests.support.small_ranks import EVERY, STEPS, Job
 from tests.support.windows import RandomWindows, cursor_of_this_rank
+from tokenized_data import Window
 
 cpu_backend.install()
 SHAPE = ModelShape("tiny", 2, 32, 48, 4, 2, 8, 64, tied_embeddings=True)
 CONTEXT = 16
 
 
+@dataclass(frozen=True)
+class _StallingWindows(RandomWindows):
+    """Random windows that hang at the first one of step `stall_at`."""
+
+    stall_at: int | None = None
+
+    def window(self, sample: int) -> Window:
+        while self.stall_at is not None and sample == 8 * self.stall_at:
+            time.sleep(0.1)
+        return super().window(sample)
+
+
 class _Objective(NextTokenObjective):
     """Next token, at the pace of the job."""
 
-    def __init__(self, job: Job, rank: int, layout: ParallelLayout) -> None:
+    def __init__(self, job: Job, layout: ParallelLayout) -> None:
         reset_seeds(3)
         config = DecoderConfig.from_shape(
             SHAPE, SHAPE.hybrid_mixers((1,), "lightning"), **layout.megatron_options()
         )
         super().__init__(build_model(config), layout)
-        self._job, self._rank = job, rank
+        self._job = job
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
         time.sleep(self._job.step_seconds)
-        if self._rank == 0 and self._job.stall_at == batches[0].samples[0] // 8:
-            while True:
-                time.sleep(0.1)
         return super().accumulate(batches)
 
 
@@ -67,9 +78,10 @@ def _train(job: Job, rank: int) -> None:
             checkpoint_every=EVERY,
             watchdog_seconds=job.watchdog_seconds,
         )
-        cursor = cursor_of_this_rank(RandomWindows(CONTEXT, SHAPE.vocab_size), section)
+        stall_at = job.stall_at if rank == 0 else None
+        cursor = cursor_of_this_rank(_StallingWindows(CONTEXT, SHAPE.vocab_size, stall_at=stall_at), section)
         folder = Path(job.folder)
-        objective = _Objective(job, rank, layout)
+        objective = _Objective(job, layout)
         trainer = Trainer("small", section, objective, cursor, folder, Console(quiet=True))
         trainer.run()
         save_weights(folder / "final", trainer.model)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 
 from halo_jobs.recipe import TrainingSection
 from halo_training.batches import BatchCursor
@@ -35,13 +34,5 @@ def cursor_of_this_rank(
     windows: RandomWindows, section: TrainingSection, device: torch.device | None = None
 ) -> BatchCursor:
     """The batches of this process in Megatron's present world."""
-    return BatchCursor(
-        windows,
-        section.global_batch,
-        section.micro_batch,
-        device or torch.device("cpu"),
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-        parallel_state.get_context_parallel_rank(),
-        parallel_state.get_context_parallel_world_size(),
-    )
+    device = device or torch.device("cpu")
+    return BatchCursor.of_this_rank(windows, section.global_batch, section.micro_batch, device)

@@ -1,4 +1,4 @@
-"""Small stores, and a tokenizer made on the fly."""
+"""Small stores and a small tokenizer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ IDENTITY = TokenizerIdentity("tiny", "a" * 64, 1_000, 0)
 
 @pytest.fixture
 def random_documents() -> list[np.ndarray]:
-    """Some 79,000 ids: two full shards and a third that is not."""
+    """About 79,000 ids: two full shards and a partial one."""
     rng = np.random.default_rng(3)
     return [rng.integers(0, IDENTITY.vocab_size, length) for length in rng.integers(1, 9_000, 18)]
 
 
 @pytest.fixture
 def write_store(tmp_path: Path) -> Callable[..., Path]:
-    """Writes documents to a store with small shards; the weights of id n are n % 5."""
+    """Write documents to a store with small shards. The weight of id n is n % 5."""
 
     def write(documents: Sequence[np.ndarray], name: str = "store", *, weighted: bool = False) -> Path:
         folder = tmp_path / name
@@ -51,7 +51,7 @@ def counting_store(write_store: Callable[..., Path]) -> Callable[[int, str], Tok
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE that cuts words as Qwen's does, <|end|> being token 0.
+    """A byte-level BPE that splits words like Qwen's. <|end|> is token 0.
 
     Saved with a truncation and a padding that must not take effect.
     """

@@ -1,4 +1,4 @@
-"""Every window once per epoch, in an order that depends on (seed, sample) and on nothing else."""
+"""Every window occurs once per epoch, in an order that depends only on (seed, sample)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_permutation_is_a_bijection(size, key):
 
 
 def test_permutation_is_the_same_everywhere():
-    """Pinned: another order would change what a resumed run reads."""
+    """Golden values: another order would change the data of a resumed run."""
     assert [permuted(index, 1_000, 42) for index in range(6)] == [483, 688, 207, 931, 101, 83]
 
 
@@ -74,7 +74,7 @@ def test_every_window_once_per_epoch(sampler):
 
 
 def test_windows_that_cross_shard_borders(counting_store):
-    """Together they are the store again, each label once."""
+    """All windows together are the store, with each label once."""
     length = 2 * SHARD_TOKENS + 5_000
     context = 1_013  # no divisor of a shard
     sampler = WindowSampler(counting_store(length, "sharded"), context, seed=1)
@@ -115,7 +115,7 @@ def test_resuming_is_asking_for_the_next_sample(sampler, counting_store):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_order_does_not_depend_on_the_number_of_ranks(sampler, counting_store, ranks):
-    """Ranks own every n-th sample; each has samplers of its own, as processes do."""
+    """Rank r of n reads every n-th sample, with a separate sampler like a separate process."""
     seen: dict[int, int] = {}
     for rank in range(ranks):
         own = WindowSampler(counting_store(1_007, "prose"), CONTEXT, seed=1)
@@ -146,7 +146,7 @@ def test_counts_never_stray_a_whole_sample(draws):
     "proportions", [[1.0], [0.65, 0.35], [1 / 3, 1 / 3, 1 / 3], [0.0, 1.0 - 0.123456789, 0.123456789]]
 )
 def test_blend(counting_store, proportions):
-    """Each source gives its windows 0, 1, 2 ... in its own order, and its share of any number of samples."""
+    """Each source contributes its samples 0, 1, 2 ... in order, and its share of any number of samples."""
     samplers = [
         WindowSampler(counting_store(400 + 10 * n, f"source {n}"), CONTEXT, seed=n)
         for n in range(len(proportions))
@@ -163,7 +163,7 @@ def test_blend(counting_store, proportions):
 
 
 def test_blend_partitioned_over_ranks_draws_every_source_in_order(counting_store):
-    """Four ranks with samplers of their own, one of them resumed: together the order of one process."""
+    """Four ranks with separate samplers, one of them resumed, read the samples of one process."""
 
     def blend() -> BlendedSampler:
         samplers = [
@@ -201,7 +201,7 @@ def test_blend_far_into_training(counting_store):
 @pytest.mark.parametrize("proportions", [[0.5, 0.4], [1.5, -0.5], [0.123456, 0.7654321, 0.1111119]])
 def test_proportions_that_do_not_come_out(counting_store, proportions):
     sampler = WindowSampler(counting_store(400, "a"), CONTEXT, seed=1)
-    with pytest.raises(ValueError, match="must be positive or 0 and sum to 1; round them"):
+    with pytest.raises(ValueError, match="must not be negative and must sum to 1; round them"):
         BlendedSampler([sampler] * len(proportions), proportions)
 
 

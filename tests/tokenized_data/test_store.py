@@ -1,4 +1,4 @@
-"""Round trips through the store, and what opening a damaged or foreign one says."""
+"""Round trips through the store, and the errors of damaged or foreign stores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import zarr
 from durable_files import TEMPORARY_MARK
 from tests.tokenized_data.conftest import IDENTITY, SHARD_TOKENS
 from tokenized_data import TokenizerIdentity, TokenStore, TokenStoreWriter
-from tokenized_data.store import _MappedShards, _ThroughZarr
+from tokenized_data.store import _MappedShards, _ZarrArray
 from tokenized_data.writer import INNER_CHUNK
 
 INDEX_BYTES = 16 * (SHARD_TOKENS // INNER_CHUNK) + 4
@@ -95,7 +95,7 @@ def test_a_shard_of_zeros_is_mapped_too(write_store):
 def test_reading_beyond_the_ends(write_store, start, length):
     store = TokenStore.open(write_store([np.arange(100)]))
     for read in (store.read, store.read_loss_weights):
-        with pytest.raises(ValueError, match=r"store has 100 tokens, so .* cannot be read"):
+        with pytest.raises(ValueError, match=r"store has 100 tokens; cannot read"):
             read(start, length)
 
 
@@ -123,7 +123,7 @@ def test_other_layouts_are_read_through_zarr(folder, random_documents, compresse
     settings = {"shards": (SHARD_TOKENS,)} if compressed else {"compressors": None}
     group.create_array("tokens", data=everything.astype(np.uint32), chunks=(INNER_CHUNK,), **settings)
     store = TokenStore.open(folder)
-    assert isinstance(store._tokens, _ThroughZarr)
+    assert isinstance(store._tokens, _ZarrArray)
     np.testing.assert_array_equal(store.read(1_000, 40_000), everything[1_000:41_000])
     last = folder / "tokens/c/2"
     if compressed:
@@ -146,7 +146,7 @@ def test_shard_without_its_empty_chunks_is_read_through_zarr(write_store):
     )
     assert (folder / "tokens/c/0").stat().st_size == INNER_CHUNK * 4 + INDEX_BYTES
     store = TokenStore.open(folder)
-    assert isinstance(store._tokens, _ThroughZarr)
+    assert isinstance(store._tokens, _ZarrArray)
     np.testing.assert_array_equal(store.read(0, SHARD_TOKENS), content)
 
 
@@ -184,7 +184,7 @@ def test_shard_that_lost_its_middle(folder):
     shard = folder / "tokens/c/1"
     content = shard.read_bytes()
     shard.write_bytes(content[:100] + content[200:])
-    with pytest.raises(ValueError, match=r"tokens/c/1 has .* fewer than its index speaks of"):
+    with pytest.raises(ValueError, match=r"tokens/c/1 has .* fewer than its index refers to"):
         TokenStore.open(folder)
 
 
@@ -215,7 +215,7 @@ def test_flipped_byte_in_the_document_offsets(folder):
     with pytest.raises(ValueError, match="document_offsets/c/0 does not match its checksum"):
         TokenStore.open(folder, verify_content=True)
     _flip(file, file.stat().st_size - 8)
-    with pytest.raises(ValueError, match="has arrays of other lengths than its"):
+    with pytest.raises(ValueError, match="has arrays that do not match its"):
         TokenStore.open(folder)
 
 

@@ -1,4 +1,4 @@
-"""From text files to stores: what is read, how it is split and encoded, and what broken files say."""
+"""From text files to stores: reading, splitting, encoding, and the errors of malformed files."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_folder_of_all_kinds_in_order(tmp_path, tokenizer_folder, documents_of):
 
 
 def test_every_format_gives_the_same_store(tmp_path, tokenizer_folder):
-    """Also cut into several files of a folder. A .txt ends its documents with a line of its own."""
+    """Also with the documents in several files of a folder."""
     texts = [text.replace("\n", " ") for text in TEXTS[:40]]
     sources = {
         "jsonl": _write_jsonl(tmp_path / "a.jsonl", texts),
@@ -144,7 +144,7 @@ def test_long_documents_are_cut_between_words_and_lose_nothing(
     tmp_path, tokenizer_folder, documents_of, tokenizer, monkeypatch, gap, exact
 ):
     monkeypatch.setattr(text, "_PIECE_CHARACTERS", 100)
-    monkeypatch.setattr(text, "_PIECES_AT_ONCE", 7)  # so that a document runs over several batches
+    monkeypatch.setattr(text, "_PIECES_PER_BATCH", 7)  # so that a document runs over several batches
     words = [f"harbour{n}." for n in range(1_000, 1_300)]
     long = gap.join(words)
     pieces = list(text._pieces(long))
@@ -219,7 +219,7 @@ def test_nothing_to_tokenize(tmp_path, tokenizer_folder):
 def test_malformed_jsonl_line(tmp_path, tokenizer_folder, line):
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "good"}\n\n' + line + '\n{"text": "good"}\n')
-    with pytest.raises(ValueError, match=r'a\.jsonl:3 is not a JSON object with a "text" string; mend'):
+    with pytest.raises(ValueError, match=r'a\.jsonl:3 is not a JSON object with a "text" string; fix'):
         tokenize_text([source], tokenizer_folder, tmp_path / "store")
     assert list(tmp_path.iterdir()) == [source]
 
@@ -243,14 +243,14 @@ def test_parquet_that_cannot_be_used(tmp_path, tokenizer_folder):
         tokenize_text([source], tokenizer_folder, tmp_path / "store")
     _write_parquet(source, TEXTS)
     source.write_bytes(source.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file \(.*; fetch it again"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file \(.*; download it again"):
         tokenize_text([source], tokenizer_folder, tmp_path / "store")
 
 
 def test_sources_without_text(tmp_path, tokenizer_folder):
     (tmp_path / "a.csv").touch()
     for source in (tmp_path, tmp_path / "a.csv"):
-        with pytest.raises(ValueError, match=r"holds no \.txt, \.jsonl, \.parquet text"):
+        with pytest.raises(ValueError, match=r"has no \.txt, \.jsonl, \.parquet files"):
             tokenize_text([source], tokenizer_folder, tmp_path / "store")
     with pytest.raises(ValueError, match="missing does not exist"):
         tokenize_text([tmp_path / "missing"], tokenizer_folder, tmp_path / "store")

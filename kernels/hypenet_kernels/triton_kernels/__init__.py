@@ -1,1 +1,1 @@
-"""Triton kernels; imported only inside operators, so that the package works without triton."""
+"""Triton kernels. Only operators import them, when they run, so the package works without triton."""

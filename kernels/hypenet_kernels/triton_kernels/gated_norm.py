@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""RMSNorm over all heads and a sigmoid gate, in one pass over the output of attention, and its gradient.
+"""RMSNorm over all heads and a sigmoid gate, in one pass over the output of attention; and its gradient.
 
     y = w o r sigmoid(gate),   r = 1 / sqrt(sum_squares / channels + epsilon)
 
-A program holds one token's CHANNELS channels (this rank's) in registers, BLOCK being the power of two above. With
-HAS_SUM the sum of squares over all ranks' channels comes from memory and is a variable of its own; without, it is
-computed here and its gradient is part of do.
+A program holds this rank's CHANNELS channels of one token in registers, padded to BLOCK, a power of two. With HAS_SUM
+the sum of squares over the channels of all ranks is an input with its own gradient. Without it, the kernel computes the
+sum, and its gradient is part of do.
 """
 
 import triton
@@ -19,7 +19,7 @@ def _load(pointer, mask):
 
 @triton.jit
 def _gate_columns(c, gate_head, D: tl.constexpr):
-    """Offset of channel c within a token of the gate, whose heads need not be adjacent."""
+    """Offset of channel c within a token of the gate. Its heads need not be adjacent."""
     return (c // D).to(tl.int64) * gate_head + c % D
 
 
@@ -53,9 +53,9 @@ def gated_norm_backward(
     gate_batch, gate_time, gate_head, tokens, time, channels, epsilon,
     CHANNELS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, HAS_SUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """do, dgate, contiguous like o, d_sum_squares [tokens] if HAS_SUM, and each program's share of dweight.
+    """do and dgate, contiguous like o; d_sum_squares [tokens] if HAS_SUM; the sum of dweight over a program's tokens.
 
-    Grid (programs,): programs loop over tokens, so that partial_dweight [programs, CHANNELS], fp32, stays small.
+    Grid (programs,). Programs loop over tokens to keep partial_dweight [programs, CHANNELS], fp32, small.
     """
     first = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
@@ -76,7 +76,7 @@ def gated_norm_backward(
         dng = d * n * g
         dw += dng
         tl.store(dgate + row + c, (dng * w * (1.0 - g)).to(dgate.dtype.element_ty), mask=mask)
-        # The norm's own gradient: dn = d w g, and r depends on o through the sum of squares alone.
+        # Gradient of the norm: dn = d w g, and r depends on o only through the sum of squares.
         along = tl.sum(dng * w, axis=0) / channels
         dn = d * w * g
         if HAS_SUM:

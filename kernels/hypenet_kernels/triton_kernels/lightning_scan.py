@@ -6,14 +6,14 @@ The forward pass is scan(q, k, v). With do the gradient of the output, the gradi
 
     dq = scan(do, v, k)     dk = scan(v, do, q) backwards in time     dv = scan(k, q, do) backwards in time
 
-so one body, read in two directions, is all there is to get right. It walks over a segment of a sequence in chunks of C
-tokens. Within a chunk the sum is two matrix products around a decay mask; what came before the chunk is a state
-S = sum_j gamma^(last - j) b_j^T c_j, [head_dim, head_dim], that stays in registers. A segment first rebuilds its start
-state from the chunks before it (the halo: tokens whose weight gamma^distance has not fallen below 2^-25 yet), so
-no state travels through memory and segments run in any order.
+One body, run in two directions, therefore computes everything. It walks over a segment of a sequence in chunks of C
+tokens. Within a chunk the sum is two matrix products around a decay mask. The tokens before the chunk enter through a
+state S = sum_j gamma^(last - j) b_j^T c_j, [head_dim, head_dim], that stays in registers. A segment first rebuilds its
+start state from the chunks before it (the halo: tokens whose weight gamma^distance is still above 2^-25). No state goes
+through memory, and segments run in any order.
 
-All decays multiply fp32 accumulators or one operand of the state update, and all are <= 1: nothing can overflow,
-whatever the slope. No transposed accumulator feeds a dot: Triton 3.4 to 3.7.0 miscompiles that on Hopper.
+All decays multiply fp32 accumulators or one operand of the state update, and all are <= 1, so no slope can cause an
+overflow. No transposed accumulator feeds a dot, because Triton 3.4 to 3.7.0 miscompiles that on Hopper.
 """
 
 import triton
@@ -22,20 +22,20 @@ import triton.language as tl
 
 @triton.jit
 def _rows(pointer, stride, rows, C: tl.constexpr, WIDTH: tl.constexpr):
-    """Tile [C, WIDTH] whose row r starts at pointer + r * stride; rows beyond `rows` are zero."""
+    """Tile [C, WIDTH] whose row r starts at pointer + r * stride. Rows from `rows` on are zero."""
     r = tl.arange(0, C)[:, None]
     return tl.load(pointer + r * stride + tl.arange(0, WIDTH)[None, :], mask=r < rows, other=0.0)
 
 
 @triton.jit
 def _nearest_tf32(x):
-    """Tensor cores drop the 13 low bits of an fp32; adding half of what they drop makes that a rounding."""
+    """Tensor cores truncate the 13 low bits of an fp32. Adding half of the truncated range turns this into rounding."""
     return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a b. PRECISION counts for fp32 alone."""
+    """accumulator + a b. PRECISION applies to fp32 only."""
     if PRECISION == "tf32" and a.dtype == tl.float32:
         a = _nearest_tf32(a)
         b = _nearest_tf32(b)
@@ -44,7 +44,7 @@ def _dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_chunk(state, b, c, rows, log2_gamma, reverse, PRECISION: tl.constexpr):
-    """gamma^rows state + sum_j gamma^(distance of j to the chunk's end in scan direction) b_j^T c_j."""
+    """gamma^rows state + sum_j gamma^(distance of j to the end of the chunk in scan direction) b_j^T c_j."""
     j = tl.arange(0, b.shape[0])
     distance = tl.where(reverse, j, rows - 1 - j)
     weighted = (c * tl.exp2(log2_gamma * distance)[:, None]).to(c.dtype)
@@ -59,7 +59,7 @@ def _scan(
     D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
     HAS_STATE_IN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one head: columns [column, column + BV) of scan(a, b, c). See ITEM in segments.py."""
+    """One segment of one head: columns [column, column + BV) of scan(a, b, c). segments.py defines `item`."""
     sequence = tl.load(item).to(tl.int64)
     head = tl.load(item + 1).to(tl.int64)
     batch = tl.load(item + 2).to(tl.int64)
@@ -73,19 +73,19 @@ def _scan(
     b += batch * b_batch + start * b_time + head * b_head
     c += batch * c_batch + start * c_time + head * c_head + column
     out_time = heads * D
-    # `out` is contiguous; packed sequences have batch 0, plain ones start 0 and batch = sequence.
+    # `out` is contiguous. A packed sequence has batch 0, any other has start 0 and batch = sequence.
     out += (batch * length + start) * out_time + head * D + column
     state_at = (sequence * heads + head) * D * D + column * state_column
     d = tl.arange(0, D)[:, None] * state_row + tl.arange(0, BV)[None, :] * state_column
 
     chunks = tl.cdiv(length, C)
-    # In int64, because offsets exceed 2^31 elements.
+    # int64, because offsets exceed 2^31 elements.
     origin = tl.where(reverse, chunks - 1, 0).to(tl.int64) * C
     stride = tl.where(reverse, -C, C)
     first = tl.maximum(begin - halo, 0)
     if HAS_STATE_IN and first == 0:
         state = tl.load(state_in + state_at + d)
-        if reverse:  # a gradient of the final state: scan() will apply one gamma and the scale too many
+        if reverse:  # a gradient of the final state: the scan applies gamma and the scale once too often
             state = state * (tl.exp2(-log2_gamma) / scale)
     else:
         state = tl.zeros([D, BV], dtype=tl.float32)
@@ -113,7 +113,7 @@ def _scan(
         out_tile = out + token * out_time + r[:, None] * out_time + tl.arange(0, BV)[None, :]
         tl.store(out_tile, result.to(out.dtype.element_ty), mask=r[:, None] < rows)
     if has_state_out and end == chunks:
-        if reverse:  # to the state before the first token, whose gradient this is
+        if reverse:  # the gradient of the state before the first token
             state = state * (tl.exp2(log2_gamma) * scale)
         tl.store(state_out + state_at + d, state)
 
@@ -139,7 +139,7 @@ def lightning_forward(
 
 @triton.jit
 def _select(index, zero, one, two):
-    """One of three scalars. A select keeps what the compiler knows of alignment; an if loses it in Triton 3.6."""
+    """One of three scalars. A select keeps the compiler's knowledge of alignment, an `if` loses it in Triton 3.6."""
     return tl.where(index == 0, zero, tl.where(index == 1, one, two))
 
 
@@ -151,10 +151,10 @@ def lightning_backward(
     D: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
     HAS_STATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The three gradients, each a scan of its own; grid (3 D / BV, items). The scan of dv ends in d_initial_state.
+    """The three gradients, one scan each; grid (3 D / BV, items). The scan of dv ends in d_initial_state.
 
-    Which gradient a block computes is decided by selecting pointers, not by branches around three copies of the body:
-    those would need three times the shared memory.
+    A block selects the pointers of its gradient. Branches around three copies of the body would need three times the
+    shared memory.
     """
     column = tl.program_id(0) // 3 * BV
     gradient = tl.program_id(0) % 3

@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""RMSNorm over head_dim and rotary embedding in one pass over queries or keys, and its gradient.
+"""RMSNorm over head_dim and rotary embedding in one pass over queries or keys; and its gradient.
 
     n_j = w_j x_j / rms(x),   out_1 = n_1 cos - n_2 sin,   out_2 = n_2 cos + n_1 sin   (1, 2: halves of head_dim)
 
-A program works on ROWS rows of HALF + HALF columns: HEADS_PER_TILE heads, a divisor of the number of heads, of
-ROWS / HEADS_PER_TILE consecutive tokens. Neighbouring rows so share a token, and its cos and sin come from the cache.
-The two halves are two tiles, because rotation pairs column j of one with column j of the other.
+A program works on a tile of ROWS rows of HALF + HALF columns: HEADS_PER_TILE heads (a divisor of the number of heads)
+of ROWS / HEADS_PER_TILE consecutive tokens. Neighbouring rows share a token, so its cos and sin come from the cache.
+The two halves are separate tiles, because rotation pairs column j of one with column j of the other.
 """
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _halves(pointer, columns, mask, HALF: tl.constexpr):
-    """Both halves of the rows at pointer [ROWS, 1], fp32; masked elements are zero."""
+    """Both halves of the rows at `pointer` [ROWS, 1], in fp32; masked elements are zero."""
     first = tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(pointer + columns + HALF, mask=mask, other=0.0).to(tl.float32)
     return first, second
@@ -34,7 +34,7 @@ def _reciprocal_rms(x1, x2, epsilon, HALF: tl.constexpr):
 
 @triton.jit
 def _rows(tile, tokens, ROWS: tl.constexpr, HEADS_PER_TILE: tl.constexpr):
-    """Token and head of every row of a tile [ROWS, 1], and which tokens exist."""
+    """Token and head of every row of a tile, and whether the token exists; each [ROWS, 1]."""
     row = tl.arange(0, ROWS)[:, None]
     token = tile * (ROWS // HEADS_PER_TILE) + row // HEADS_PER_TILE
     head = tl.program_id(1) * HEADS_PER_TILE + row % HEADS_PER_TILE
@@ -43,7 +43,7 @@ def _rows(tile, tokens, ROWS: tl.constexpr, HEADS_PER_TILE: tl.constexpr):
 
 @triton.jit
 def _offset(token, head, time, x_batch, x_time, x_head):
-    """Offset of row (token, head) in a tensor with these strides; in int64, it may exceed 2^31 elements."""
+    """Offset of row (token, head) in a tensor with these strides, in int64 because it may exceed 2^31 elements."""
     batch = (token // time).to(tl.int64)
     return batch * x_batch + (token % time).to(tl.int64) * x_time + head.to(tl.int64) * x_head
 
@@ -80,13 +80,13 @@ def norm_rope_backward(
     HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS_PER_TILE: tl.constexpr,
     HAS_ROPE: tl.constexpr,
 ):  # fmt: skip
-    """dx, contiguous, and each program's share of dweight; grid (programs, HEADS / HEADS_PER_TILE).
+    """dx, contiguous, and the sum of dweight over a program's tiles; grid (programs, HEADS / HEADS_PER_TILE).
 
-    Programs loop over tiles, so that partial_dweight [programs * HEADS / HEADS_PER_TILE, 2 HALF], fp32, stays small.
+    Programs loop over tiles to keep partial_dweight [programs * HEADS / HEADS_PER_TILE, 2 HALF], fp32, small.
     """
     columns = tl.arange(0, HALF)[None, :]
     w1, w2 = _halves(weight, columns, columns < HALF, HALF)
-    # Summed over rows once, at the end: a sum over rows crosses warps.
+    # Reduced over rows once, at the end: this reduction crosses warps.
     dw1 = tl.zeros([ROWS, HALF], dtype=tl.float32)
     dw2 = tl.zeros([ROWS, HALF], dtype=tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS // HEADS_PER_TILE), tl.num_programs(0)):

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Softmax losses of rows of fp32 logits: what a row's loss needs in one reading, its gradient in a second.
+"""Softmax losses of rows of fp32 logits. One pass reads what the loss needs, a second pass writes the gradient.
 
 For a row of student logits s and teacher logits t over this rank's slice of the vocabulary:
 
@@ -7,7 +7,7 @@ For a row of student logits s and teacher logits t over this rank's slice of the
     KL(t || s) = c / z_t - m_t - log z_t + m_s + log z_s,      d KL / ds = softmax(s) - softmax(t)
     CE(label)  = m_s + log z_s - s[label],                     d CE / ds = softmax(s) - onehot(label)
 
-z_s, z_t, c and s[label] are sums over ranks once every rank refers to the same maxima.
+After every rank has rescaled z_s, z_t and c to the maxima over all ranks, these and s[label] are sums over ranks.
 """
 
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def _larger_maximum(values, maximum):
-    """The running maximum, -inf at first, with a block's, and the factor that refers earlier sums to it."""
+    """The running maximum (-inf at first) with that of a block, and the factor that rescales earlier sums to it."""
     larger = tl.maximum(maximum, tl.max(values, axis=0))
     return larger, tl.exp(maximum - larger)
 
@@ -27,8 +27,9 @@ def row_statistics(
     rows, columns, first_label,
     HAS_TEACHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """maxima [2, rows]: m_s, m_t; sums [3, rows]: z_s, z_t, c. Without a teacher maxima [1, rows], and sums [2, rows]:
-    z_s and s[label], 0 if the label is not one of the `columns` from `first_label` on. Grid (rows,)."""
+    """With a teacher maxima [2, rows] are m_s, m_t and sums [3, rows] are z_s, z_t, c. Without one maxima [1, rows] are
+    m_s and sums [2, rows] are z_s, s[label], where labels outside [first_label, first_label + columns) count 0.
+    Grid (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     student += row * columns

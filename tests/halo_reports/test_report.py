@@ -1,4 +1,4 @@
-"""The report and the model cards, from a synthetic run folder written as the stages write theirs."""
+"""The report and the model cards of a synthetic run folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import pytest
 from halo_evaluation.results import Selection
 from halo_evaluation.selection.scores import LayerScore, LayerSweep, all_choices, layer_importance
 from halo_reports.build import build_report
-from halo_reports.formatting import count, duration
+from halo_reports.formatting import count
 from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
 from halo_reports.run_facts import load_run
+from terminal_output import duration
 
 NUM_LAYERS = 10
 HOSTILE = "<script>alert('&')</script>"
@@ -163,7 +164,7 @@ def page(stage_folders: dict[str, Path]) -> str:
 
 
 class Outline(HTMLParser):
-    """Collects what a page is made of: its text, its tags, and every attribute."""
+    """Collects the text, the tags and the attributes of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -211,18 +212,18 @@ def test_page_states_the_outcome(page: str) -> None:
         "With softmax attention in 2 of 10 layers (20%), the hybrid finds 100.0% of needles against the "
         "teacher's 100.0% within 1,024 tokens and has a held-out perplexity of 18.04 against 17.31."
     ) in text
-    assert "over the same contexts: Uniform 75.0%, Last half 50.0%, All RNN 0.0%." in text
+    assert "at the same context lengths: Uniform 75.0%, Last half 50.0%, All RNN 0.0%." in text
     assert "local proxies" in text
     assert "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)" in text
     assert "export/0123456789ab/model" in text
-    for heading in ("Needle in a haystack", "Local proxies", "Which layers stay attention", "Loss curves"):
+    for heading in ("Needle in a haystack", "Local proxies", "Layers that keep attention", "Loss curves"):
         assert heading in text
 
 
 def test_page_has_the_cost_of_every_stage(page: str) -> None:
     text = visible_text(page)
     total = 4.2 + 0.6 + 131.0 + 37.5 + 4 * (152.0 + 64.0) + 9.1 + 5 * 21.0 + 1.4
-    assert f"{total // 60:.0f} min {total % 60:02.0f} s altogether" in text
+    assert f"Total: {total // 60:.0f} min {total % 60:02.0f} s." in text
     assert "align 2 min 11 s 400 1.64M" in text
     assert "Baselines, for comparison only" in text
 
@@ -260,7 +261,7 @@ def test_unfinished_runs_have_a_report_too(
     assert ("The teacher finds 100.0% of needles within 1,024 tokens" in page) == (
         "evaluate.teacher" in stages
     )
-    assert ("Which layers stay attention" in page) == ("select" in stages)
+    assert ("Layers that keep attention" in page) == ("select" in stages)
     assert "Use the exported model" not in page
 
 
@@ -271,7 +272,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     del content["choices"]
     write_json_file(path, content)
     with pytest.raises(
-        ValueError, match=r"selection\.json is not as its stage writes it \(KeyError: 'choices'\)"
+        ValueError, match=r"selection\.json is malformed \(KeyError: 'choices'\)"
     ):
         load_run(tmp_path / "run", folders)
     path.write_text("{")
@@ -306,14 +307,14 @@ def test_hybrid_card_says_what_the_run_says(stage_folders: dict[str, Path]) -> N
     )  # fmt: skip
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert 'license: "apache-2.0"\nbase_model: "tiny-teacher"\n' in card
-    assert "Attention stays in layers 3, 6 of 10 (counted from 0), chosen by the HALO ranking." in card
+    assert "Layers 3, 6 of 10 (counted from 0) keep softmax attention, selected by the HALO ranking." in card
     assert "9.4M parameters: 10 layers, hidden size 256" in card
     assert "| Task | Teacher | Hybrid | Uniform | Last half | All RNN |" in card
     assert "| Held-out perplexity (lower is better) | 17.31 | 18.04 | 18.40 | 18.95 | 20.77 |" in card
     assert "| Union \\| addresses | public domain | 3.7M | held-out documents apart |" in card
     assert "| align | 2 min 11 s | 400 steps, 1.64M tokens, final loss" in card
     assert "distill.uniform" not in card
-    assert "base a = 600" in card
+    assert "Calibration on long documents chose a = 600." in card
     assert "local proxies" in card
     assert "The modelling code in this folder is part of\nhypenet-megatron and has the Apache License 2.0." in card
 
@@ -337,12 +338,12 @@ def test_teacher_card_of_a_pretraining_run(tmp_path: Path) -> None:
         "The teacher finds 100.0% of needles within 1,024 tokens and has a held-out perplexity of 17.31."
         in card
     )
-    assert "an n-gram model has a perplexity of 88.12, this model one of 17.31." in card
+    assert "the perplexity of an n-gram model is 88.12, that of this model 17.31." in card
     assert "| pretrain | 7 min 00 s | 80 steps, 328K tokens, final loss" in card
     rows = [line for line in card.splitlines() if line.startswith(("| 10 |", "| 80 |"))]
     assert len(rows) == 2
     assert float(rows[0].split("|")[2]) > float(rows[1].split("|")[2])
-    with pytest.raises(ValueError, match="needs 'head_dim' of the model's config"):
+    with pytest.raises(ValueError, match=r"config\.json has no 'head_dim'"):
         teacher_model_card(run, config={k: v for k, v in CONFIG.items() if k != "head_dim"}, **arguments)
 
 

@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from halo_evaluation.interface import ScoreBatch, Task, TokenScores
+from halo_evaluation.interface import EvaluationTask, ScoreBatch, TokenScores
 from halo_evaluation.key_values import key_value_task
 from halo_evaluation.last_word import last_word_task
 from halo_evaluation.next_sentence import next_sentence_task
@@ -18,7 +18,7 @@ from halo_evaluation.niah import VARIANTS, NeedleVariant, needle_task
 from halo_evaluation.passages import is_prose, split_sentences
 from halo_evaluation.perplexity import perplexity_task
 from halo_evaluation.recall.materials import Materials
-from halo_evaluation.rows import Row, batches_of, scores_of
+from halo_evaluation.rows import TokenRow, batches_of, scores_of
 from halo_evaluation.runner import evaluate, evaluate_models, niah_grid
 from halo_evaluation.suites import HeldOut, evaluation_suite, group_score, selection_suite
 from tests.support.proxy_corpus import EOS_ID, WORDS, ArrayStore, Corpus
@@ -42,18 +42,18 @@ def held_out(corpus: Corpus, materials: Materials) -> HeldOut:
 
 
 def oracle(batch: ScoreBatch) -> TokenScores:
-    """Knows every target."""
+    """Predicts every target."""
     return TokenScores(np.zeros(batch.target_mask.shape, np.float32), batch.target_mask)
 
 
 def uniform(batch: ScoreBatch) -> TokenScores:
-    """Every token equally likely, token 0 the arg max."""
+    """All tokens are equally likely; token 0 is the arg max."""
     log_probability = np.where(batch.target_mask, -np.log(VOCABULARY), 0.0).astype(np.float32)
     return TokenScores(log_probability, batch.target_mask & (batch.input_ids == 0))
 
 
 def guessing(batch: ScoreBatch) -> TokenScores:
-    """Right once in twenty tokens, with log-probabilities that mean nothing."""
+    """Right for one in twenty tokens, with arbitrary log-probabilities."""
     rng = np.random.default_rng(batch.input_ids.size)
     log_probability = np.where(batch.target_mask, -rng.exponential(size=batch.input_ids.shape), 0.0)
     return TokenScores(
@@ -61,7 +61,7 @@ def guessing(batch: ScoreBatch) -> TokenScores:
     )
 
 
-def digest(tasks: Iterable[Task]) -> str:
+def digest(tasks: Iterable[EvaluationTask]) -> str:
     content = hashlib.sha256()
     for task in tasks:
         content.update(task.name.encode())
@@ -75,7 +75,7 @@ SUITES = [selection_suite, evaluation_suite]
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_a_perfect_scorer_has_score_one(held_out: HeldOut, suite: Callable[..., list[Task]]) -> None:
+def test_a_perfect_scorer_has_score_one(held_out: HeldOut, suite: Callable[..., list[EvaluationTask]]) -> None:
     tasks = suite(held_out, context_length=256, items=8, seed=1)
     for name, metrics in evaluate(tasks, oracle, 4096).items():
         if name != "local_next_sentence":  # there, knowing every token means knowing the wrong ones too
@@ -108,7 +108,7 @@ def test_suites_are_the_same_in_another_process(corpus: Corpus, held_out: HeldOu
     script = f"""
 from pathlib import Path
 from tests.support.proxy_corpus import WORDS, Corpus
-from tests.halo_jobs.test_evaluation import HeldOut, digest, evaluation_suite
+from tests.halo_evaluation.test_evaluation import HeldOut, digest, evaluation_suite
 corpus = Corpus.build(Path({str(tmp_path)!r}))
 held_out = HeldOut(corpus.store, corpus.materials(WORDS.held_out))
 print(digest(evaluation_suite(held_out, context_length=200, items=5, seed=3)))
@@ -253,10 +253,10 @@ def test_perplexity_of_a_uniform_scorer_is_the_vocabulary(corpus: Corpus) -> Non
     assert len(set(starts)) == 5
 
 
-def rows_of(lengths: Sequence[int]) -> list[Row]:
+def rows_of(lengths: Sequence[int]) -> list[TokenRow]:
     rng = Random(1)
     return [
-        Row(np.array([rng.randrange(1, 1000) for _ in range(length)]), np.arange(length) >= length // 2)
+        TokenRow(np.array([rng.randrange(1, 1000) for _ in range(length)]), np.arange(length) >= length // 2)
         for length in lengths
     ]
 
@@ -282,7 +282,7 @@ def test_missing_scores_are_noticed() -> None:
     rows = rows_of([4, 4])
     (batch,) = batches_of(rows, 100)
     half = TokenScores(np.zeros((1, 4), np.float32), batch.target_mask[:1])
-    with pytest.raises(RuntimeError, match="1 rows were scored where the task has 2"):
+    with pytest.raises(RuntimeError, match="1 rows were scored, but the task has 2"):
         scores_of(rows, [half])
 
 
@@ -338,11 +338,11 @@ def test_tasks_that_do_not_fit_say_so(corpus: Corpus, materials: Materials) -> N
         ValueError, match=r"niah_single_2 needs a context_length of at least \d+ tokens, not 20"
     ):
         needle_task(materials, 2, 20, [0.5], items=1, seed=1)
-    with pytest.raises(ValueError, match=r"6 pairs take .* more than a context_length of 60"):
+    with pytest.raises(ValueError, match=r"6 pairs take .* but context_length is 60"):
         key_value_task(materials, 6, 60, items=1, seed=1)
-    with pytest.raises(ValueError, match="99 pairs need as many words, but the list holds 12"):
+    with pytest.raises(ValueError, match="99 pairs need as many words, but the list has 12"):
         key_value_task(materials, 99, 6000, items=1, seed=1)
-    with pytest.raises(ValueError, match="fewer than a context_length of 10000000"):
+    with pytest.raises(ValueError, match="but context_length is 10000000"):
         perplexity_task(corpus.store, 10_000_000, windows=1)
 
 

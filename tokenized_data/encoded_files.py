@@ -1,7 +1,7 @@
-"""Encoded documents on their way into a store: a worker leaves those of one text file, the store's writer takes them.
+"""Encoded documents of one text file, on their way from a worker process to the writer of the store.
 
-<part>/tokens    little-endian uint32, one document after another
-      /lengths   little-endian int64, tokens of each
+<folder>/tokens    little-endian uint32, the documents one after another
+        /lengths   little-endian int64, tokens of each document
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from durable_files import publish_folder, temporary_sibling
 
 
-def write_part(folder: Path, documents: Iterable[np.ndarray]) -> None:
-    """Publish `folder` with ids uint32 of each document; memory holds one of them."""
+def write_encoded(folder: Path, documents: Iterable[np.ndarray]) -> None:
+    """Publish `folder` with the token ids uint32 of each document. Memory holds one document."""
     temporary = temporary_sibling(folder)
     temporary.mkdir(parents=True)
     lengths = []
@@ -27,8 +27,8 @@ def write_part(folder: Path, documents: Iterable[np.ndarray]) -> None:
     publish_folder(temporary, folder)
 
 
-def read_part(folder: Path) -> Iterator[np.ndarray]:
-    """Ids uint32 of each document; ValueError when the files do not belong together."""
+def read_encoded(folder: Path) -> Iterator[np.ndarray]:
+    """Token ids uint32 of each document. ValueError if the sizes of the two files do not match."""
     lengths = np.fromfile(folder / "lengths", "<i8")
     if (size := (folder / "tokens").stat().st_size) != 4 * lengths.sum():
         raise ValueError(

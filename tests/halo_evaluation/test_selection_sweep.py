@@ -37,7 +37,7 @@ def ids() -> Tensor:
 
 @torch.no_grad()
 def _one_by_one(model: DecoderModel, ids: Tensor) -> list[Tensor]:
-    """Log-probabilities [b, s, vocabulary] of the teacher and of each M(i), every one by a pass of its own."""
+    """Log-probabilities [b, s, vocabulary] of the teacher and of each M(i), each by a separate pass."""
     model.eval()
     found = []
     for replaced in (None, *range(SHAPE.num_layers)):
