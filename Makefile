@@ -27,32 +27,26 @@ lint: bootstrap
 	$(BIN)/lint-imports --no-logo
 
 # The tests start many small processes, which mostly import and wait: two at a time, each with one thread.
-test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # `make test` covers every layout and every kind of training; this covers every pair, and more layouts.
-test-grid: export OMP_NUM_THREADS ?= 1
 test-grid: bootstrap
 	$(BIN)/pytest -m grid -rP tests/halo_jobs/test_parallel_training.py tests/halo_jobs/test_resume_layouts.py
 
 # `make test` kills processes three times, and one process of a whole run on Slurm (test_slurm_runs.py).
-test-faults: export OMP_NUM_THREADS ?= 1
 test-faults: bootstrap
 	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py tests/halo_jobs/test_worker.py
 	HALO_CONVERT_KILLS=20 $(BIN)/pytest -rP tests/tools/test_conversion_faults.py -k kill_9
 
 # `make test` runs a few of these.
-test-cluster: export OMP_NUM_THREADS ?= 1
 test-cluster: bootstrap
 	$(BIN)/pytest -m cluster tests/cluster tests/halo_jobs
 
 # HALO_CHAOS_RUNS sets the number of runs, HALO_TEST_SEED the faults.
-test-chaos: export OMP_NUM_THREADS ?= 1
 test-chaos: bootstrap
 	$(BIN)/pytest -m chaos -s tests/halo_jobs/test_chaos.py
 
-test-wheel: export OMP_NUM_THREADS ?= 1
 test-wheel: bootstrap
 	$(BIN)/pytest -m wheel tests/test_wheel.py
 

@@ -27,6 +27,29 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="halo-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
+# With two processes a long file that begins last is waited for alone.
+LONGEST_FILES = (
+    "test_slurm_runs.py",
+    "test_sweep_backends.py",
+    "test_worker.py",
+    "test_resume_layouts.py",
+    "test_fan_out.py",
+    "test_parallel_training.py",
+    "test_conversion_faults.py",
+    "test_cli.py",
+    "test_pipeline.py",
+    "test_shipped_recipes.py",
+    "test_watching.py",
+    "test_benchmarks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others in their order."""
+    rank = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture
 def mounted_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Gives a folder on a file system of its own, as large as asked for ("1200k")."""
