@@ -32,7 +32,7 @@ from hypenet_tools.hugging_face.mapping import hugging_face_shapes
 from hypenet_tools.open_model import open_model
 from hypenet_tools.verify import compare_tensors
 from sharded_tensors.views import TensorInfo, TensorView, blocks
-from sharded_tensors.writer import Shard, ShardTensor, fill_shards
+from sharded_tensors.writer import FileTensor, TensorFile, fill_files
 
 HALO = [sys.executable, "-m", "halo_jobs.cli"]
 ANON_LIMIT_BYTES = 1.5 * 2**30
@@ -65,10 +65,10 @@ def make_checkpoint(folder: Path, shape: ModelShape, shard_bytes: int = 4 * 10**
     """A Qwen3 folder with a tokenizer of a few words, in shards as they are published."""
     folder.mkdir(parents=True)
     view = SyntheticTensors(shape)
-    filled = fill_shards((ShardTensor.whole(view, name) for name in view), shard_bytes)
+    filled = fill_files((FileTensor.entire(view, name) for name in view), shard_bytes)
     names = [f"model-{n:05d}-of-{len(filled):05d}.safetensors" for n in range(1, len(filled) + 1)]
     for name, tensors in zip(names, filled, strict=True):
-        Shard(name, tensors).write(folder, lambda count: None)
+        TensorFile(name, tensors).write(folder)
     weight_map = {t.name: name for name, tensors in zip(names, filled, strict=True) for t in tensors}
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     write_json(folder / "config.json", qwen3_config(shape, "bfloat16"))

@@ -44,7 +44,7 @@ from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import LocalModel, build_model, model_chunks
 from hypenet_megatron.presets import HYPENET_PRESETS, HypeNetPreset, ModelShape
 from hypenet_megatron.runtime import ParallelLayout, joined_world, model_parallel
-from hypenet_tools.model_weights import sharded_tensors
+from sharded_tensors.megatron import model_pieces
 from sharded_tensors.ranks import highest
 from tokenized_data import Window
 
@@ -76,7 +76,7 @@ class RandomWindows:
 def initialise(model: LocalModel, seed: int) -> None:
     """Draw every tensor from (seed, name) alone, on the model's device: the same weights in every layout."""
     spread = model_chunks(model)[0].config.hidden_size ** -0.5
-    for piece in sharded_tensors(model):
+    for piece in model_pieces(model):
         digest = hashlib.sha256(f"{seed} {piece.key}".encode()).digest()
         generator = torch.Generator(piece.data.device)
         generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

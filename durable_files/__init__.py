@@ -1,11 +1,13 @@
-"""Files that survive: write to a temporary name, fsync, rename. The bottom room: every other room may import it.
+"""Files that survive crashes: write to a temporary name, fsync, rename. Every other package may import this one.
 
-Everything the system keeps (token stores, checkpoints, stage records, exports) is published through these few
-functions, so that a kill -9 or a power cut leaves either the old thing, the new thing, or a temporary name that the
-next run removes; never half a file under a final name.
+Everything that is kept (token stores, checkpoints, stage records, exports) is published through these functions. A
+kill -9 or a power cut leaves the old file, the new one, or a temporary name that the next run removes; never half a
+file under its final name. `exclusive` is the one lock of the project.
 """
 
 from durable_files.checksums import FolderManifest, sha256_file
+from durable_files.lock import HeldError, exclusive, refuse_while_held
+from durable_files.processes import ProcessIdentity
 from durable_files.publish import (
     TEMPORARY_MARK,
     discard_leftovers,
@@ -23,12 +25,16 @@ from durable_files.publish import (
 __all__ = [
     "TEMPORARY_MARK",
     "FolderManifest",
+    "HeldError",
+    "ProcessIdentity",
     "discard_leftovers",
+    "exclusive",
     "fsync_tree",
     "publish_folder",
     "publish_once",
     "publish_text_once",
     "read_json",
+    "refuse_while_held",
     "sha256_file",
     "temporary_sibling",
     "write_bytes",

@@ -1,9 +1,9 @@
-"""Checksums of files and of whole folders."""
+"""Checksums of files and of entire folders."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def sha256_file(path: Path) -> str:
 
 @dataclass(frozen=True)
 class FolderManifest:
-    """Size in bytes and SHA-256 of every file of a folder, kept inside it as MANIFEST.json."""
+    """Size in bytes and SHA-256 of every file of a folder, stored in it as MANIFEST.json."""
 
     files: dict[str, tuple[int, str]]
 
@@ -41,22 +41,22 @@ class FolderManifest:
 
     @classmethod
     def read(cls, folder: Path) -> FolderManifest:
-        """ValueError if it is not there, not a manifest, or names files outside its folder."""
+        """ValueError if it is missing, not a manifest, or names files outside its folder."""
         path = folder / cls.FILE_NAME
         content = read_json(path)
         try:
             manifest = cls({name: (int(size), str(digest)) for name, (size, digest) in content.items()})
         except (AttributeError, TypeError, ValueError) as problem:
             raise ValueError(
-                f"{path} is damaged: it is no list of files with sizes and checksums ({problem})"
+                f"{path} is damaged: it is not a list of files with sizes and checksums ({problem})"
             ) from None
         outside = [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]
         if outside:
             raise ValueError(f"{path} is damaged: it names {outside[0]!r}, which is not in its folder")
         return manifest
 
-    def problems(self, folder: Path) -> Iterable[str]:
-        """One sentence per file that is missing, of another size, or of another content."""
+    def problems(self, folder: Path) -> Iterator[str]:
+        """One sentence per file that is missing or has another size or content."""
         for name, (size, digest) in self.files.items():
             path = folder / name
             if not path.is_file():

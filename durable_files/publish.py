@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,10 +13,11 @@ from typing import Any
 
 TEMPORARY_MARK = ".unfinished-"
 RETIRED_MARK = ".retired"
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK)
 
 
 def temporary_sibling(target: Path) -> Path:
-    """A fresh name beside `target` (same file system, so that a rename is atomic)."""
+    """A fresh name beside `target`: on the same file system, so that a rename is atomic."""
     return target.with_name(f"{target.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
 
 
@@ -42,9 +44,7 @@ def _write_through(path: Path, content: bytes) -> None:
         os.fsync(handle.fileno())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either what it held before or all of `content`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _replace(path: Path, content: bytes) -> None:
     temporary = temporary_sibling(path)
     try:
         _write_through(temporary, content)
@@ -55,6 +55,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     _fsync_path(path.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either its earlier content or all of `content`. Creates the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, content)
+
+
 def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
@@ -63,12 +69,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, _json_text(content))
 
 
+def overwrite_json(path: Path, content: Any) -> None:
+    """`write_json` that never creates the folder: FileNotFoundError if it is gone."""
+    _replace(path, _json_text(content).encode())
+
+
 def _json_text(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
-    """Parse `path`; ValueError names the file and the mend when it is missing, empty or not JSON."""
+    """Parse `path`; ValueError names the file and the fix when it is missing, empty or not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -80,8 +91,8 @@ def read_json(path: Path) -> Any:
 def publish_folder(temporary: Path, final: Path) -> None:
     """Make a finished folder visible under its final name: fsync all of it, rename, fsync the parent.
 
-    An older folder of the same name is replaced; at no moment does `final` name a half-written folder. Killed between
-    the two renames of a replacement, the old folder stays as `final`.retired and `discard_leftovers` brings it back.
+    Replaces an older folder of the same name; `final` never names a half-written folder. After a kill between the two
+    renames of a replacement, the old folder is `final`.retired, and `discard_leftovers` restores it.
     """
     fsync_tree(temporary)
     if final.exists():
@@ -102,21 +113,38 @@ def publish_once(path: Path, content: Any) -> bool:
 def publish_text_once(path: Path, text: str) -> bool:
     """Write `path` exactly once, even when several writers race; True for the one that won.
 
-    A hard link to a fsynced temporary file fails if the name exists, also over NFS, where O_EXCL and flock have a
-    worse record.
+    A hard link to a flushed temporary file fails if the name exists, also over NFS. The file appears with all of its
+    content, or not at all. Where the file system refuses hard links, the winner is the process that creates the name
+    (O_CREAT | O_EXCL), which then renames its temporary file over it. There too exactly one wins, and nobody reads part
+    of the content; but for a moment the file is empty, and a kill at that moment leaves it empty. `read_json` then
+    says so, and the file has to be removed by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     try:
         _write_through(temporary, text.encode())
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        # Over NFS the reply to a link that succeeded may be lost and the retry refused; the link count tells.
-        return os.stat(temporary).st_nlink == 2
+        return _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
         _fsync_path(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    try:
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        # Over NFS the reply to a successful link may be lost and the retry refused; the link count tells.
+        return os.stat(temporary).st_nlink == 2
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except FileExistsError:
+        return False
+    os.replace(temporary, path)
+    return True
 
 
 def _unless_gone(function: Callable[..., Any], path: str, problem: BaseException) -> None:
@@ -127,7 +155,7 @@ def _unless_gone(function: Callable[..., Any], path: str, problem: BaseException
 def discard_leftovers(folder: Path) -> list[Path]:
     """Remove what killed writers left directly in `folder`; returns what was removed.
 
-    A folder whose replacement was cut short is brought back first. Something else may be removing the same.
+    A folder whose replacement was interrupted is restored first. Another process may be removing the same files.
     """
     for retired in sorted(folder.glob(f"*{RETIRED_MARK}")) if folder.is_dir() else []:
         original = retired.with_name(retired.name.removesuffix(RETIRED_MARK))

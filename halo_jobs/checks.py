@@ -21,7 +21,7 @@ from halo_jobs.stages.context import layout_of
 from halo_jobs.stages.data import WORDS_FILE
 from hypenet_megatron.mixers import student_mixer
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools import read_model_folder
+from hypenet_tools.hugging_face.folder import read_model_folder
 from tokenized_data import TokenizerIdentity, load_tokenizer_identity
 from tokenized_data.text import text_files
 

@@ -1,4 +1,4 @@
-"""What `halo reshard`, `export`, `verify` and `inspect` may be given: besides model folders, runs and checkpoints."""
+"""What `halo export` accepts: any model on disk, or the folder of a finished run."""
 
 from __future__ import annotations
 
@@ -6,21 +6,6 @@ from pathlib import Path
 
 from halo_cluster.run_folder import RECIPE_FILE, RunFolder
 from hypenet_tools.open_model import OpenedModel, open_model
-
-CHECKPOINT_INDEX = "INDEX.json"  # of halo_training/checkpointing, which takes seconds to import
-
-
-def is_training_checkpoint(folder: Path) -> bool:
-    return (folder / CHECKPOINT_INDEX).is_file()
-
-
-def weights_source(folder: Path) -> OpenedModel:
-    """A model folder, or a training checkpoint without its optimizer. ValueError in one sentence otherwise."""
-    if not is_training_checkpoint(folder):
-        return open_model(folder)
-    from halo_training.checkpoint_weights import open_checkpoint
-
-    return open_checkpoint(folder)
 
 
 def model_folder(folder: Path) -> Path:
@@ -35,5 +20,5 @@ def model_folder(folder: Path) -> Path:
 
 
 def release_source(folder: Path) -> OpenedModel:
-    """As `weights_source`; a run's folder stands for what its export stage has published."""
-    return weights_source(model_folder(folder))
+    """Open any model on disk; a run's folder stands for what its export stage has published."""
+    return open_model(model_folder(folder))

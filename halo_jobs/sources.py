@@ -29,7 +29,7 @@ from rich.progress import (
 
 from durable_files import read_json, write_json
 from halo_cluster import input_hash
-from hypenet_tools.hugging_face.folder import TOKENIZER_FILES
+from hypenet_tools.hugging_face.aux_files import TOKENIZER_FILES
 from tokenized_data.text import SUFFIXES
 
 SOURCES_FILE = "sources.json"

@@ -16,7 +16,8 @@ from hypenet_megatron.model import DecoderModel, LocalModel, build_model, model_
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
 from hypenet_tools.hugging_face.initialise import hybrid_of
-from hypenet_tools.model_weights import load_weights, read_weights, sharded_tensors
+from hypenet_tools.model_weights import load_weights, read_weights
+from sharded_tensors.megatron import model_pieces
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPE_FILE = "shape.json"
@@ -57,7 +58,7 @@ def _initialise(model: LocalModel, seed: int) -> None:
     Megatron draws them as modules are built, which is another sequence in every pipeline stage.
     """
     config = model_chunks(model)[0].config
-    for piece in sharded_tensors(model):
+    for piece in model_pieces(model):
         if len(piece.global_shape) < 2:
             continue  # norms are ones
         into_the_stream = "linear_proj" in piece.key or "linear_fc2" in piece.key

@@ -18,7 +18,7 @@ from rich.text import Text
 from durable_files import write_json
 from halo_cluster import StageRecord, StopRequested
 from halo_training.batches import BatchCursor
-from halo_training.checkpointing import BackgroundSaver, KeyFilter, TrainingCheckpoints
+from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
 from halo_training.checkpointing.code_version import code_version
 from halo_training.checkpointing.layout import current_layout
 from halo_training.guard import DivergenceGuard, TrainingDiverged
@@ -29,6 +29,7 @@ from halo_training.schedule import learning_rate
 from halo_training.settings import TrainingSection
 from halo_training.supervision import PeerLost, StopRequests, Watchdog, is_lost_peer
 from sharded_tensors.ranks import highest
+from sharded_tensors.reader import NameFilter
 
 _REPORTED_WAIT_SECONDS = 10.0
 
@@ -59,7 +60,7 @@ class Trainer:
     cursor: BatchCursor
     folder: Path
     console: Console
-    keep_keys: KeyFilter | None = None
+    keep_keys: NameFilter | None = None
     attempt: AttemptInProgress | None = None
 
     def __post_init__(self) -> None:

@@ -1,115 +1,162 @@
-"""Tensors that lie in chunks in the safetensors files of a folder, read as if they were whole."""
+"""The tensors of a folder, read at any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sharded_tensors.rectangles import Chunk
+from durable_files import FolderManifest, sha256_file
+from sharded_tensors.index import INDEX_FILE, Index, StoredRectangle, stored_name
+from sharded_tensors.rectangles import Rectangle
 from sharded_tensors.safetensors_format import DTYPE_CODES, SafetensorsFiles, read_header
-from sharded_tensors.views import BLOCK_BYTES, TensorInfo, TensorView, blocks
+from sharded_tensors.views import BLOCK_BYTES, TensorView, blocks
+
+NameFilter = Callable[[str], bool]
 
 
-@dataclass(frozen=True)
-class StoredChunk:
-    """A chunk of a tensor: the tensor `name` of `file`."""
-
-    file: str
-    name: str
-    chunk: Chunk
-
-
-class _Piece(NamedTuple):
-    """Columns first:last of a band of rows, which are rows row, row + 1, ... of a stored chunk."""
+class _Tile(NamedTuple):
+    """Columns first:last of rows start:stop of a tensor, which are rows from `row` on of a stored rectangle."""
 
     first: int
     last: int
-    stored: StoredChunk
+    start: int
+    stop: int
+    stored: StoredRectangle
     row: int
 
 
-class ChunkedTensors(TensorView):
-    """A view of tensors of which an index says where their chunks are; they may form any grid of rows and columns."""
+class _Bands(NamedTuple):
+    """A tensor cut into bands of rows: band i has rows cuts[i]:cuts[i + 1], and its tiles side by side."""
 
-    def __init__(
-        self,
-        folder: Path,
-        index_name: str,
-        infos: Mapping[str, TensorInfo],
-        chunks: Mapping[str, Sequence[StoredChunk]],
-    ) -> None:
-        """ValueError names the file that is damaged or at odds with the index, or the tensor with a gap."""
+    cuts: list[int]
+    tiles: list[list[_Tile]]
+
+
+class StoredTensors(TensorView):
+    """The tensors of a weights folder or training checkpoint whose names `keep` accepts.
+
+    Opening reads index, manifest and file sizes. A file's header is checked when the file is first used.
+    """
+
+    def __init__(self, folder: Path, keep: NameFilter | None = None) -> None:
+        """ValueError names the file that is missing or truncated, or the tensor that is not fully covered."""
         self.folder = folder
-        self.infos = dict(infos)
-        self._index_name = index_name
-        self._chunks = chunks
-        self._open = SafetensorsFiles()
-        self._bands = {key: self._tile(key) for key in infos}
-        self._require_headers()
+        self.index = Index.read(folder)
+        self.manifest = FolderManifest.read(folder)
+        self._require_files()
+        self.infos = {name: i for name, i in self.index.tensors.items() if keep is None or keep(name)}
+        self._bands = {name: self._cut(name) for name in self.infos}
+        self._files = SafetensorsFiles()
+        self._checked: set[str] = set()
 
-    def _require_headers(self) -> None:
-        expected: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-        for key, info in self.infos.items():
-            for stored in self._chunks[key]:
-                entry = (DTYPE_CODES[info.dtype], stored.chunk.shape)
-                expected.setdefault(stored.file, {})[stored.name] = entry
-        for file, tensors in expected.items():
-            found = read_header(self.folder / file)
-            odd = sorted(name for name, entry in tensors.items() if found.get(name) != entry)
-            if odd:
-                raise ValueError(
-                    f"{self.folder / file} and {self._index_name} disagree about the tensor {odd[0]}; copy the "
-                    "folder again"
-                )
+    def restricted(self, keep: NameFilter) -> StoredTensors:
+        """The same folder, other tensors of it."""
+        return StoredTensors(self.folder, keep)
 
-    def _tile(self, key: str) -> list[tuple[int, int, list[_Piece]]]:
-        """The chunks of a tensor as bands of rows, each divided into columns; ValueError at a gap or an overlap."""
-        info = self.infos[key]
-        bands: dict[tuple[int, int], list[_Piece]] = {}
-        for stored in self._chunks[key]:
-            row = 0
-            for run in stored.chunk.row_runs(info):
-                bands.setdefault(run, []).append(_Piece(*stored.chunk.columns(info), stored, row))
-                row += run[1] - run[0]
-        tiled = [
-            (start, stop, sorted(pieces, key=lambda p: p[:2]))
-            for (start, stop), pieces in sorted(bands.items())
-        ]
-        rows_end = 0
-        for start, stop, pieces in tiled:
-            columns_end = 0
-            for piece in pieces:
-                if piece.first != columns_end:
-                    break
-                columns_end = piece.last
-            if start != rows_end or columns_end != info.columns:
-                break
-            rows_end = stop
-        if rows_end != info.rows:
+    def _require_files(self) -> None:
+        for name, (size, _) in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; copy the folder again")
+            if path.stat().st_size != size:
+                raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}; copy it again")
+        named = {stored.file for of_tensor in self.index.rectangles.values() for stored in of_tensor}
+        unlisted = named - self.manifest.files.keys()
+        if unlisted:
             raise ValueError(
-                f"{self.folder / self._index_name}: the chunks of {key} leave a gap or overlap; write the folder again"
+                f"{self.folder / INDEX_FILE} names {min(unlisted)}, which {FolderManifest.FILE_NAME} does not list; "
+                "copy the folder again"
             )
-        return tiled
+
+    def _cut(self, name: str) -> _Bands:
+        """Cut a tensor at every row where a rectangle begins or ends. ValueError at a gap or an overlap."""
+        info = self.infos[name]
+        tiles: list[_Tile] = []
+        for stored in self.index.rectangles[name]:
+            row = 0
+            for start, stop in stored.rectangle.row_runs(info):
+                tiles.append(_Tile(*stored.rectangle.columns(info), start, stop, stored, row))
+                row += stop - start
+        cuts = sorted({0, info.rows} | {row for tile in tiles for row in (tile.start, tile.stop)})
+        number = {row: index for index, row in enumerate(cuts)}
+        bands: list[list[_Tile]] = [[] for _ in cuts[1:]]
+        for tile in tiles:
+            for band in bands[number[tile.start] : number[tile.stop]]:
+                band.append(tile)
+        for band in bands:
+            band.sort(key=lambda tile: tile.first)
+            edges = [0, *(tile.last for tile in band)]
+            if edges != [*(tile.first for tile in band), info.columns]:
+                break
+        else:
+            if (cuts[0], cuts[-1]) == (0, info.rows):
+                return _Bands(cuts, bands)
+        raise ValueError(
+            f"{self.folder / INDEX_FILE}: the rectangles of {name} leave a gap or overlap; write the folder again"
+        )
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        for band_start, band_stop, pieces in self._bands[name]:
-            first, last = max(start, band_start), min(stop, band_stop)
-            if first >= last:
-                continue
+        return self._part(name, start, stop, 0, self.infos[name].columns)
+
+    def rectangle(self, name: str, rectangle: Rectangle) -> Iterator[Tensor]:
+        first, last = rectangle.columns(self.infos[name])
+        for start, stop in rectangle.row_runs(self.infos[name]):
+            yield from self._part(name, start, stop, first, last)
+
+    def _part(self, name: str, start: int, stop: int, first: int, last: int) -> Iterator[Tensor]:
+        """Blocks of rows start:stop and columns first:last. Only files that hold some of them are touched."""
+        cuts, bands = self._bands[name]
+        index = bisect_right(cuts, start) - 1
+        while start < stop:
+            end = min(stop, cuts[index + 1])
             parts = []
-            for piece in pieces:
-                stored = self._open.tensor(self.folder / piece.stored.file, piece.stored.name)
-                row = piece.row + first - band_start
-                parts.append(stored.view(-1, piece.last - piece.first)[row : row + last - first])
-            if len(parts) == 1:
-                yield from blocks(parts[0])
-                continue
-            info = self.infos[name]
-            rows = max(1, BLOCK_BYTES // (info.columns * info.dtype.itemsize))
-            for together in zip(*(part.split(rows) for part in parts), strict=True):
-                yield torch.cat(together, dim=1)
+            for tile in bands[index]:
+                left, right = max(first, tile.first), min(last, tile.last)
+                if left < right:
+                    row = tile.row + start - tile.start
+                    matrix = self._matrix(name, tile)[row : row + end - start]
+                    parts.append(matrix[:, left - tile.first : right - tile.first])
+            yield from _side_by_side(parts)
+            start, index = end, index + 1
+
+    def _matrix(self, name: str, tile: _Tile) -> Tensor:
+        path, info = self.folder / tile.stored.file, self.infos[name]
+        if tile.stored.file not in self._checked:
+            self._require_header(tile.stored.file)
+        stored = self._files.tensor(path, stored_name(name, tile.stored.rectangle, info))
+        return stored.view(-1, tile.last - tile.first)
+
+    def _require_header(self, file: str) -> None:
+        found = read_header(self.folder / file)
+        for name, info in self.infos.items():
+            for stored in self.index.rectangles[name]:
+                entry = (DTYPE_CODES[info.dtype], stored.rectangle.shape)
+                if stored.file == file and found.get(stored_name(name, stored.rectangle, info)) != entry:
+                    raise ValueError(
+                        f"{self.folder / file} and {INDEX_FILE} disagree about the tensor {name}; copy the folder "
+                        "again"
+                    )
+        self._checked.add(file)
+
+    def require_intact(self, part: int = 0, parts: int = 1) -> None:
+        """Hash every `parts`-th file from number `part` on; ValueError names one that differs from its checksum."""
+        for name, (_, digest) in list(self.manifest.files.items())[part::parts]:
+            if sha256_file(self.folder / name) != digest:
+                raise ValueError(
+                    f"{self.folder / name} does not match its checksum; copy it again, or write the folder again"
+                )
+
+
+def _side_by_side(parts: list[Tensor]) -> Iterator[Tensor]:
+    """Blocks of a matrix that is given as blocks of its columns."""
+    if len(parts) == 1:
+        yield from blocks(parts[0])
+        return
+    rows = max(1, BLOCK_BYTES // sum(part.shape[1] * part.dtype.itemsize for part in parts))
+    for together in zip(*(part.split(rows) for part in parts), strict=True):
+        yield torch.cat(together, dim=1)

@@ -1,63 +1,81 @@
-"""Boxes of tensors, and the runs of matrix rows that they are."""
+"""Rectangles of global tensors, and the matrix rows and columns that they cover.
+
+Every tensor is also seen as a matrix: all axes but the last are its rows. A vector is a matrix of one column.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from sharded_tensors.views import TensorInfo, TensorView
+import torch
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A box of a tensor: its first element and its shape, both with all axes of the whole tensor."""
+class TensorInfo:
+    """Shape and dtype of a tensor that may not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else math.prod(self.shape)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A box of a global tensor: offset of its first element and size, both along every axis of that tensor."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
     @classmethod
-    def whole(cls, info: TensorInfo) -> Chunk:
+    def covering(cls, info: TensorInfo) -> Rectangle:
+        """The rectangle that is the entire tensor."""
         return cls((0,) * len(info.shape), info.shape)
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    def piece(self, axis: int, index: int, pieces: int) -> Chunk:
-        """Piece `index` of `pieces` equal ones along `axis`; ValueError if they cannot be equal."""
+    def divide(self, axis: int, index: int, count: int) -> Rectangle:
+        """Number `index` of `count` equal rectangles along `axis`; ValueError if they cannot be equal."""
         axis %= len(self.shape)
-        size, rest = divmod(self.shape[axis], pieces)
+        size, rest = divmod(self.shape[axis], count)
         if rest:
             raise ValueError(
-                f"an axis of length {self.shape[axis]} cannot be divided into {pieces} equal parts; "
+                f"an axis of length {self.shape[axis]} cannot be divided into {count} equal parts; "
                 "choose another layout"
             )
         start = self.offset[axis] + index * size
-        return Chunk(
+        return Rectangle(
             (*self.offset[:axis], start, *self.offset[axis + 1 :]),
             (*self.shape[:axis], size, *self.shape[axis + 1 :]),
         )
 
     def row_runs(self, info: TensorInfo) -> list[tuple[int, int]]:
-        """Rows (start, stop) of the tensor as a matrix that the chunk has a part of, in order."""
+        """The matrix rows [start, stop) of the global tensor that the rectangle touches, in ascending order."""
         axes = list(zip(self.offset, self.shape, info.shape, strict=True))
         return _runs(axes[:-1] if len(axes) > 1 else axes)
 
     def columns(self, info: TensorInfo) -> tuple[int, int]:
+        """The matrix columns [first, last) that the rectangle has of each of its rows."""
         if len(info.shape) < 2:
             return 0, 1
         return self.offset[-1], self.offset[-1] + self.shape[-1]
-
-    def blocks(self, view: TensorView, name: str) -> Iterator[Tensor]:
-        """The chunk of a tensor of `view`, as blocks of rows that follow one another in the chunk."""
-        info = view.infos[name]
-        first, last = self.columns(info)
-        for start, stop in self.row_runs(info):
-            for block in view.rows(name, start, stop):
-                yield block if last - first == info.columns else block[:, first:last]
 
 
 def _runs(axes: list[tuple[int, int, int]]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What a safetensors file says about its tensors, and the tensors themselves as pages of the file."""
+"""Dtypes and headers of safetensors files, and their tensors as memory-mapped pages."""
 
 from __future__ import annotations
 
@@ -9,16 +9,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-DTYPES = {
+DTYPES = {  # by their names in safetensors headers
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
-}  # as safetensors headers spell them
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+Header = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def read_header(path: Path) -> Header:
+    """Name -> (dtype code, shape). ValueError if the file is truncated or its tensors overlap or leave a gap."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            return {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); fetch or copy it again"
+        ) from None
 
 
 class SafetensorsFiles:
-    """Open safetensors files, memory-mapped; opened again in a process that this is sent to."""
+    """Memory-mapped safetensors files, opened on first use. Another process that receives it opens them again."""
 
     def __init__(self) -> None:
         self._handles: dict[Path, Any] = {}
@@ -31,20 +48,3 @@ class SafetensorsFiles:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_handles": {}}
-
-
-Header = dict[str, tuple[str, tuple[int, ...]]]
-
-
-def read_header(path: Path) -> Header:
-    """Name -> (dtype as the header spells it, shape). Overlaps and gaps are refused, as is a file cut short."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: (str(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in slices.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); fetch or copy it again"
-        ) from None

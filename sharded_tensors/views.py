@@ -1,14 +1,12 @@
-"""Tensors that are read a few rows at a time, wherever they lie: the common ground of every conversion.
+"""Tensors that are read a block of rows at a time, wherever they are stored.
 
-A tensor is seen as a matrix: all axes but the last are its rows (a vector is a matrix of one column). Fusing
-q, k and v, cloning heads, stacking experts and cutting for tensor parallelism are then the same thing, runs of
-rows in another order, and a model is converted by writing the rows of a view one block after the other. No
-tensor has to exist whole, and rows of a memory-mapped file are never copied on the way.
+Fusing q, k and v, cloning heads, stacking experts and dividing for tensor parallelism are all runs of matrix rows in
+another order. A conversion is therefore a view of a view, and costs nothing until its rows are written. No tensor has
+to be in memory as a whole, and rows of a memory-mapped file are not copied on the way.
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,63 +16,43 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from sharded_tensors.rectangles import Rectangle, TensorInfo
+
 BLOCK_BYTES = 8 * 2**20
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and dtype of a tensor that may not be in memory."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def columns(self) -> int:
-        return self.shape[-1] if len(self.shape) > 1 else 1
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else math.prod(self.shape)
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * self.dtype.itemsize
-
-
 def blocks(matrix: Tensor) -> Iterator[Tensor]:
-    """A matrix in runs of whole rows of about BLOCK_BYTES."""
+    """Split a matrix into runs of rows of about BLOCK_BYTES."""
     rows = max(1, BLOCK_BYTES // max(1, matrix.shape[1] * matrix.dtype.itemsize))
     yield from matrix.split(rows)
 
 
 class TensorView(Mapping[str, Tensor]):
-    """Tensors by name, none of them read before it is asked for.
-
-    `infos` describes all of them. `rows` yields blocks [n, columns] that together are rows start:stop of the
-    tensor as a matrix; `view[name]` is the tensor whole.
-    """
+    """Tensors by name that are read on demand. `infos` describes all of them; `view[name]` reads one entirely."""
 
     infos: Mapping[str, TensorInfo]
 
     @abstractmethod
-    def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]: ...
+    def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
+        """Blocks [n, columns] that together are the matrix rows start:stop of a tensor."""
+
+    def rectangle(self, name: str, rectangle: Rectangle) -> Iterator[Tensor]:
+        """Blocks [n, columns of the rectangle] that together are a rectangle of a tensor, in its own row order."""
+        info = self.infos[name]
+        first, last = rectangle.columns(info)
+        for start, stop in rectangle.row_runs(info):
+            for block in self.rows(name, start, stop):
+                yield block if last - first == info.columns else block[:, first:last]
 
     def __getitem__(self, name: str) -> Tensor:
         info = self.infos[name]
-        whole = torch.empty((info.rows, info.columns), dtype=info.dtype)
-        at = 0
-        for block in self.rows(name, 0, info.rows):
-            whole[at : at + len(block)] = block
-            at += len(block)
-        return whole.view(info.shape)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        copy_blocks(self.rows(name, 0, info.rows), tensor)
+        return tensor
 
     @property
     def elements(self) -> int:
-        """Of all tensors together."""
+        """Number of elements of all tensors."""
         return sum(info.elements for info in self.infos.values())
 
     @property
@@ -91,16 +69,24 @@ class TensorView(Mapping[str, Tensor]):
         return len(self.infos)
 
 
+def copy_blocks(source: Iterator[Tensor], target: Tensor) -> None:
+    """Fill a contiguous tensor with blocks of rows, in its own dtype."""
+    at, flat = 0, target.view(-1)
+    for block in source:
+        flat[at : at + block.numel()].view(block.shape).copy_(block)
+        at += block.numel()
+    assert at == target.numel(), f"{at} elements were read for a tensor of {target.numel()}"
+
+
 class TensorsInMemory(TensorView):
-    """A dict of tensors as a view. Other entries of a state dict (Megatron's _extra_state) are no weights."""
+    """A dict of tensors as a view. Other entries of a state dict, such as Megatron's _extra_state, are left out."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = {name: t.detach() for name, t in tensors.items() if isinstance(t, Tensor)}
         self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        matrix = self.tensors[name].reshape(-1, self.infos[name].columns)
-        yield from blocks(matrix[start:stop].cpu())
+        yield from blocks(self.tensors[name].reshape(-1, self.infos[name].columns)[start:stop])
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -108,6 +94,22 @@ class TensorsInMemory(TensorView):
 
 def as_view(tensors: Mapping[str, Tensor]) -> TensorView:
     return tensors if isinstance(tensors, TensorView) else TensorsInMemory(tensors)
+
+
+class LocalRectangles(TensorView):
+    """What one rank holds of global tensors: contiguous tensors by (name, rectangle). Only these can be read."""
+
+    def __init__(
+        self, infos: Mapping[str, TensorInfo], tensors: Mapping[tuple[str, Rectangle], Tensor]
+    ) -> None:
+        self.infos, self.tensors = infos, tensors
+
+    def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
+        raise NotImplementedError("a rank does not hold entire rows of its tensors")
+
+    def rectangle(self, name: str, rectangle: Rectangle) -> Iterator[Tensor]:
+        first, last = rectangle.columns(self.infos[name])
+        yield from blocks(self.tensors[name, rectangle].detach().view(-1, last - first))
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Run:
 
 
 class AssembledTensors(TensorView):
-    """Tensors put together from runs of rows of other views' tensors: `add` each, then read them like any other."""
+    """Tensors that are composed of runs of rows of other views' tensors. `add` each of them, then read."""
 
     def __init__(self) -> None:
         self.infos: dict[str, TensorInfo] = {}
@@ -137,7 +139,7 @@ class AssembledTensors(TensorView):
         self.infos[name], self._runs[name] = info, tuple(runs)
 
     def take(self, view: TensorView, name: str, new_name: str | None = None) -> None:
-        """Pass a tensor of another view on as it is."""
+        """Pass on a tensor of another view unchanged."""
         info = view.infos[name]
         self.add(new_name or name, info, [Run(view, name, 0, info.rows)])
 

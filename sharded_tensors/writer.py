@@ -1,54 +1,69 @@
-"""safetensors files to be written: which tensors, from where; and the writing, block by block, hashed on the way."""
+"""Safetensors files to be written: which tensors from where, and the writing, block by block, hashed on the way."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from durable_files import temporary_sibling
 from sharded_tensors.direct_file import DirectFile
-from sharded_tensors.rectangles import Chunk
+from sharded_tensors.index import Index, StoredRectangle, stored_name
+from sharded_tensors.rectangles import Rectangle, TensorInfo
 from sharded_tensors.safetensors_format import DTYPE_CODES
 from sharded_tensors.views import TensorView
 
-Advance = Callable[[int], None]
+Advance = Callable[[int], None]  # told the number of bytes done
 
 
 @dataclass(frozen=True)
-class ShardTensor:
-    """A tensor of a file: a chunk of `key` of a view, stored as `name` in `dtype`."""
+class FileTensor:
+    """One tensor of a file to be written: a rectangle of the tensor `name` of a view, stored in `dtype`."""
 
-    name: str
     view: TensorView
-    key: str
-    chunk: Chunk
+    name: str
+    rectangle: Rectangle
     dtype: torch.dtype
+
+    @classmethod
+    def entire(cls, view: TensorView, name: str, dtype: torch.dtype | None = None) -> FileTensor:
+        """All of a tensor; `dtype` None keeps its own."""
+        info = view.infos[name]
+        return cls(view, name, Rectangle.covering(info), dtype or info.dtype)
+
+    @property
+    def stored_name(self) -> str:
+        return stored_name(self.name, self.rectangle, self.view.infos[self.name])
 
     @property
     def nbytes(self) -> int:
-        return self.chunk.elements * self.dtype.itemsize
+        return self.rectangle.elements * self.dtype.itemsize
 
-    @classmethod
-    def whole(cls, view: TensorView, key: str, dtype: torch.dtype | None = None) -> ShardTensor:
-        info = view.infos[key]
-        return cls(key, view, key, Chunk.whole(info), dtype or info.dtype)
-
-    def data(self) -> Iterator[memoryview]:
-        for block in self.chunk.blocks(self.view, self.key):
-            yield block.to(self.dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
+    def data(self) -> Iterator[np.ndarray]:
+        """The bytes of the tensor in order. Each array is valid until the next one is asked for."""
+        window: Tensor | None = None  # pinned memory, through which blocks come from a GPU
+        for block in self.view.rectangle(self.name, self.rectangle):
+            flat = block.to(self.dtype).reshape(-1).view(torch.uint8)
+            if flat.is_cuda:
+                if window is None or len(window) < len(flat):
+                    window = torch.empty(len(flat), dtype=torch.uint8, pin_memory=True)
+                flat = window[: len(flat)].copy_(flat, non_blocking=True)
+                torch.cuda.current_stream().synchronize()
+            yield flat.numpy()
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file: its name in the folder, and its tensors in their order."""
+class TensorFile:
+    """A safetensors file to be written: its name in the folder, and its tensors in their order."""
 
     name: str
-    tensors: tuple[ShardTensor, ...]
+    tensors: Sequence[FileTensor]
 
     @property
     def nbytes(self) -> int:
@@ -58,9 +73,9 @@ class Shard:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         at = 0
         for tensor in self.tensors:
-            entries[tensor.name] = {
+            entries[tensor.stored_name] = {
                 "dtype": DTYPE_CODES[tensor.dtype],
-                "shape": tensor.chunk.shape,
+                "shape": tensor.rectangle.shape,
                 "data_offsets": [at, at + tensor.nbytes],
             }
             at += tensor.nbytes
@@ -69,10 +84,11 @@ class Shard:
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of their element size
         return len(text).to_bytes(8, "little") + text
 
-    def write(self, folder: Path, advance: Advance) -> tuple[int, str]:
-        """Write the file under a temporary name, fsync, rename. Returns its size and SHA-256.
+    def write(self, folder: Path, advance: Advance = lambda count: None) -> tuple[int, str]:
+        """Write the file under a temporary name, fsync, rename. Returns its size in bytes and its SHA-256.
 
-        `advance` is told the number of bytes of every block of tensors that was written.
+        Hashing, copying and writing release Python's lock, so that training can go on in another thread. An OSError
+        names the file.
         """
         path = folder / self.name
         temporary = temporary_sibling(path)
@@ -95,17 +111,34 @@ class Shard:
         return file.size, digest
 
 
-def fill_shards(tensors: Iterable[ShardTensor], max_bytes: int) -> list[tuple[ShardTensor, ...]]:
-    """Tensors in order, cut so that a shard exceeds `max_bytes` only if one tensor alone does.
+def index_of(files: Iterable[TensorFile]) -> Index:
+    """The index of files, written or to be written, without metadata."""
+    tensors: dict[str, TensorInfo] = {}
+    rectangles: dict[str, list[StoredRectangle]] = {}
+    for file in files:
+        for tensor in file.tensors:
+            tensors[tensor.name] = TensorInfo(tensor.view.infos[tensor.name].shape, tensor.dtype)
+            stored = StoredRectangle(file.name, tensor.rectangle)
+            rectangles.setdefault(tensor.name, []).append(stored)
+    return Index(tensors, rectangles)
 
-    Within a shard wider dtypes come first, so that every tensor is aligned.
+
+def fill_files(tensors: Iterable[FileTensor], max_bytes: int) -> list[tuple[FileTensor, ...]]:
+    """Group tensors, in order, into files that exceed `max_bytes` only if one tensor alone does.
+
+    Within a file wider dtypes come first, so that every tensor is aligned.
     """
-    shards: list[list[ShardTensor]] = []
+    groups: list[list[FileTensor]] = []
     used = 0
     for tensor in tensors:
-        if not shards or used + tensor.nbytes > max_bytes:
-            shards.append([])
+        if not groups or used + tensor.nbytes > max_bytes:
+            groups.append([])
             used = 0
-        shards[-1].append(tensor)
+        groups[-1].append(tensor)
         used += tensor.nbytes
-    return [tuple(sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)) for shard in shards]
+    return [aligned(group) for group in groups]
+
+
+def aligned(tensors: Iterable[FileTensor]) -> tuple[FileTensor, ...]:
+    """Tensors of one file, those of wider dtypes first."""
+    return tuple(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize))

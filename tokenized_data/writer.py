@@ -6,28 +6,38 @@ windows through zarr. A shard index has a crc32c, and the attributes of the grou
 
 from __future__ import annotations
 
-import fcntl
 import glob
-import os
 import shutil
 import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.buffer import Buffer
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.storage import LocalStore
 
-from durable_files import TEMPORARY_MARK, publish_folder, sha256_file, temporary_sibling
+from durable_files import (
+    TEMPORARY_MARK,
+    ProcessIdentity,
+    publish_folder,
+    read_json,
+    sha256_file,
+    temporary_sibling,
+    write_json,
+)
 from tokenized_data.identity import TokenizerIdentity
 
 FORMAT = "hypenet-token-store/1"
 INNER_CHUNK = 16_384
 SHARD_TOKENS = 16 * 2**20
+OWNER_FILE = "owner.json"  # of an unfinished store: the process that writes it
 
 
 @contextmanager
@@ -40,25 +50,23 @@ def _errors_name(folder: Path) -> Iterator[None]:
         raise
 
 
-def _locked(folder: Path) -> int:
-    """A descriptor that holds `folder` until it is closed, at the latest by the end of the process. OSError while
-    another one holds it, and on file systems that have no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _discard_dead_siblings(folder: Path) -> None:
-    """Remove what killed writers of `folder` left beside it; what a living one is at work in stays."""
+    """Remove what killed writers of `folder` left beside it. The folder of a live writer stays.
+
+    A writer of another host cannot be observed; what it left is removed with the other leftovers of its stage.
+    """
     for leftover in folder.parent.glob(f"{glob.escape(folder.name)}{TEMPORARY_MARK}*"):
-        with suppress(OSError):
-            descriptor = _locked(leftover)
-            shutil.rmtree(leftover, ignore_errors=True)
-            os.close(descriptor)
+        with suppress(OSError, ValueError):
+            if ProcessIdentity.from_json(read_json(leftover / OWNER_FILE)).has_ended():
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _OneWriterStore(LocalStore):
+    """A zarr store with a single writer. zarr would create metadata by hard link, which some file systems refuse."""
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        if not await self.exists(key):
+            await self.set(key, value)
 
 
 class _ShardedArray:
@@ -108,8 +116,8 @@ class TokenStoreWriter:
     """Context manager; the store appears at `folder` when the block ends without an error, or not at all.
 
     Memory holds one shard per array. A killed writer leaves a temporary sibling of `folder`, which the next writer of
-    the same store removes; a living one it knows by the lock on its folder. OSErrors (disk full, read-only) name
-    `folder`.
+    the same store removes. Each sibling names the process that writes it, so that a live writer is left alone. OSErrors
+    (disk full, read-only) name `folder`.
     """
 
     def __init__(
@@ -132,14 +140,12 @@ class TokenStoreWriter:
 
     def __enter__(self) -> TokenStoreWriter:
         self._temporary = temporary_sibling(self.folder)
-        self._lock: int | None = None
         try:
             with _errors_name(self.folder):
                 _discard_dead_siblings(self.folder)
                 self._temporary.mkdir(parents=True)
-                with suppress(OSError):  # without locks nobody takes it for dead either
-                    self._lock = _locked(self._temporary)
-                self._group = zarr.open_group(self._temporary, mode="a", zarr_format=3)
+                write_json(self._temporary / OWNER_FILE, asdict(ProcessIdentity.current()))
+                self._group = zarr.open_group(_OneWriterStore(self._temporary), mode="a", zarr_format=3)
                 self._tokens = self._new_array("tokens", np.uint32)
                 self._weights = self._new_array("loss_weights", np.uint8) if self._has_weights else None
         except BaseException:
@@ -157,9 +163,6 @@ class TokenStoreWriter:
             shutil.rmtree(self._temporary, ignore_errors=True)
             if not self._temporary.exists():
                 break
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def add_document(self, token_ids: np.ndarray, loss_weights: np.ndarray | None = None) -> None:
         """Append one document that ends with EOS: ids [n] and, in a store with loss weights, uint8 weights [n].
@@ -215,4 +218,5 @@ class TokenStoreWriter:
                 "provenance": self._provenance,
             }
         )
+        (self._temporary / OWNER_FILE).unlink()
         publish_folder(self._temporary, self.folder)

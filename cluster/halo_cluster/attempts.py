@@ -28,9 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from durable_files import publish_once, read_json, write_bytes
+from durable_files import ProcessIdentity, publish_once, read_json, write_bytes
 from halo_cluster.heartbeat import last_heartbeat
-from halo_cluster.processes import ProcessIdentity
 
 AttemptState = Literal["running", "done", "failed", "interrupted"]
 ExitState = Literal["done", "failed", "interrupted", "lost", "affected"]

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from durable_files import discard_leftovers, publish_once, read_json, sha256_file, write_json
+from durable_files import ProcessIdentity, discard_leftovers, publish_once, read_json, sha256_file, write_json
 from halo_cluster.attempts import (
     AttemptStatus,
     ExitReport,
@@ -33,7 +33,6 @@ from halo_cluster.attempts import (
     utc_now,
 )
 from halo_cluster.heartbeat import Heartbeat
-from halo_cluster.processes import ProcessIdentity
 from halo_cluster.storage import storage_errors
 
 DONE_FILE = "DONE.json"

@@ -17,9 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from durable_files import read_json, write_json, write_text
+from durable_files import exclusive, read_json, refuse_while_held, write_json, write_text
 from halo_cluster.attempts import AttemptState, AttemptStatus
-from halo_cluster.lock import exclusive, refuse_while_held
 from halo_cluster.record import DONE_FILE, StageRecord
 from halo_cluster.storage import storage_errors
 

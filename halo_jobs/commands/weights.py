@@ -1,4 +1,4 @@
-"""halo convert, reshard, export, verify, inspect: weights in and out, a block at a time."""
+"""halo convert, reshard, export, verify, inspect: models between folders, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from halo_jobs.commands.consoles import console, errors
 from terminal_output import ProgressBar
 
 if TYPE_CHECKING:
-    from hypenet_tools.folder_job import Job, Part
+    from hypenet_tools.folder_job import FolderJob, JobPart
 
 GIGABYTE = 10**9
-_SIZES = "Size in the target layout; has to divide"
+_SIZES = "Size in the target layout; must divide"
 
 TensorOption = Annotated[int, typer.Option("--tp", min=1, help=f"{_SIZES} heads, channels and vocabulary.")]
 PipelineOption = Annotated[int, typer.Option("--pp", min=1, help=f"{_SIZES} the layers.")]
@@ -29,22 +29,22 @@ PartOption = Annotated[
     str,
     typer.Option(
         "--part",
-        help="Do part I of N, as I/N from 0/N on. Give every node the same command with a part of its own, such as "
-        "--part $SLURM_PROCID/$SLURM_NTASKS under srun; whichever finishes last publishes the folder.",
+        help="Do part I of N, from 0/N on. Run the same command on every node, each with another part, such as "
+        "--part $SLURM_PROCID/$SLURM_NTASKS under srun. The one that finishes last publishes the folder.",
     ),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything and say what would be written; write nothing.")
+    bool, typer.Option("--dry-run", help="Check everything and print what would be written; write nothing.")
 ]
 ShardOption = Annotated[
     float,
     typer.Option("--shard-gb", min=0.000001, help="Largest file, in 10^9 bytes (one tensor may exceed it)."),
 ]
 SeedOption = Annotated[
-    int, typer.Option("--seed", help="Seed of new gates; the folder's provenance records it.")
+    int, typer.Option("--seed", help="Seed of new gates, recorded in the folder's provenance.")
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="bf16, fp16 or fp32. Default: every tensor stays as it is.")
+    str | None, typer.Option("--dtype", help="bf16, fp16 or fp32. Default: every tensor keeps its dtype.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
@@ -59,16 +59,16 @@ def convert(
         str | None,
         typer.Option(
             "--hybrid",
-            help="Also do stage 0: hypenet-2b, hypenet-5b, hypenet-9b, or attention layers such as 2,3,6. Clones "
-            "key/value heads for the recurrent layers and draws the output gates.",
+            help="Also initialise the hybrid (stage 0): hypenet-2b, hypenet-5b, hypenet-9b, or attention layers such "
+            "as 2,3,6. Clones key/value heads for the recurrent layers and draws the output gates.",
         ),
     ] = None,
     from_hypenet: Annotated[
         bool,
         typer.Option(
             "--from-hypenet",
-            help="SOURCE is a HypeNet: a release, or a checkpoint of the reference (model.safetensors beside a "
-            "config.json with mixer_types; names with teacher_layer. and student_layer. are understood).",
+            help="SOURCE is a HypeNet: a release, or a checkpoint of the reference implementation (model.safetensors "
+            "beside a config.json with mixer_types; names may contain teacher_layer. and student_layer.).",
         ),
     ] = False,
     seed: SeedOption = 0,
@@ -80,27 +80,27 @@ def convert(
     """Convert a Qwen3 or HypeNet folder to a weights folder for training, at any parallel layout.
 
     Reads every dense Qwen3 (0.6B to 32B) and the mixtures 30B-A3B and 235B-A22B, base and instruct, in bf16, fp16 or
-    fp32; quantised weights (GPTQ, AWQ, fp8) are refused. Tensors are copied from memory-mapped files a block at a
-    time, so memory stays near half a gigabyte per worker whatever the model's size.
+    fp32. Quantised weights (GPTQ, AWQ, fp8) are refused. Tensors are copied from memory-mapped files a block at a
+    time, so a worker needs about half a gigabyte whatever the model's size.
 
-    OUT appears when it is complete. Until then the work is in OUT.unfinished, and the same command goes on there:
-    finished files are kept by checksum.
+    OUT appears when it is complete. Until then the work is in OUT.unfinished. The same command resumes it and keeps
+    finished files whose checksums match.
 
     Example: halo convert Qwen3-8B hybrid-8b --hybrid hypenet-9b --tp 4 --pp 2
     """
     from hypenet_tools.convert import convert_job, import_job
-    from hypenet_tools.layout import Layout
+    from hypenet_tools.layout import FolderLayout
 
-    layout, size = Layout(tensor, pipeline, expert), round(shard_gb * GIGABYTE)
+    layout, size = FolderLayout(tensor, pipeline, expert), round(shard_gb * GIGABYTE)
     if from_hypenet:
         if hybrid is not None:
             raise ValueError(
-                "--hybrid makes a hybrid of a teacher, --from-hypenet reads one; give one of them"
+                "--hybrid makes a hybrid from a teacher, --from-hypenet reads one; give one of them"
             )
         job = import_job(source, out, layout, seed=seed, max_shard_bytes=size)
     else:
         job = convert_job(source, out, layout, hybrid=hybrid, seed=seed, max_shard_bytes=size)
-    _do(job, workers, part, dry_run)
+    _run(job, workers, part, dry_run)
 
 
 def reshard(
@@ -113,7 +113,7 @@ def reshard(
         bool,
         typer.Option(
             "--weights-only",
-            help="Of a training checkpoint: leave the optimizer behind and write a weights folder.",
+            help="Leave the optimizer of a training checkpoint out and write a weights folder.",
         ),
     ] = False,
     dtype: DtypeOption = None,
@@ -122,36 +122,32 @@ def reshard(
     part: PartOption = "0/1",
     dry_run: DryRunOption = False,
 ) -> None:
-    """Write weights, or a training checkpoint, for another layout without building the model and without GPUs.
+    """Write weights, or a training checkpoint, for another layout, without building the model and without GPUs.
 
-    Any folder loads at any layout; written for the layout that will load it, every rank reads its own files from
-    beginning to end. Weights may change their dtype; a training checkpoint, which has one file per rank, stays as exact
-    as it is. Resumes like `halo convert`.
+    Any folder loads at any layout. In one that was written for the layout that loads it, every rank reads its own files
+    from beginning to end. Weights may change their dtype; a training checkpoint keeps every bit. Resumes like
+    `halo convert`.
 
     Example: halo reshard hybrid-8b hybrid-8b-tp8 --tp 8
     """
-    from halo_jobs.release_sources import is_training_checkpoint, weights_source
     from hypenet_tools.convert import reshard_job
-    from hypenet_tools.layout import Layout
+    from hypenet_tools.layout import FolderLayout
+    from hypenet_tools.open_model import TRAINING, open_model
 
-    layout, target = Layout(tensor, pipeline, expert), _dtype(dtype)
-    if is_training_checkpoint(source) and not weights_only:
-        from halo_training.checkpoint_resharding import reshard_checkpoint_job
-
+    opened, target = open_model(source), _dtype(dtype)
+    if opened.kind == TRAINING and not weights_only:
         if target is not None:
             raise ValueError(f"--dtype is for weights, and {source} has an optimizer too; add --weights-only")
-        job = reshard_checkpoint_job(source, out, layout)
-    else:
-        size = round(shard_gb * GIGABYTE)
-        job = reshard_job(weights_source(source), out, layout, dtype=target, max_shard_bytes=size)
-    _do(job, workers, part, dry_run)
+        opened = opened.with_optimizer()
+    layout, size = FolderLayout(tensor, pipeline, expert), round(shard_gb * GIGABYTE)
+    _run(reshard_job(opened, out, layout, dtype=target, max_shard_bytes=size), workers, part, dry_run)
 
 
 def export(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A run's folder, a weights folder, a training checkpoint, or a Hugging Face folder."
+            help="The folder of a finished run, a weights folder, a training checkpoint, or a Hugging Face folder."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write; must not exist yet.")],
@@ -159,12 +155,12 @@ def export(
     dtype: DtypeOption = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option("--tokenizer", help="Folder with tokenizer.json, where SOURCE has none of its own."),
+        typer.Option("--tokenizer", help="Folder with tokenizer.json, if SOURCE has none."),
     ] = None,
     logits_scaling: Annotated[
         float | None,
         typer.Option(
-            "--logits-scaling", help="The a of log(t + a) / log(a), where SOURCE has none (hybrids)."
+            "--logits-scaling", help="The a of log(t + a) / log(a), if SOURCE is a hybrid without one."
         ),
     ] = None,
     workers: WorkersOption = None,
@@ -173,8 +169,8 @@ def export(
 ) -> None:
     """Write a folder that is ready to upload and loads in transformers.
 
-    Holds safetensors (with an index when there are several), config, generation config, tokenizer, chat template,
-    licence, a model card, a hybrid's modelling code, and SHA256SUMS. Of a finished run the card has data, tokens,
+    It holds safetensors (with an index if there are several), config, generation config, tokenizer, chat template,
+    licence, a model card, a hybrid's modelling code, and SHA256SUMS. The card of a finished run has data, tokens,
     selection and scores. Resumes like `halo convert`.
 
     Example: halo export runs/my-run my-hypenet --shard-gb 5
@@ -191,28 +187,28 @@ def export(
         dtype=_dtype(dtype),
         max_shard_bytes=round(shard_gb * GIGABYTE),
     )
-    _do(job, workers, part, dry_run)
+    _run(job, workers, part, dry_run)
 
 
 def verify(
     a: Annotated[Path, typer.Argument(help="A Hugging Face folder, weights folder or training checkpoint.")],
-    b: Annotated[Path, typer.Argument(help="Another; kinds may differ.")],
+    b: Annotated[Path, typer.Argument(help="Another one; it may be of another kind.")],
     as_json: JsonOption = False,
 ) -> None:
     """Compare two models: every tensor bit for bit through the mapping, checksums, and logits on fixed prompts.
 
-    Exit code 0: the same model. 1: not; the report says what differs. Logits (largest difference, cosine, agreement of
-    the most likely token) are computed in fp32, where the models fit into memory.
+    Exit code 0: the same model. Exit code 1: not the same; the report says what differs. Logits (largest difference,
+    cosine, agreement of the most likely token) are computed in fp32 if the models fit into memory.
 
     Keys of --json: match (true or false), a, b, model, tensors, logits, files_not_matching_their_checksum.
     """
-    from halo_jobs.release_sources import weights_source
+    from hypenet_tools.open_model import open_model
     from hypenet_tools.verify import verify as compare
 
-    one, other = weights_source(a), weights_source(b)
+    one, other = open_model(a), open_model(b)
     with ProgressBar("comparing", one.stored.nbytes, errors, in_bytes=True) as bar:
         result = compare(one, other, advance=bar.advance)
-    _tell(result, as_json)
+    _report(result, as_json)
     if not result["match"]:
         raise RuntimeError(f"{a} and {b} are not the same model; the report above says what differs")
 
@@ -223,20 +219,20 @@ def inspect(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is in a model folder: model, layout, sizes, dtypes, how it came about, NaN and infinite values.
+    """Print what a model folder contains: model, layout, sizes, dtypes, provenance, NaN and infinite values.
 
-    Reads everything, also to check it against the folder's checksums.
+    Reads everything and checks it against the folder's checksums.
 
-    Keys of --json: folder, kind, model, layout, tensors, parameters, bytes, files, dtypes, nan, inf,
+    Keys of --json: folder, kind, model, complete, layout, tensors, parameters, bytes, files, dtypes, nan, inf,
     tensors_not_finite, files_not_matching_their_checksum, provenance.
     """
-    from halo_jobs.release_sources import weights_source
     from hypenet_tools.inspection import inspect_model
+    from hypenet_tools.open_model import open_model
 
-    opened = weights_source(folder)
+    opened = open_model(folder)
     with ProgressBar("reading", opened.stored.nbytes, errors, in_bytes=True) as bar:
         result = inspect_model(opened, advance=bar.advance)
-    _tell(result, as_json)
+    _report(result, as_json)
 
 
 def _dtype(name: str | None) -> Any:
@@ -250,50 +246,47 @@ def _dtype(name: str | None) -> Any:
     return known[name]
 
 
-def _parse_part(text: str) -> Part:
-    from hypenet_tools.folder_job import Part
+def _parse_part(text: str) -> JobPart:
+    from hypenet_tools.folder_job import JobPart
 
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ValueError(f"--part {text} is not I/N with I from 0 to N - 1, such as 0/4")
-    return Part(int(index), int(count))
+    return JobPart(int(index), int(count))
 
 
-def _do(job: Job, workers: int | None, part_text: str, dry_run: bool) -> None:
+def _run(job: FolderJob, workers: int | None, part_text: str, dry_run: bool) -> None:
     from hypenet_tools.folder_job import run_job
     from hypenet_tools.workers import default_workers
 
     part = _parse_part(part_text)
-    mine = job.shards[part.index :: part.count]
-    nbytes = sum(shard.nbytes for shard in mine)
+    nbytes = sum(file.nbytes for file in job.tensor_files[part.index :: part.count])
     if dry_run:
         job.require_free(part)
-        free = shutil.disk_usage(_existing(job.out)).free
-        tensors = sum(len(shard.tensors) for shard in job.shards)
-        console.print(
-            f"{job.out}: {len(job.shards)} files with {tensors:,} tensors or chunks of them, "
-            f"{job.nbytes / GIGABYTE:.2f} GB; {free / GIGABYTE:.2f} GB are free. Nothing was written.",
-            soft_wrap=True,
-            highlight=False,
+        free = shutil.disk_usage(_existing_parent(job.out)).free
+        tensors = sum(len(file.tensors) for file in job.tensor_files)
+        _print(
+            f"{job.out}: {len(job.tensor_files)} files with {tensors:,} tensors or rectangles of them, "
+            f"{job.nbytes / GIGABYTE:.2f} GB; {free / GIGABYTE:.2f} GB are free. Nothing was written."
         )
         return
     with ProgressBar(job.out.name, nbytes, errors, in_bytes=True) as bar:
         complete = run_job(job, workers=workers or default_workers(nbytes), part=part, advance=bar.advance)
     if complete:
-        console.print(f"{job.out}: complete", soft_wrap=True, highlight=False)
+        _print(f"{job.out}: complete")
     else:
-        console.print(
-            f"Part {part_text} is done; {job.out} appears when the others are",
-            soft_wrap=True,
-            highlight=False,
-        )
+        _print(f"Part {part_text} is done; {job.out} appears when the other parts are")
 
 
-def _existing(path: Path) -> Path:
+def _print(sentence: str) -> None:
+    console.print(sentence, soft_wrap=True, highlight=False)
+
+
+def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
-def _tell(report: dict[str, Any], as_json: bool) -> None:
+def _report(report: dict[str, Any], as_json: bool) -> None:
     """Print a report as JSON for scripts, or as YAML for people."""
     text = json.dumps(report, indent=2)
     print(text if as_json else yaml.safe_dump(json.loads(text), sort_keys=False).rstrip())

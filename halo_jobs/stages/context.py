@@ -14,12 +14,12 @@ from halo_jobs.plan import INIT, PRETRAIN, TOKENIZE
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection
 from halo_jobs.work import StageWork
 from halo_training.batches import BatchCursor, Sampler
-from halo_training.checkpointing.state import KeyFilter
 from halo_training.models import DTYPES, ModelBuilder, read_shape
 from halo_training.objectives import Objective
 from halo_training.trainer import AttemptInProgress, Trainer
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
+from sharded_tensors.reader import NameFilter
 from tokenized_data import BlendedSampler, TokenStore, WindowSampler
 
 TRAIN_STORE, HELD_OUT_STORE, RECALL_STORE = "train", "held_out", "recall"
@@ -102,7 +102,7 @@ class StageContext(StageWork):
         return BlendedSampler([prose, recall], shares)
 
     def train(
-        self, section: TrainingSection, objective: Objective, keep_keys: KeyFilter | None = None
+        self, section: TrainingSection, objective: Objective, keep_keys: NameFilter | None = None
     ) -> Trainer:
         """A trainer for this stage, not yet run."""
         cursor = BatchCursor.of_this_rank(

@@ -17,10 +17,10 @@ from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model
 from halo_reports.run_facts import load_run
 from halo_training.models import DTYPES
 from hypenet_megatron.mixers import mixer
-from hypenet_tools import write_hf_folder, write_qwen3_folder
 from hypenet_tools.hugging_face.aux_files import licence_of
 from hypenet_tools.hugging_face.config import hypenet_config, qwen3_config
 from hypenet_tools.model_weights import read_weights
+from hypenet_tools.release import write_hf_folder
 
 EXPORT_FOLDER = "hypenet"
 TEACHER_FOLDER = "teacher"
@@ -121,10 +121,11 @@ def _export_teacher(context: StageContext) -> StageResult:
         command=_command(context),
         ngram_perplexity=evaluation.ngram_perplexity,
     )
-    write_qwen3_folder(
+    write_hf_folder(
         context.folder / TEACHER_FOLDER,
         tensors,
         shape,
+        None,
         tokenizer_folder=recipe.tokenizer_folder,
         dtype=dtype,
         model_card=card,

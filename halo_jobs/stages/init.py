@@ -8,8 +8,8 @@ from halo_jobs.recipe import resolve_path
 from halo_jobs.stages.context import StageContext, StageResult
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
 from halo_training.models import DTYPES, write_shape
-from hypenet_tools import read_model_folder
 from hypenet_tools.hugging_face.aux_files import source_digest
+from hypenet_tools.hugging_face.folder import read_model_folder
 from hypenet_tools.hugging_face.initialise import students_of
 from hypenet_tools.model_weights import read_weights, save_tensors
 

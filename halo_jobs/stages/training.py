@@ -11,7 +11,6 @@ import torch.distributed as dist
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.selected import attention_layers_of
-from halo_training.checkpointing.state import KeyFilter
 from halo_training.models import is_student_key, write_shape
 from halo_training.objectives import (
     AlignmentObjective,
@@ -21,7 +20,8 @@ from halo_training.objectives import (
 )
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.model_weights import save_weights
-from hypenet_tools.weights_folder import Index
+from hypenet_tools.open_model import open_model
+from sharded_tensors.reader import NameFilter
 
 TEACHER_WEIGHTS, STUDENT_WEIGHTS, HYBRID_WEIGHTS = "teacher", "students", "hybrid"
 
@@ -33,7 +33,7 @@ def _train_and_publish(
     weights: str,
     *,
     began_from: Path | None = None,
-    keep_keys: KeyFilter | None = None,
+    keep_keys: NameFilter | None = None,
 ) -> StageResult:
     """Train to the last step, publish the weights, and remove the checkpoints.
 
@@ -41,7 +41,7 @@ def _train_and_publish(
     """
     summary: dict[str, Any] = context.train(section, objective, keep_keys).run()
     folder = context.folder / weights
-    earlier = Index.read(began_from).provenance if began_from else []
+    earlier = open_model(began_from).provenance if began_from else []
     step = {"step": context.name, "run": context.recipe.name, "inputs": context.folder.name}
     save_weights(folder, objective.model, keep_keys, provenance=[*earlier, step])
     if dist.get_rank() == 0:

@@ -1,32 +1,32 @@
-"""What a save holds on to while training changes the originals."""
+"""Copies of the state that a save writes while training changes the originals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
 
-class HeldCopies:
+class HeldCopies[Key: Hashable]:
     """Copies of this rank's tensors, for a thread that writes them while training goes on.
 
-    The way from a GPU to the CPU takes longer than a step, and so does asking for pinned memory of that size. Where the
-    GPU has memory to spare, the copies are made within it, in milliseconds, and stay there until they are written:
-    `write_safetensors` fetches them bit by bit. Elsewhere they go to pinned CPU memory, which every save uses again,
-    and the next update of the weights waits for them.
+    A copy from GPU to CPU takes longer than a step, and so does allocating that much pinned memory. Where the GPU has
+    memory to spare, the copies are made within it, in milliseconds, and stay there until they are written, block by
+    block. Otherwise they go to pinned CPU memory, which every save reuses, and the next update of the weights waits for
+    them.
     """
 
     def __init__(self) -> None:
-        self._copies: dict[str, Tensor] = {}
-        self._stream: torch.cuda.Stream | None = None  # made at the first save from a GPU
+        self._copies: dict[Key, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None  # created at the first save from a GPU
         self._ready: torch.cuda.Event | None = None
         self._on_gpu = False
         self._training_peak = 0
 
-    def take(self, sources: Mapping[str, Tensor]) -> None:
-        """Begin. Sources on a GPU must not change before `before_overwriting` was called."""
+    def take(self, sources: Mapping[Key, Tensor]) -> None:
+        """Begin to copy. Sources on a GPU must not change until `before_overwriting` has been called."""
         if not any(source.is_cuda for source in sources.values()):
             self._copy_to_cpu(sources)
             return
@@ -40,20 +40,20 @@ class HeldCopies:
             self._copy_to_cpu(sources)
             self._ready = self._stream.record_event()
 
-    def _fit_beside_training(self, sources: Mapping[str, Tensor]) -> bool:
-        """Whether the GPU holds copies and the most that a step was seen to need, with a tenth of its memory left."""
+    def _fit_beside_training(self, sources: Mapping[Key, Tensor]) -> bool:
+        """Whether the GPU can hold the copies beside the peak of a step, with a tenth of its memory left over."""
         wanted = sum(source.nbytes for source in sources.values() if source.is_cuda)
         free, total = torch.cuda.mem_get_info()
         left = total // 10
         if self._training_peak == 0:
-            # The only step so far may have been the first, which made Adam's moments when its activations were gone.
+            # The only step so far may be the first, which allocates Adam's moments after its activations are freed.
             left += wanted
         held_beside_it = wanted if self._on_gpu else 0
         self._training_peak = max(self._training_peak, torch.cuda.max_memory_allocated() - held_beside_it)
         return self._training_peak + wanted + left <= free + torch.cuda.memory_reserved()
 
-    def _copy_within_gpu(self, sources: Mapping[str, Tensor]) -> bool:
-        """False if the GPU's memory is too fragmented for it."""
+    def _copy_within_gpu(self, sources: Mapping[Key, Tensor]) -> bool:
+        """False if the GPU's memory is too fragmented."""
         try:
             self._copies = {
                 name: source.clone(memory_format=torch.contiguous_format) for name, source in sources.items()
@@ -63,25 +63,28 @@ class HeldCopies:
             return False
         return True
 
-    def _copy_to_cpu(self, sources: Mapping[str, Tensor]) -> None:
+    def _copy_to_cpu(self, sources: Mapping[Key, Tensor]) -> None:
         self._copies = {name: self._buffer(name, source) for name, source in sources.items()}
         for name, source in sources.items():
             self._copies[name].copy_(source, non_blocking=True)
 
-    def _buffer(self, name: str, source: Tensor) -> Tensor:
+    def _buffer(self, name: Key, source: Tensor) -> Tensor:
         held = self._copies.get(name)
         if held is not None and (held.shape, held.dtype) == (source.shape, source.dtype):
             return held
         return torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=source.is_cuda)
 
     def before_overwriting(self) -> None:
-        """Called before the sources change: what the GPU computes next waits for copies on their way to the CPU."""
+        """Call this before the sources change. Later work of the GPU waits for copies that are still in transfer."""
         if self._ready is not None:
             torch.cuda.current_stream().wait_event(self._ready)
 
     @contextmanager
-    def complete(self) -> Iterator[Mapping[str, Tensor]]:
-        """The copies, in any thread. A new thread is on the first GPU, and would take memory there merely by asking."""
+    def complete(self) -> Iterator[Mapping[Key, Tensor]]:
+        """The finished copies, in any thread.
+
+        A new thread uses the first GPU, where even a query allocates memory; hence the device context.
+        """
         with ExitStack() as stack:
             if self._stream is not None and self._ready is not None:
                 stack.enter_context(torch.cuda.device(self._stream.device))

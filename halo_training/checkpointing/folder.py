@@ -1,9 +1,7 @@
-"""The `checkpoints` folder of a training stage: step-00000100, ...; the newest valid one counts.
+"""The `checkpoints` folder of a training stage: step-00000100, ... The newest valid one is resumed.
 
-step-00000100/MANIFEST.json             size and SHA-256 of the other files
-              INDEX.json                which rectangle of which tensor lies in which file
-              TRAINING.json             step, samples, recipe section, layout, code version, recent losses
-              rank-00000.safetensors    what that rank held, and its random states
+A checkpoint is a folder of sharded tensors (see sharded_tensors) with one file per rank, rank-00000.safetensors. Its
+TRAINING.json has step, samples, recipe section, layout, code version and recent losses.
 """
 
 from __future__ import annotations
@@ -16,52 +14,68 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint.metadata import Metadata
 
 from durable_files import (
     FolderManifest,
     discard_leftovers,
     publish_folder,
     read_json,
-    sha256_file,
     temporary_sibling,
     write_json,
 )
 from halo_training.checkpointing.layout import current_layout
 from halo_training.checkpointing.random_states import restore_random_states
-from halo_training.checkpointing.state import KeyFilter, set_optimizer_step, training_shards
-from halo_training.checkpointing.storage import (
-    INDEX_FILE,
-    WrittenFile,
-    index_content,
-    load_shards,
-    read_rank_tensors,
-)
+from halo_training.checkpointing.state import set_optimizer_step, training_shards
 from hypenet_megatron.model import LocalModel
+from sharded_tensors.index import (
+    INDEX_FILE,
+    RANDOM_PREFIX,
+    TRAINING_FILE,
+    Index,
+    finish_folder,
+    require_current_format,
+)
+from sharded_tensors.megatron import fill_pieces
 from sharded_tensors.ranks import from_all_ranks, on_first_rank
+from sharded_tensors.reader import NameFilter, StoredTensors
 
-TRAINING_FILE = "TRAINING.json"
-RANDOM_PREFIX = "random/"
 _STEP_PREFIX = "step-"
 _DAMAGED = ".damaged"
 
 
+@dataclass(frozen=True)
+class WrittenFile:
+    """What one rank wrote: index, size in bytes and SHA-256 of its file."""
+
+    name: str
+    index: Index
+    size: int
+    digest: str
+
+
+def random_prefix(rank: int) -> str:
+    """How the names of a rank's random states begin."""
+    return f"{RANDOM_PREFIX}{rank}."
+
+
 def _listed_files(folder: Path) -> dict[str, tuple[int, str]] | str:
-    """What the manifest says, or what is wrong with it. It lists itself nowhere, but everything else."""
+    """The files of the manifest, or what is wrong with it. It has to list every other file of the folder."""
     manifest = folder / FolderManifest.FILE_NAME
     try:
         files = FolderManifest.read(folder).files
-        there = {path.name for path in folder.iterdir()} | {INDEX_FILE, TRAINING_FILE}
+        present = {path.name for path in folder.iterdir()} | {INDEX_FILE, TRAINING_FILE}
     except (ValueError, OSError) as problem:
         return str(problem) if str(manifest) in str(problem) else f"{manifest} is damaged: {problem}"
-    unlisted = there - files.keys() - {manifest.name}
+    unlisted = present - files.keys() - {manifest.name}
     return f"{manifest} is damaged: it does not list {min(unlisted)}" if unlisted else files
 
 
 @dataclass(frozen=True)
 class TrainingCheckpoints:
-    """Finds, checks, loads, publishes and drops checkpoints. Of the old ones the newest `keep_last` stay, and those
-    whose step is a multiple of `keep_every` (0: none)."""
+    """Finds, verifies, loads, publishes and removes checkpoints.
+
+    Of the old ones the newest `keep_last` stay, and those whose step is a multiple of `keep_every` (0: none).
+    """
 
     folder: Path
     keep_last: int = 2
@@ -75,9 +89,9 @@ class TrainingCheckpoints:
         return self.folder / f"{_STEP_PREFIX}{step:08d}"
 
     def newest_valid(self) -> tuple[int | None, list[str]]:
-        """Newest checkpoint whose files match their checksums, and what is wrong with the newer ones.
+        """The newest checkpoint whose files match their checksums, and what is wrong with the newer ones.
 
-        All ranks call it: each reads its share of the files.
+        All ranks call it; each reads its share of the files. ValueError for checkpoints of an earlier version.
         """
         damage: list[str] = []
         for step in reversed(on_first_rank(self.steps)):
@@ -89,6 +103,7 @@ class TrainingCheckpoints:
 
     def _problems(self, folder: Path) -> list[str]:
         """One sentence for each file that is not as it was published; every rank gets all of them."""
+        require_current_format(folder)
         files = on_first_rank(lambda: _listed_files(folder))
         if isinstance(files, str):
             return [files]
@@ -101,8 +116,10 @@ class TrainingCheckpoints:
         return [problem for problems in from_all_ranks(found) for problem in problems]
 
     def set_damaged_aside(self, newest_valid: int | None) -> None:
-        """Rename what is newer than `newest_valid`, so that it neither counts as kept nor is taken for a checkpoint.
-        Half-written folders of killed saves go."""
+        """Rename checkpoints newer than `newest_valid`, so that they are neither counted nor resumed.
+
+        Also removes half-written folders of killed saves.
+        """
 
         def rename() -> None:
             discard_leftovers(self.folder)
@@ -119,22 +136,24 @@ class TrainingCheckpoints:
         step: int,
         model: LocalModel,
         optimizer: MegatronOptimizer,
-        keep: KeyFilter | None,
+        keep: NameFilter | None,
     ) -> dict[str, Any]:
-        """Restore weights and optimizer in place, and, at the layout that saved it, the random states.
+        """Restore weights and optimizer in place and, at the layout that saved them, the random states.
 
         Returns TRAINING.json. ValueError if tensors are missing or of another shape.
         """
-        folder = self.path(step)
+        folder, prefix = self.path(step), random_prefix(dist.get_rank())
         training: dict[str, Any] = read_json(folder / TRAINING_FILE)
-        load_shards(folder, training_shards(model, optimizer, keep))
+        stored = StoredTensors(folder, lambda name: not name.startswith(RANDOM_PREFIX) or name.startswith(prefix))
+        fill_pieces(training_shards(model, optimizer, keep), stored, folder)
         set_optimizer_step(optimizer, training["optimizer_step"])
         if training["layout"] == current_layout():
-            restore_random_states(read_rank_tensors(folder, dist.get_rank(), RANDOM_PREFIX))
+            names = [name for name in stored if name.startswith(prefix)]
+            restore_random_states({name.removeprefix(prefix): stored[name] for name in names})
         return training
 
     def new_temporary(self, step: int) -> Path:
-        """An empty folder to write `step` into; what killed saves left goes. First rank only."""
+        """An empty folder to write `step` into. Removes what killed saves left. First rank only."""
         self.folder.mkdir(parents=True, exist_ok=True)
         discard_leftovers(self.folder)
         temporary = temporary_sibling(self.path(step))
@@ -145,29 +164,26 @@ class TrainingCheckpoints:
         self,
         temporary: Path,
         step: int,
-        plan: Metadata,
         written: Sequence[WrittenFile],
+        metadata: Mapping[str, Any],
         training: Mapping[str, Any],
     ) -> list[Path]:
-        """Make a save that all ranks have finished a checkpoint, and drop old ones. First rank only.
+        """Publish a save that all ranks have written, and retire old checkpoints. First rank only.
 
-        Returns the folders that old ones are in now, for the caller to remove; a later save or run would do it too.
+        Returns the folders of the retired ones for the caller to remove; a later save or run would remove them too.
         """
-        write_json(temporary / INDEX_FILE, index_content(plan, written))
         write_json(temporary / TRAINING_FILE, dict(training))
-        files = {file.name: (file.size, file.digest) for file in written}
-        for name in (INDEX_FILE, TRAINING_FILE):
-            files[name] = ((temporary / name).stat().st_size, sha256_file(temporary / name))
-        write_json(temporary / FolderManifest.FILE_NAME, {name: list(entry) for name, entry in files.items()})
+        index = Index.merged((file.index for file in written), metadata)
+        finish_folder(temporary, index, {file.name: (file.size, file.digest) for file in written})
         publish_folder(temporary, self.path(step))
-        return self._drop_old(step)
+        return self._retire_old(step)
 
-    def _drop_old(self, newest: int) -> list[Path]:
-        dropped = []
+    def _retire_old(self, newest: int) -> list[Path]:
+        retired = []
         kept = [step for step in self.steps() if not (self.keep_every and step % self.keep_every == 0)]
         for step in kept[: -self.keep_last]:
             if step < newest:
-                # Under a temporary name: killed before it is removed, it is not taken for a damaged checkpoint.
-                dropped.append(temporary_sibling(self.path(step)))
-                self.path(step).rename(dropped[-1])
-        return dropped
+                # Under a temporary name, so that a kill during its removal does not leave a damaged checkpoint.
+                retired.append(temporary_sibling(self.path(step)))
+                self.path(step).rename(retired[-1])
+        return retired

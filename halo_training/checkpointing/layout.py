@@ -1,4 +1,4 @@
-"""How the running processes share the model, as a checkpoint remembers it."""
+"""The parallel layout of the running processes, as a checkpoint records it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 
 
 def current_layout() -> dict[str, int]:
-    """Ranks along every axis of parallelism. Equal layouts continue bit by bit, others within float noise."""
+    """Ranks along every axis of parallelism. Resume is bit-exact at an equal layout, within float noise at others."""
     return {
         "world": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),

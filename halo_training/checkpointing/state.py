@@ -1,22 +1,20 @@
 """What a training checkpoint holds, as Megatron's sharded tensors: weights, fp32 master weights, Adam's moments.
 
 A sharded tensor says which rectangle of which global tensor a rank has, so nothing here or in the files depends on
-the layout. Keys are Megatron's: K for the weight, optimizer.state.{fp32_param,exp_avg,exp_avg_sq}.K for its optimizer
-state. They are the same with and without the distributed optimizer. Megatron's own way to make the latter reshardable
-gathers the whole state on every data-parallel rank; here each rank describes the slice that it owns as rectangles.
+the layout. Names are Megatron's keys: K for a weight, optimizer.state.{fp32_param,exp_avg,exp_avg_sq}.K for its
+optimizer state, with and without the distributed optimizer. Megatron's own way to make the distributed one reshardable
+gathers the entire state on every data-parallel rank; here each rank describes the slice that it owns as rectangles.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -24,16 +22,18 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from hypenet_megatron.model import LocalModel
+from sharded_tensors.index import OPTIMIZER_PREFIX
+from sharded_tensors.megatron import model_entries, pieces_of
+from sharded_tensors.reader import NameFilter
 
-KeyFilter = Callable[[str], bool]
 MASTER_WEIGHT, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class _Updated:
-    """What this rank's optimizer updates of one parameter: elements [start, stop) of it, flattened.
+    """The part of one parameter that this rank's optimizer updates: elements [start, stop) of it, flattened.
 
-    `main` is what Adam sees: the parameter, its fp32 copy, or a flat slice of either.
+    `main` is what Adam updates: the parameter, its fp32 copy, or a flat slice of either.
     """
 
     parameter: Tensor
@@ -47,9 +47,9 @@ class _Updated:
 def flat_boxes(
     shape: Sequence[int], start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements [start, stop) of a row-major tensor of `shape` as (offsets, sizes) of rectangles, in their order.
+    """Elements [start, stop) of a row-major tensor of `shape` as rectangles (offsets, sizes), in order.
 
-    At most 2 n - 1 of them for n dimensions.
+    There are at most 2 n - 1 of them for n dimensions.
     """
     if start >= stop:
         return
@@ -67,23 +67,8 @@ def flat_boxes(
             yield (index, *offsets), (1, *sizes)
 
 
-def _model_entries(model: LocalModel, keep: KeyFilter | None) -> list[ShardedTensor | ShardedTensorFactory]:
-    """Tensors of this rank's part of the model. Extra state of Transformer Engine, a pickle, is left out."""
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return [
-        entry
-        for entry in model.sharded_state_dict(metadata=metadata).values()
-        if isinstance(entry, (ShardedTensor, ShardedTensorFactory)) and (keep is None or keep(entry.key))
-    ]
-
-
-def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """The rectangles of one entry: feed-forward gate and up projection lie in one parameter and are two of them."""
-    return list(nested_values([entry.build()])) if isinstance(entry, ShardedTensorFactory) else [entry]
-
-
 def _master_weights(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """bf16 parameters with their fp32 copies, of an optimizer that holds all elements."""
+    """bf16 parameters with their fp32 copies, from an optimizer that is not distributed."""
     if isinstance(part, Float16OptimizerWithFloat16Params):
         for group, masters in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(group, masters, strict=True)
@@ -112,7 +97,7 @@ def _updated(optimizer: MegatronOptimizer) -> Iterator[_Updated]:
 
 
 def _prime(updated: _Updated) -> None:
-    """Give Adam the state that its first step would, so that there is something to load into."""
+    """Create the state that Adam creates in its first step, so that a checkpoint can be loaded into it."""
     state = updated.inner.state[updated.main]
     for name in MOMENTS:
         if name not in state:
@@ -126,7 +111,7 @@ def _optimizer_shards(
     tensors = {name: state[name] for name in MOMENTS}
     if updated.parameter.dtype != torch.float32:  # fp32 weights are their own master weights
         tensors[MASTER_WEIGHT] = updated.main
-    for piece in _pieces(entry):
+    for piece in pieces_of(entry):
         begin = piece.data.storage_offset() - entry.data.storage_offset()
         assert piece.data.is_contiguous(), f"{piece.key} is not a range of its parameter"
         assert piece.prepend_axis_num == 0, f"{piece.key} is stacked over layers"
@@ -144,7 +129,7 @@ def _optimizer_shards(
                 data = tensor.detach().view(-1)[offset : offset + count].view(sizes)
                 yield replace(
                     piece,
-                    key=f"optimizer.state.{name}.{piece.key}",
+                    key=f"{OPTIMIZER_PREFIX}state.{name}.{piece.key}",
                     data=data,
                     dtype=data.dtype,
                     local_shape=sizes,
@@ -158,15 +143,15 @@ def _optimizer_shards(
 
 
 def training_shards(
-    model: LocalModel, optimizer: MegatronOptimizer, keep: KeyFilter | None
+    model: LocalModel, optimizer: MegatronOptimizer, keep: NameFilter | None
 ) -> list[ShardedTensor]:
-    """Everything of this rank that a checkpoint saves and restores; `data` are views of the live tensors.
+    """Everything of this rank that a checkpoint saves and restores. Their `data` are views of the live tensors.
 
-    Replicas are included: a save takes only the main one, a load fills them all. `keep` restricts by the weight's key.
+    Replicas are included: a save takes only the main one, a load fills them all. `keep` restricts by the weight's name.
     """
-    entries = _model_entries(model, keep)
+    entries = model_entries(model, keep)
     by_parameter = {id(entry.data): entry for entry in entries}
-    shards = [piece for entry in entries for piece in _pieces(entry)]
+    shards = [piece for entry in entries for piece in pieces_of(entry)]
     for updated in _updated(optimizer):
         _prime(updated)
         shards += _optimizer_shards(updated, by_parameter[id(updated.parameter)])
@@ -174,10 +159,10 @@ def training_shards(
 
 
 def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
-    """Tell Adam how many updates it has made: torch counts per parameter, Apex and Transformer Engine per group."""
+    """Set the number of updates in Adam: torch counts per parameter, Apex and Transformer Engine per group."""
     for updated in _updated(optimizer):
         if isinstance(updated.inner, (torch.optim.Adam, torch.optim.AdamW)):
-            # A tensor of its own for each: one that is shared would count every parameter's update.
+            # A tensor for each parameter: a shared one would count the updates of all of them.
             updated.inner.state[updated.main]["step"] = torch.tensor(float(step))
         else:
             for group in updated.inner.param_groups:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from durable_files import read_json
+from durable_files import ProcessIdentity, read_json
 from halo_cluster import AttemptStatus, ExitReport, Nodes, RankFailed, run_ranks
 from halo_cluster.attempts import cause
-from halo_cluster.processes import ProcessIdentity
 
 
 def report_of_the_other_node(attempt: Path) -> None:
@@ -116,7 +115,7 @@ def test_ranks_end_with_a_parent_that_is_killed(tmp_path, stopped):
         from pathlib import Path
         from durable_files import write_json
         from halo_cluster import end_with_parent
-        from halo_cluster.processes import ProcessIdentity
+        from durable_files import ProcessIdentity
         end_with_parent()
         write_json(Path(sys.argv[1]), asdict(ProcessIdentity.current()))
         time.sleep(200)

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from halo_evaluation.selection.sweep import LayerSwitch
 from halo_jobs.recipe import TrainingSection
 from halo_training.checkpointing.copies import HeldCopies
-from halo_training.checkpointing.storage import write_safetensors
 from halo_training.models import is_student_key
 from halo_training.objectives import (
     AlignmentObjective,
@@ -29,10 +28,12 @@ from halo_training.trainer import Trainer
 from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.runtime import model_parallel, reset_seeds
-from hypenet_tools import write_hf_folder, write_qwen3_folder
 from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
 from hypenet_tools.hugging_face.weights import SafetensorsWeights
 from hypenet_tools.model_weights import load_weights
+from hypenet_tools.release import write_hf_folder
+from sharded_tensors.views import TensorsInMemory
+from sharded_tensors.writer import FileTensor, TensorFile
 from tests.support.reference_model import hypenet_forward
 from tests.support.tiny_models import HYBRID, TINY
 from tests.support.windows import RandomWindows, cursor_of_this_rank
@@ -126,10 +127,11 @@ def test_hybrid_logits(device, export, ids, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_teacher_logits(device, tmp_path, ids, dtype):
     tensors = _tensors(TEACHER)
-    write_qwen3_folder(
+    write_hf_folder(
         tmp_path / "teacher",
         tensors,
         SHAPE,
+        None,
         tokenizer_folder=_tokenizer(tmp_path / "tokenizer"),
         dtype=torch.float32,
         model_card="",
@@ -240,5 +242,6 @@ def test_a_save_holds_what_was_there_when_it_began(device, tmp_path, monkeypatch
         copies.before_overwriting()
         source.zero_()
         with copies.complete() as tensors:
-            write_safetensors(tmp_path / "x.safetensors", tensors)
+            view = TensorsInMemory(tensors)
+            TensorFile("x.safetensors", [FileTensor.entire(view, name) for name in view]).write(tmp_path)
         assert load_file(tmp_path / "x.safetensors")["x"].equal(expected)

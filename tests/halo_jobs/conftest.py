@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from halo_jobs.recipe import load_recipe
 from halo_jobs.stages.data import WORDS_FILE
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools import write_qwen3_folder
 from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
+from hypenet_tools.release import write_hf_folder
 
 NOUNS = ["river", "council", "harbour", "winter", "letter", "engine", "garden", "signal", "market", "bridge"]
 VERBS = ["crosses", "feeds", "answers", "opens", "follows", "carries", "guards", "moves", "hides", "repeats"]
@@ -62,10 +62,11 @@ def write_teacher(folder: Path, tokenizer: Path, *, layers: int) -> Path:
         name: torch.ones(size) if "norm" in name else torch.randn(size, generator=generator) * 0.1
         for name, size in megatron_shapes(plan).items()
     }
-    write_qwen3_folder(
+    write_hf_folder(
         folder,
         tensors,
         shape,
+        None,
         tokenizer_folder=tokenizer,
         dtype=torch.float32,
         model_card="---\nlicense: apache-2.0\n---\ntiny\n",

@@ -1,5 +1,6 @@
 """Training checkpoints rewritten for another layout, optimizer and all: the same bits, and training goes on."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,12 +10,11 @@ import pytest
 import torch
 
 from halo_jobs.cli import app
-from halo_training.checkpoint_resharding import reshard_checkpoint_job
 from halo_training.checkpointing import TrainingCheckpoints
-from halo_training.models import write_shape
-from hypenet_megatron.presets import ModelShape
-from hypenet_tools.folder_job import run_job
-from hypenet_tools.layout import Layout
+from hypenet_tools.convert import reshard_job
+from hypenet_tools.folder_job import FolderJob, run_job
+from hypenet_tools.layout import FolderLayout
+from hypenet_tools.open_model import open_model
 from tests.support.halo import halo
 from tests.support.resume_grid import checkpoint_tensors
 from tests.support.small_ranks import Ranks, ranks_to_kill
@@ -25,7 +25,6 @@ pytestmark = [
         torch.cuda.is_available(), reason="gloo ranks on the CPU backend; with CUDA it is off"
     ),
 ]
-SHAPE = ModelShape("tiny", 2, 32, 48, 4, 2, 8, 64, tied_embeddings=True)  # that of tests/support/small_rank_main.py
 LAYOUTS = {"tp2": {"tensor": 2}, "distopt": {"distributed_optimizer": True}, "pp2": {"pipeline": 2}}
 
 
@@ -42,13 +41,14 @@ def trained(ranks, tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for name, layout in LAYOUTS.items():
         run = root / name
-        (run / "init" / "0").mkdir(parents=True)
-        (run / "recipe.yaml").write_text(f"name: {name}\n")
-        write_shape(run / "init" / "0", SHAPE)
         folders[name] = run / "finetune.hybrid" / "0"
         world = ranks.start(folders[name], layout=layout)
         assert world.wait() == [0, 0], world.errors()
     return folders
+
+
+def _job(source: Path, out: Path, layout: FolderLayout) -> FolderJob:
+    return reshard_job(open_model(source).with_optimizer(), out, layout)
 
 
 def newest(folder: Path) -> Path:
@@ -56,13 +56,14 @@ def newest(folder: Path) -> Path:
     return checkpoints.path(checkpoints.steps()[-1])
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(2, 2), Layout(1, 2)], ids=str)
+@pytest.mark.parametrize("layout", [FolderLayout(), FolderLayout(2, 2), FolderLayout(1, 2)], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_same_tensors_in_other_files(trained, tmp_path, name, layout):
     source = newest(trained[name])
-    assert run_job(reshard_checkpoint_job(source, tmp_path / "out", layout))
+    assert run_job(_job(source, tmp_path / "out", layout))
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert files == [f"rank-{n:05d}.safetensors" for n in range(layout.tensor * layout.pipeline)]
+    ranks = itertools.product(range(layout.tensor), range(layout.pipeline))
+    assert files == [f"t{tensor}-p{stage}-e0-00001.safetensors" for tensor, stage in ranks]
     before, after = checkpoint_tensors(source), checkpoint_tensors(tmp_path / "out")
     assert any(key.startswith("optimizer.state.exp_avg_sq.") for key in before)
     assert before.keys() == after.keys()
@@ -81,8 +82,8 @@ def test_training_goes_on_from_it_as_from_the_original(ranks, trained, tmp_path,
         else:
             target.parent.mkdir(parents=True)
             options = LAYOUTS[layout]
-            out = Layout(options.get("tensor", 1), options.get("pipeline", 1))
-            assert run_job(reshard_checkpoint_job(source, target, out))
+            out = FolderLayout(options.get("tensor", 1), options.get("pipeline", 1))
+            assert run_job(_job(source, target, out))
         world = ranks.start(stage, layout=LAYOUTS[layout])
         assert world.wait() == [0, 0], world.errors()
         lines = (stage / "metrics.jsonl").read_text().splitlines()
@@ -106,18 +107,18 @@ def test_a_damaged_checkpoint_is_not_given_new_checksums(trained, tmp_path):
     with pytest.raises(
         ValueError, match=r"rank-00001\.safetensors does not match its checksum; reshard another"
     ):
-        run_job(reshard_checkpoint_job(source, tmp_path / "out", Layout()))
+        run_job(_job(source, tmp_path / "out", FolderLayout()))
     assert not (tmp_path / "out").exists()
     victim.write_bytes(content[:-8])
     with pytest.raises(ValueError, match=r"rank-00001\.safetensors"):
-        reshard_checkpoint_job(source, tmp_path / "other", Layout())
+        _job(source, tmp_path / "other", FolderLayout())
 
 
 def test_the_command(trained, tmp_path):
     source = newest(trained["tp2"])
     done = halo("reshard", source, tmp_path / "out", "--pp", 2)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert len(list((tmp_path / "out").glob("rank-*"))) == 2
+    assert len(list((tmp_path / "out").glob("t0-*"))) == 2
     with pytest.raises(
         ValueError, match=r"--dtype is for weights, and .* has an optimizer too; add --weights-only"
     ):

@@ -1,16 +1,11 @@
 """Weights out of training checkpoints: resharded, exported and inspected like any model folder."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from rich.console import Console
 
-from durable_files import write_json
 from halo_jobs.recipe import TrainingSection
-from halo_jobs.release_sources import release_source, weights_source
-from halo_training.checkpoint_weights import shape_of
-from halo_training.models import write_shape
+from halo_jobs.release_sources import release_source
 from halo_training.objectives import NextTokenObjective
 from halo_training.optimizer import build_optimizer
 from halo_training.trainer import Trainer
@@ -21,8 +16,10 @@ from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.convert import reshard_job
 from hypenet_tools.folder_job import run_job
 from hypenet_tools.inspection import inspect_model
-from hypenet_tools.layout import Layout
-from hypenet_tools.weights_folder import WeightsFolder
+from hypenet_tools.layout import FolderLayout
+from hypenet_tools.model_weights import load_weights
+from hypenet_tools.open_model import open_model
+from sharded_tensors.reader import StoredTensors
 from tests.support.windows import RandomWindows, cursor_of_this_rank
 
 SHAPE = ModelShape("tiny", 4, 32, 48, 4, 2, 8, 64, tied_embeddings=False)
@@ -45,8 +42,6 @@ def trained(tmp_path):
     stage = run / "finetune.hybrid" / "0123456789ab"
     stage.mkdir(parents=True)
     (run / "recipe.yaml").write_text("name: run\n")
-    (run / "init" / "0").mkdir(parents=True)
-    write_shape(run / "init" / "0", SHAPE)
     with model_parallel(seed=1):
         config = DecoderConfig.from_shape(SHAPE, MIXERS, dtype=torch.bfloat16)
         cursor = cursor_of_this_rank(RandomWindows(16, 64), section)
@@ -62,40 +57,40 @@ def trained(tmp_path):
 def test_slim_copy_of_a_checkpoint(trained, tmp_path):
     checkpoints, expected = trained
     newest = sorted(checkpoints.glob("step-*"))[-1]
-    opened = weights_source(newest)
+    opened = open_model(newest)
     assert opened.model.mixer_types == MIXERS
     assert inspect_model(opened)["files_not_matching_their_checksum"] == []
-    assert run_job(reshard_job(opened, tmp_path / "slim", Layout(2, 2)))
-    slim = WeightsFolder(tmp_path / "slim")
+    assert run_job(reshard_job(opened, tmp_path / "slim", FolderLayout(2, 2)))
+    slim = StoredTensors(tmp_path / "slim")
     assert slim.keys() == expected.keys()
     assert all(slim[name].equal(expected[name]) for name in expected)
-    assert [step["step"] for step in slim.index.provenance] == ["training", "reshard"]
+    assert [step["step"] for step in open_model(slim.folder).provenance] == ["training", "reshard"]
     stored = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
     assert slim.nbytes * 6 < stored, "masters and moments stay behind"
 
 
-def test_checkpoint_away_from_its_run(trained, tmp_path):
-    checkpoints, _ = trained
+def test_checkpoint_away_from_its_run_is_complete(trained, tmp_path):
+    """It says itself which model it is of."""
+    checkpoints, expected = trained
     newest = sorted(checkpoints.glob("step-*"))[-1]
     newest.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="elsewhere lies in no run's folder, which has the model's sizes"):
-        weights_source(tmp_path / "elsewhere")
+    opened = open_model(tmp_path / "elsewhere")
+    assert (opened.kind, opened.model.mixer_types) == ("training checkpoint", MIXERS)
+    assert opened.model.shape.num_layers == SHAPE.num_layers
+    assert opened.stored.keys() == expected.keys()
+
+
+def test_weights_of_a_checkpoint_load_like_a_weights_folder(trained):
+    checkpoints, expected = trained
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    with model_parallel(seed=2):
+        config = DecoderConfig.from_shape(SHAPE, MIXERS, dtype=torch.bfloat16)
+        model = DecoderModel(config)
+        load_weights(newest, model)
+        assert all(parameter.equal(expected[name]) for name, parameter in model.named_parameters())
 
 
 def test_run_that_has_not_come_to_its_export(trained):
     checkpoints, _ = trained
     with pytest.raises(ValueError, match="run has not exported its model yet; finish it with `halo run`"):
         release_source(checkpoints.parent.parent.parent)
-
-
-def test_shape_is_that_of_the_teacher_which_the_stage_reads(trained):
-    """A run may have imported several teachers, one after another."""
-    checkpoints, _ = trained
-    stage = checkpoints.parent
-    other = stage.parents[1] / "init" / "-"
-    other.mkdir()
-    write_shape(other, replace(SHAPE, num_layers=SHAPE.num_layers + 1))
-    write_json(stage / "INPUTS.json", {"stages": {"init": "0"}})
-    assert shape_of(sorted(checkpoints.glob("step-*"))[-1]) == SHAPE
-    write_json(stage / "INPUTS.json", {"stages": {"init": "-"}})
-    assert shape_of(sorted(checkpoints.glob("step-*"))[-1]) != SHAPE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
 import random
 from pathlib import Path
@@ -20,13 +19,14 @@ from halo_jobs.recipe import TrainingSection
 from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
 from halo_training.checkpointing.random_states import random_states, restore_random_states
 from halo_training.checkpointing.state import flat_boxes, training_shards
-from halo_training.checkpointing.storage import write_safetensors
 from halo_training.objectives import NextTokenObjective
 from halo_training.optimizer import build_optimizer
 from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, model_parallel, reset_seeds
+from sharded_tensors.views import TensorsInMemory
+from sharded_tensors.writer import FileTensor, TensorFile, aligned
 from tests.support.resume_grid import checkpoint_tensors
 
 SHAPE = ModelShape("tiny", 2, 32, 48, 4, 2, 8, 64, tied_embeddings=True)
@@ -128,7 +128,7 @@ def test_random_states_are_those_of_the_rank_that_saved(world, tmp_path):
     assert checkpoints.path(3).joinpath("TRAINING.json").exists()
     stored = load_file(checkpoints.path(3) / "rank-00000.safetensors")
     assert all(
-        stored[f"random/{name}"].equal(state)
+        stored[f"random.0.{name}"].equal(state)
         for name, state in random_states().items()
         if not name.startswith("tracker.")
     )
@@ -163,7 +163,9 @@ def test_files_are_what_the_library_reads(tmp_path):
         "empty": torch.empty(0, dtype=torch.float64),
         "c": torch.arange(3, dtype=torch.uint8),
     }
-    size, digest = write_safetensors(tmp_path / "x.safetensors", tensors)
+    view = TensorsInMemory(tensors)
+    file = TensorFile("x.safetensors", aligned(FileTensor.entire(view, name) for name in view))
+    size, digest = file.write(tmp_path)
     assert (size, digest) == (
         (tmp_path / "x.safetensors").stat().st_size,
         sha256_file(tmp_path / "x.safetensors"),
@@ -207,18 +209,25 @@ def test_nothing_is_unpickled(world, tmp_path, monkeypatch):
 
 def test_index_that_names_a_file_elsewhere(world, tmp_path):
     checkpoints = _Run().update().save(tmp_path)
-    index = checkpoints.path(3) / "INDEX.json"
+    index = checkpoints.path(3) / "TENSORS.json"
     content = read_json(index)
-    next(iter(content["tensors"].values()))["chunks"][0]["file"] = "../../secret.safetensors"
+    next(iter(content["tensors"].values()))["rectangles"][0]["file"] = "../../secret.safetensors"
     write_json(index, content)
-    with pytest.raises(ValueError, match="is no file of a checkpoint"):
+    with pytest.raises(ValueError, match="not a safetensors file of its own folder"):
         _Run().load(checkpoints)
 
 
 def test_checkpoint_of_another_model(world, tmp_path):
     checkpoints = _Run().update().save(tmp_path)
-    index = checkpoints.path(3) / "INDEX.json"
-    content = json.loads(index.read_text().replace("decoder.layers.1.", "decoder.layers.7."))
-    write_json(index, content)
-    with pytest.raises(ValueError, match=r"does not fit this run: .*decoder\.layers\.1\."):
+    for path in (checkpoints.path(3) / "TENSORS.json", checkpoints.path(3) / "rank-00000.safetensors"):
+        path.write_bytes(path.read_bytes().replace(b"decoder.layers.1.", b"decoder.layers.7."))
+    with pytest.raises(ValueError, match=r"lacks the tensor decoder\.layers\.1\."):
         _Run().load(checkpoints)
+
+
+def test_checkpoints_of_an_earlier_version_stop_the_stage_in_one_sentence(world, tmp_path):
+    """They are not taken for damaged ones: training would begin again without a word."""
+    checkpoints = _Run().update().save(tmp_path)
+    (checkpoints.path(3) / "TENSORS.json").rename(checkpoints.path(3) / "INDEX.json")
+    with pytest.raises(ValueError, match=r"step-00000003 was written by an earlier version of hypenet-megatron"):
+        checkpoints.newest_valid()

@@ -11,8 +11,8 @@ import torch
 from halo_jobs.checks import check_recipe
 from halo_jobs.recipe import load_recipe
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools import write_hf_folder
 from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
+from hypenet_tools.release import write_hf_folder
 
 
 def _refusal(recipe_file, *settings: str) -> str:

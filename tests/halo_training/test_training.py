@@ -12,7 +12,7 @@ from rich.console import Console
 
 from halo_jobs.recipe import TrainingSection
 from halo_training.batches import BatchCursor
-from halo_training.checkpointing import TrainingCheckpoints, saver
+from halo_training.checkpointing import TrainingCheckpoints
 from halo_training.guard import DivergenceGuard, TrainingDiverged
 from halo_training.models import is_student_key
 from halo_training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
@@ -22,6 +22,7 @@ from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import model_parallel, reset_seeds
 from hypenet_tools.model_weights import load_weights, read_weights, save_weights
+from sharded_tensors.writer import TensorFile
 from tests.support.windows import RandomWindows
 
 SHAPE = ModelShape("tiny", 4, 32, 48, 4, 2, 8, 64, tied_embeddings=True)
@@ -168,13 +169,13 @@ def test_saves_begin_twice_in_an_interval_and_at_what_is_kept(world, tmp_path):
 
 
 def test_long_waits_for_a_save_are_spoken_of(world, tmp_path, monkeypatch):
-    write = saver.write_safetensors
+    write = TensorFile.write
 
-    def slowly(path, tensors):
+    def slowly(file, folder):
         time.sleep(0.3)
-        return write(path, tensors)
+        return write(file, folder)
 
-    monkeypatch.setattr(saver, "write_safetensors", slowly)
+    monkeypatch.setattr(TensorFile, "write", slowly)
     monkeypatch.setattr("halo_training.trainer._REPORTED_WAIT_SECONDS", 0.1)
     section = SECTION.model_copy(update={"checkpoint_every": 1})  # every step but the last waits for its save
     trainer = _trainer(tmp_path, "finetune", section=section)

@@ -20,7 +20,8 @@ from hypenet_megatron.mixers.softmax_layer import SoftmaxAttentionCore
 from hypenet_megatron.model import DecoderModel
 from hypenet_megatron.norms import RMSNorm
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools.model_weights import load_weights, save_weights, sharded_tensors
+from hypenet_tools.model_weights import load_weights, save_weights
+from sharded_tensors.megatron import model_pieces
 
 SHAPE = ModelShape("tiny", 3, 48, 80, 4, 2, 16, 96, tied_embeddings=True)
 TEACHER = SHAPE.teacher_mixers()
@@ -140,7 +141,7 @@ def test_checkpoint_keys_and_shapes(megatron_cpu, kind, tied):
     model = DecoderModel(_config(hybrid=kind == "hybrid", shape=shape), student=student)
     expected = _expected_shapes(kind, tied=tied)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
-    stored = sharded_tensors(model)
+    stored = model_pieces(model)
     assert {piece.key for piece in stored} == expected.keys()
     for piece in stored:
         assert tuple(piece.global_shape) == expected[piece.key], piece.key

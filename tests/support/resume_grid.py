@@ -99,18 +99,21 @@ def losses(task: Task, root: Path) -> list[float]:
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a training checkpoint, put together from its pieces by a second, simpler reader."""
-    files = {path.name: load_file(path) for path in folder.glob("rank-*.safetensors")}
+    """Every tensor of a training checkpoint but the random states, assembled by a second, simpler reader."""
+    files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     whole = {}
-    for key, entry in read_json(folder / "INDEX.json")["tensors"].items():
+    for key, entry in read_json(folder / "TENSORS.json")["tensors"].items():
+        if key.startswith("random."):
+            continue
         dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[entry["dtype"]]
         tensor = torch.full(entry["shape"], float("nan"), dtype=dtype)
-        for chunk in entry["chunks"]:
+        for part in entry["rectangles"]:
             place = tuple(
-                slice(begin, begin + size)
-                for begin, size in zip(chunk["offsets"], chunk["sizes"], strict=True)
+                slice(begin, begin + size) for begin, size in zip(part["offset"], part["shape"], strict=True)
             )
-            tensor[place] = files[chunk["file"]][f"{key}@{','.join(map(str, chunk['offsets']))}"]
+            is_all = part["shape"] == entry["shape"]
+            name = key if is_all else f"{key}@{','.join(map(str, part['offset']))}"
+            tensor[place] = files[part["file"]][name]
         assert not tensor.isnan().any(), key
         whole[key] = tensor
     return whole

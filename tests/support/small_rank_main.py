@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -19,7 +19,6 @@ from halo_cluster import StopRequested
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.terminal import STOPPED_EXIT_CODE, sentence
 from halo_training.batches import TokenBatch
-from halo_training.checkpointing import saver
 from halo_training.objectives import NextTokenObjective
 from halo_training.trainer import Trainer
 from hypenet_megatron.config import DecoderConfig
@@ -27,6 +26,7 @@ from hypenet_megatron.model import build_model
 from hypenet_megatron.presets import ModelShape
 from hypenet_megatron.runtime import ParallelLayout, cpu_backend, model_parallel, reset_seeds
 from hypenet_tools.model_weights import save_weights
+from sharded_tensors.writer import Advance, TensorFile
 from tests.support.fork_server import describe_world
 from tests.support.small_ranks import EVERY, STEPS, Job
 from tests.support.windows import RandomWindows, cursor_of_this_rank
@@ -88,18 +88,20 @@ def _train(job: Job, rank: int) -> None:
 
 
 def _stretch_writes(job: Job, rank: int) -> None:
-    write = saver.write_safetensors
+    write = TensorFile.write
     full = f"step-{job.unwritable_step:08d}" if job.unwritable_step and rank == job.ranks - 1 else None
 
-    def slowly(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-        if full and path.parent.name.startswith(full):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def slowly(file: TensorFile, folder: Path, *advance: Advance) -> tuple[int, str]:
+        if not folder.name.startswith("step-"):
+            return write(file, folder, *advance)
+        if full and folder.name.startswith(full):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / file.name))
         time.sleep(job.write_seconds / 2)
-        written = write(path, tensors)
+        written = write(file, folder, *advance)
         time.sleep(job.write_seconds / 2)
         return written
 
-    saver.write_safetensors = slowly
+    TensorFile.write = slowly  # type: ignore[method-assign]
 
 
 def main(job: Job, rank: int) -> NoReturn:

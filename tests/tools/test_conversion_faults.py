@@ -18,15 +18,15 @@ from halo_jobs.cli import app
 from hypenet_tools.convert import convert_job, reshard_job
 from hypenet_tools.export import export_job
 from hypenet_tools.folder_job import keep_or_write, run_job
-from hypenet_tools.layout import Layout
+from hypenet_tools.layout import FolderLayout
 from hypenet_tools.open_model import open_model
-from hypenet_tools.weights_folder import WeightsFolder
+from sharded_tensors.reader import StoredTensors
 from tests.support.halo import halo, halo_command
 from tests.support.tiny_models import TINY
 
 KILLS = int(os.environ.get("HALO_CONVERT_KILLS", "3"))
 SLOW_SHAPE = replace(TINY, num_layers=12, hidden_size=512, ffn_hidden_size=1024, vocab_size=4096)
-LAYOUT, SHARD_BYTES = Layout(2, 2), 300_000
+LAYOUT, SHARD_BYTES = FolderLayout(2, 2), 300_000
 
 
 def command(source, out, *options, kind="convert"):
@@ -57,7 +57,7 @@ def job_of(kind, source, folder):
     """The job that a command does, and what it is given."""
     if kind == "convert":
         return source, convert_job(source, folder / "whole", LAYOUT, max_shard_bytes=SHARD_BYTES)
-    assert run_job(convert_job(source, folder / "weights", Layout(), max_shard_bytes=SHARD_BYTES))
+    assert run_job(convert_job(source, folder / "weights", FolderLayout(), max_shard_bytes=SHARD_BYTES))
     weights = open_model(folder / "weights")
     if kind == "reshard":
         return weights.folder, reshard_job(weights, folder / "whole", LAYOUT, max_shard_bytes=SHARD_BYTES)
@@ -80,7 +80,7 @@ def test_kill_9_at_random_moments(hf_folder, tmp_path, kind):
             [*halo, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         # By files, not by the clock: wherever the machine is in its work when so many are done.
-        target = rng.randrange(len(job.shards) + 1)
+        target = rng.randrange(len(job.tensor_files) + 1)
         while len([*unfinished.glob("sums/*.safetensors.json")]) < target and process.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
@@ -107,10 +107,10 @@ def test_kill_9_at_random_moments(hf_folder, tmp_path, kind):
 def test_all_but_the_name_is_no_model_yet(hf_folder, tmp_path, kind):
     """Killed just before the rename."""
     _, job = job_of(kind, hf_folder("source", TINY), tmp_path)
-    stop_after(job, len(job.shards))
-    job.finish(job.files, job.sums())
+    stop_after(job, len(job.tensor_files))
+    job.finish(job.files_folder, job.sums())
     with pytest.raises(ValueError, match=f"has not ended; repeat that command, and use {job.out}$"):
-        open_model(job.files)
+        open_model(job.files_folder)
     assert run_job(job)
     open_model(job.out)
 
@@ -118,7 +118,7 @@ def test_all_but_the_name_is_no_model_yet(hf_folder, tmp_path, kind):
 def stop_after(job, files):
     """Do the first files of a job as a killed process would leave them."""
     job.begin()
-    for shard in job.shards[:files]:
+    for shard in job.tensor_files[:files]:
         keep_or_write(job.unfinished, shard, lambda count: None)
 
 
@@ -126,9 +126,9 @@ def test_finished_files_are_kept_and_torn_ones_redone(hf_folder, tmp_path):
     source = hf_folder("source", TINY)
     job = convert_job(source, tmp_path / "out", LAYOUT, max_shard_bytes=20_000)
     stop_after(job, 3)
-    files = [job.files / shard.name for shard in job.shards[:3]]
+    files = [job.files_folder / shard.name for shard in job.tensor_files[:3]]
     files[1].write_bytes(files[1].read_bytes()[:-1] + b"x")
-    (job.files / "t0-p0-e0-00001.safetensors.unfinished-deadbeef").write_bytes(b"torn")
+    (job.files_folder / "t0-p0-e0-00001.safetensors.unfinished-deadbeef").write_bytes(b"torn")
     before = [path.stat().st_ino for path in files]
     counts = []
     assert run_job(job, advance=counts.append)
@@ -136,7 +136,7 @@ def test_finished_files_are_kept_and_torn_ones_redone(hf_folder, tmp_path):
     after = [(tmp_path / "out" / path.name).stat().st_ino for path in files]
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
     assert not list((tmp_path / "out").glob("*unfinished*"))
-    WeightsFolder(tmp_path / "out").require_intact()
+    StoredTensors(tmp_path / "out").require_intact()
 
 
 def test_another_job_does_not_resume_this_one(hf_folder, tmp_path):
@@ -145,7 +145,7 @@ def test_another_job_does_not_resume_this_one(hf_folder, tmp_path):
     with pytest.raises(
         ValueError, match=r"out\.unfinished was begun by another job \(it differs in: layout\)"
     ):
-        run_job(convert_job(source, tmp_path / "out", Layout(), max_shard_bytes=20_000))
+        run_job(convert_job(source, tmp_path / "out", FolderLayout(), max_shard_bytes=20_000))
     os.utime(source / "model.safetensors")
     with pytest.raises(ValueError, match="differs in: source_files"):
         run_job(convert_job(source, tmp_path / "out", LAYOUT, max_shard_bytes=20_000))
@@ -153,12 +153,12 @@ def test_another_job_does_not_resume_this_one(hf_folder, tmp_path):
 
 def test_killed_between_rename_and_tidying_up(hf_folder, tmp_path):
     job = convert_job(hf_folder("source", TINY), tmp_path / "out", LAYOUT, max_shard_bytes=20_000)
-    stop_after(job, len(job.shards))
-    job.finish(job.files, job.sums())
-    job.files.rename(job.out)
+    stop_after(job, len(job.tensor_files))
+    job.finish(job.files_folder, job.sums())
+    job.files_folder.rename(job.out)
     assert run_job(job)
     assert not job.unfinished.exists()
-    WeightsFolder(job.out).require_intact()
+    StoredTensors(job.out).require_intact()
 
 
 def test_too_little_room_is_seen_before_writing(hf_folder, tmp_path, monkeypatch):
@@ -167,10 +167,10 @@ def test_too_little_room_is_seen_before_writing(hf_folder, tmp_path, monkeypatch
         "hypenet_tools.folder_job.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0)
     )
     with pytest.raises(
-        ValueError, match=r"out needs 0\.00 GB more but its disk has 0\.00 GB free; make room"
+        ValueError, match=r"out needs 0\.00 GB more but its disk has 0\.00 GB free; free some space"
     ):
         run_job(job)
-    assert not list(job.files.iterdir())
+    assert not list(job.files_folder.iterdir())
 
 
 def test_disk_that_fills_up_meanwhile(hf_folder, mounted_disk, tmp_path):
@@ -199,7 +199,7 @@ def test_disk_that_fills_up_meanwhile(hf_folder, mounted_disk, tmp_path):
     (disk / "other").unlink()
     again = subprocess.run(command(source, out), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    WeightsFolder(out).require_intact()
+    StoredTensors(out).require_intact()
 
 
 def anonymous_bytes(process):
@@ -251,7 +251,7 @@ def test_write_that_fails_is_one_sentence_and_resumes(hf_folder, tmp_path):
     assert not (tmp_path / "out").exists()
     again = subprocess.run(command(source, tmp_path / "out"), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    WeightsFolder(tmp_path / "out").require_intact()
+    StoredTensors(tmp_path / "out").require_intact()
 
 
 def test_commands_from_download_to_release(hf_folder, tmp_path):

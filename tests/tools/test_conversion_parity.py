@@ -13,7 +13,7 @@ from hypenet_megatron.runtime import ParallelLayout, model_parallel
 from hypenet_tools.convert import convert_job
 from hypenet_tools.export import export_job
 from hypenet_tools.folder_job import run_job
-from hypenet_tools.layout import Layout
+from hypenet_tools.layout import FolderLayout
 from hypenet_tools.logits import logits
 from hypenet_tools.model_weights import load_weights
 from hypenet_tools.open_model import open_model
@@ -47,7 +47,7 @@ def _teacher(folder, tokenizer_folder, tied):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_teacher_through_the_folder_equals_transformers(tmp_path, tokenizer_folder, tied):
     _teacher(tmp_path / "teacher", tokenizer_folder, tied)
-    assert run_job(convert_job(tmp_path / "teacher", tmp_path / "weights", Layout(2, 2)))
+    assert run_job(convert_job(tmp_path / "teacher", tmp_path / "weights", FolderLayout(2, 2)))
     report = verify(open_model(tmp_path / "teacher"), open_model(tmp_path / "weights"))
     assert report["match"], report
     assert report["logits"]["max_difference"] <= 1e-5 < report["logits"]["largest"]
@@ -82,7 +82,7 @@ def _rank_main(rank, folder):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_teacher_at_tensor_2_by_pipeline_2_equals_transformers(tmp_path, tokenizer_folder, tied):
     judge = _teacher(tmp_path / "teacher", tokenizer_folder, tied)
-    layout = Layout(TENSOR, PIPELINE)
+    layout = FolderLayout(TENSOR, PIPELINE)
     assert run_job(convert_job(tmp_path / "teacher", tmp_path / "weights", layout, max_shard_bytes=50_000))
     ids = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(1))
     np.save(tmp_path / "ids.npy", ids.numpy())
@@ -96,7 +96,7 @@ def test_teacher_at_tensor_2_by_pipeline_2_equals_transformers(tmp_path, tokeniz
 
 def test_hybrid_of_stage_0_means_the_same_on_both_sides(hf_folder, tmp_path):
     source = hf_folder("source", TINY, dtype=torch.float32)
-    assert run_job(convert_job(source, tmp_path / "weights", Layout(2), hybrid="1,3"))
+    assert run_job(convert_job(source, tmp_path / "weights", FolderLayout(2), hybrid="1,3"))
     assert run_job(export_job(open_model(tmp_path / "weights"), tmp_path / "out", logits_scaling_base=9.0))
     report = verify(open_model(tmp_path / "weights"), open_model(tmp_path / "out"))
     assert [entry["what"] for entry in report["model"]] == ["logits_scaling_base"]
@@ -105,7 +105,7 @@ def test_hybrid_of_stage_0_means_the_same_on_both_sides(hf_folder, tmp_path):
 
 def test_a_wrong_weight_shows_in_the_logits(hf_folder, tmp_path):
     one = hf_folder("one", TINY, dtype=torch.float32)
-    assert run_job(convert_job(one, tmp_path / "weights", Layout()))
+    assert run_job(convert_job(one, tmp_path / "weights", FolderLayout()))
     other = hf_folder("other", TINY, dtype=torch.bfloat16)
     report = verify(open_model(other), open_model(tmp_path / "weights"))
     assert not report["match"]
@@ -134,7 +134,7 @@ def test_mixture_survives_the_way_through_the_folder(tmp_path, tokenizer_folder)
     judge.save_pretrained(tmp_path / "teacher")
     for path in tokenizer_folder.iterdir():
         (tmp_path / "teacher" / path.name).write_bytes(path.read_bytes())
-    assert run_job(convert_job(tmp_path / "teacher", tmp_path / "weights", Layout(2, 2, 2)))
+    assert run_job(convert_job(tmp_path / "teacher", tmp_path / "weights", FolderLayout(2, 2, 2)))
     assert run_job(export_job(open_model(tmp_path / "weights"), tmp_path / "back"))
     report = verify(open_model(tmp_path / "teacher"), open_model(tmp_path / "back"))
     assert report["match"], report

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hypenet_megatron.presets import QWEN3_SHAPES
 from hypenet_tools.hugging_face.config import hypenet_config, qwen3_config, read_config
 from hypenet_tools.hugging_face.folder import read_model_folder
-from hypenet_tools.release import write_hf_folder, write_qwen3_folder
+from hypenet_tools.release import write_hf_folder
 from tests.support.tiny_models import HYBRID, TINY, tiny
 
 
@@ -21,10 +21,11 @@ from tests.support.tiny_models import HYBRID, TINY, tiny
 def teacher(random_tensors, tokenizer_folder, tmp_path):
     """A teacher folder in several shards."""
     tensors = random_tensors(TINY, TINY.teacher_mixers())
-    write_qwen3_folder(
+    write_hf_folder(
         tmp_path / "teacher",
         tensors,
         TINY,
+        None,
         tokenizer_folder=tokenizer_folder,
         dtype=torch.float32,
         model_card="",
@@ -66,8 +67,7 @@ def test_teacher(teacher, random_tensors):
     assert len(list(teacher.glob("*.safetensors"))) > 2
     model = read_model_folder(teacher)
     assert model.shape == replace(TINY, name="teacher")
-    assert (model.mixer_types, model.logits_scaling_base) == (None, None)
-    assert [path.name for path in model.tokenizer_files] == ["tokenizer.json", "tokenizer_config.json"]
+    assert (model.mixer_types, model.description.logits_scaling_base) == (None, None)
     written = random_tensors(TINY, TINY.teacher_mixers())
     read = model.megatron_view()
     assert read.keys() == written.keys()
@@ -77,7 +77,7 @@ def test_teacher(teacher, random_tensors):
 def test_hybrid(hybrid, random_tensors):
     model = read_model_folder(hybrid)
     assert model.shape == replace(TINY, name="hybrid")
-    assert (model.mixer_types, model.logits_scaling_base) == (HYBRID, 600.0)
+    assert (model.mixer_types, model.description.logits_scaling_base) == (HYBRID, 600.0)
     written = random_tensors(TINY, HYBRID)
     assert all(tensor.equal(written[name]) for name, tensor in model.megatron_view().items())
 

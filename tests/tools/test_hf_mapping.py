@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes, mixers_of
+from hypenet_tools.hugging_face.mapping import conversion_plan, megatron_shapes
 from tests.support.conversions import to_hugging_face, to_megatron
 from tests.support.tiny_models import HYBRID, TINY
 
@@ -94,16 +94,6 @@ def test_parts_of_different_dtypes_are_refused(random_tensors):
 def test_unknown_mixer_is_named_with_its_nearest():
     with pytest.raises(ValueError, match="there is no mixer 'lightening'; did you mean 'lightning'"):
         conversion_plan(TINY, ("lightening",) * 4)
-
-
-@pytest.mark.parametrize("mixers", [HYBRID, ("lightning",) * 4, ("attn",) * 4])
-def test_mixers_are_recognised_by_their_tensors(mixers):
-    shapes = megatron_shapes(conversion_plan(TINY, mixers))
-    assert mixers_of(shapes, TINY) == mixers
-    assert mixers_of(megatron_shapes(conversion_plan(TINY, TEACHER)), TINY) is None
-    del shapes["decoder.layers.2.self_attention.linear_proj.weight"]
-    with pytest.raises(ValueError, match="layer 2 has the tensors of no known mixer"):
-        mixers_of(shapes, TINY)
 
 
 def test_one_mixer_per_layer():

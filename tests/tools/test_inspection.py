@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from hypenet_tools.convert import convert_job, reshard_job
 from hypenet_tools.folder_job import run_job
 from hypenet_tools.inspection import inspect_model
-from hypenet_tools.layout import Layout
+from hypenet_tools.layout import FolderLayout
 from hypenet_tools.open_model import open_model
 from hypenet_tools.verify import verify
 from tests.support.tiny_models import TINY
@@ -33,8 +33,8 @@ def test_sizes_dtypes_layout_and_the_way_it_came_about(hf_folder, tmp_path):
     tensors = load_file(source / "model.safetensors")
     tensors = {name: x.float() if "norm" in name else x for name, x in tensors.items()}
     save_file(tensors, source / "model.safetensors")
-    assert run_job(convert_job(source, tmp_path / "one", Layout(), hybrid="1,3", seed=5))
-    assert run_job(reshard_job(open_model(tmp_path / "one"), tmp_path / "two", Layout(2, 2)))
+    assert run_job(convert_job(source, tmp_path / "one", FolderLayout(), hybrid="1,3", seed=5))
+    assert run_job(reshard_job(open_model(tmp_path / "one"), tmp_path / "two", FolderLayout(2, 2)))
     counted = []
     report = inspect_model(open_model(tmp_path / "two"), advance=counted.append)
     assert report["kind"] == "weights folder"
@@ -52,7 +52,7 @@ def test_sizes_dtypes_layout_and_the_way_it_came_about(hf_folder, tmp_path):
 
 def test_verify_notices_a_bit_that_flipped_on_the_disk(hf_folder, tmp_path):
     source = hf_folder("source", TINY)
-    assert run_job(convert_job(source, tmp_path / "weights", Layout(2)))
+    assert run_job(convert_job(source, tmp_path / "weights", FolderLayout(2)))
     assert verify(open_model(source), open_model(tmp_path / "weights"))["match"]
     path = tmp_path / "weights" / "t1-p0-e0-00001.safetensors"
     content = bytearray(path.read_bytes())

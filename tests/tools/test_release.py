@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from hypenet_tools.hugging_face.folder import read_model_folder
-from hypenet_tools.release import special_token_ids, write_hf_folder, write_qwen3_folder
+from hypenet_tools.release import special_token_ids, write_hf_folder
 from tests.support.conversions import to_hugging_face
 from tests.support.tiny_models import HYBRID, TINY
 
@@ -136,10 +136,11 @@ def test_missing_tensor_stops_the_export(random_tensors, tokenizer_folder, tmp_p
     tensors = random_tensors(TINY, TINY.teacher_mixers())
     del tensors["decoder.final_layernorm.weight"]
     with pytest.raises(ValueError, match=r"lack decoder\.final_layernorm\.weight"):
-        write_qwen3_folder(
+        write_hf_folder(
             tmp_path / "out",
             tensors,
             TINY,
+            None,
             tokenizer_folder=tokenizer_folder,
             dtype=torch.float32,
             model_card="",
@@ -196,10 +197,11 @@ def test_teacher_survives_the_way_through_megatron(tmp_path, tokenizer_folder, t
     before = Qwen3ForCausalLM(config).eval()
     before.save_pretrained(tmp_path / "before")
     model = read_model_folder(tmp_path / "before")
-    write_qwen3_folder(
+    write_hf_folder(
         tmp_path / "after",
         dict(model.megatron_view()),
         model.shape,
+        None,
         tokenizer_folder=tokenizer_folder,
         dtype=torch.float32,
         model_card="# Teacher\n",

@@ -1,4 +1,4 @@
-"""Weights folders: what each kind of damage says, and that no pickle is near."""
+"""Weights folders: the sentence for each kind of damage, and that there is no pickle."""
 
 import json
 
@@ -6,9 +6,10 @@ import pytest
 
 from hypenet_tools.convert import convert_job
 from hypenet_tools.folder_job import run_job
-from hypenet_tools.layout import Layout
+from hypenet_tools.layout import FolderLayout
 from hypenet_tools.open_model import open_model
-from hypenet_tools.weights_folder import INDEX_FILE, WeightsFolder
+from sharded_tensors.index import INDEX_FILE
+from sharded_tensors.reader import StoredTensors
 from tests.support.tiny_models import TINY
 
 KEY = "decoder.layers.1.mlp.linear_fc2.weight"
@@ -17,7 +18,7 @@ KEY = "decoder.layers.1.mlp.linear_fc2.weight"
 @pytest.fixture
 def weights(hf_folder, tmp_path):
     run_job(
-        convert_job(hf_folder("source", TINY), tmp_path / "weights", Layout(2, 2), max_shard_bytes=30_000)
+        convert_job(hf_folder("source", TINY), tmp_path / "weights", FolderLayout(2, 2), max_shard_bytes=30_000)
     )
     return tmp_path / "weights"
 
@@ -38,14 +39,14 @@ def edit(weights):
     return change
 
 
-def chunks(content):
-    return content["tensors"][KEY]["chunks"]
+def rectangles(content):
+    return content["tensors"][KEY]["rectangles"]
 
 
 def test_only_safetensors_and_json(weights):
     kinds = {path.suffix for path in weights.glob("*")} - {""}
     assert kinds == {".safetensors", ".json"}
-    WeightsFolder(weights).require_intact()
+    StoredTensors(weights).require_intact()
 
 
 @pytest.mark.parametrize("keep", [0, 5, 400, -1])
@@ -53,13 +54,13 @@ def test_truncated_file(weights, keep):
     path = weights / "t0-p0-e0-00001.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"t0-p0-e0-00001\.safetensors has \d+ bytes instead of \d+"):
-        WeightsFolder(weights)
+        StoredTensors(weights)
 
 
 def test_missing_file(weights):
     (weights / "t1-p1-e0-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"t1-p1-e0-00001\.safetensors is missing"):
-        WeightsFolder(weights)
+        StoredTensors(weights)
 
 
 def test_flipped_bit(weights):
@@ -67,79 +68,88 @@ def test_flipped_bit(weights):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    opened = WeightsFolder(weights)
+    opened = StoredTensors(weights)
     with pytest.raises(ValueError, match=r"t1-p0-e0-00002\.safetensors does not match its checksum"):
         opened.require_intact()
     assert open_model(weights).damaged_files() == ["t1-p0-e0-00002.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["../t0-p0-e0-00001.safetensors", "/etc/passwd", "weights.json", 3])
+@pytest.mark.parametrize("name", ["../t0-p0-e0-00001.safetensors", "/etc/passwd", "TENSORS.json", 3])
 def test_index_that_leaves_the_folder(weights, edit, name):
-    edit(lambda content: chunks(content)[0].update(file=name))
+    edit(lambda content: rectangles(content)[0].update(file=name))
     with pytest.raises(
-        ValueError, match=r"weights\.json is damaged .*not a safetensors file of its own folder"
+        ValueError, match=r"TENSORS\.json is damaged .*not a safetensors file of its own folder"
     ):
-        WeightsFolder(weights)
+        StoredTensors(weights)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "it is no list of files with sizes and checksums"),
-        ({"weights.json": 3}, "it is no list of files with sizes and checksums"),
-        ({"weights.json": ["much", "a"]}, "it is no list of files with sizes and checksums"),
-        ({"../weights.json": [3, "a"]}, r"it names '\.\./weights\.json', which is not in its folder"),
+        ([], "it is not a list of files with sizes and checksums"),
+        ({"TENSORS.json": 3}, "it is not a list of files with sizes and checksums"),
+        ({"TENSORS.json": ["much", "a"]}, "it is not a list of files with sizes and checksums"),
+        ({"../TENSORS.json": [3, "a"]}, r"it names '\.\./TENSORS\.json', which is not in its folder"),
         ({"/etc/passwd": [3, "a"]}, "it names '/etc/passwd', which is not in its folder"),
     ],
 )
 def test_manifest_that_is_none(weights, content, message):
     (weights / "MANIFEST.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"MANIFEST\.json is damaged: " + message):
-        WeightsFolder(weights)
+        StoredTensors(weights)
 
 
 def test_file_that_the_manifest_does_not_have(weights, edit):
-    edit(lambda content: chunks(content)[0].update(file="other.safetensors"))
+    edit(lambda content: rectangles(content)[0].update(file="other.safetensors"))
     with pytest.raises(ValueError, match=r"names other\.safetensors, which MANIFEST\.json does not list"):
-        WeightsFolder(weights)
+        StoredTensors(weights)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: chunks(content).pop(),
-        lambda content: chunks(content)[1].update(offset=[0, 0]),
-        lambda content: chunks(content).append(chunks(content)[0]),
+        lambda content: rectangles(content).pop(),
+        lambda content: rectangles(content)[1].update(offset=[0, 0]),
+        lambda content: rectangles(content).append(rectangles(content)[0]),
     ],
     ids=["gap", "overlap", "twice"],
 )
-def test_chunks_that_are_not_the_tensor(weights, edit, change):
+def test_rectangles_that_do_not_cover_the_tensor(weights, edit, change):
     edit(change)
-    with pytest.raises(ValueError, match=rf"the chunks of {KEY} leave a gap or overlap"):
-        WeightsFolder(weights)
+    with pytest.raises(ValueError, match=rf"the rectangles of {KEY} leave a gap or overlap"):
+        StoredTensors(weights)
 
 
 def test_index_of_another_dtype_than_the_files(weights, edit):
     edit(lambda content: content["tensors"][KEY].update(dtype="F16"))
-    with pytest.raises(ValueError, match=rf"safetensors and weights\.json disagree about the tensor {KEY}"):
-        WeightsFolder(weights)
+    with pytest.raises(ValueError, match=rf"safetensors and TENSORS\.json disagree about the tensor {KEY}"):
+        StoredTensors(weights)[KEY]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(format="other"), "is not the index of a weights folder"),
+        (lambda content: content.update(format="other"), "is not an index of tensors"),
         (lambda content: content.update(version=2), "has format version 2 but this halo reads 1"),
-        (lambda content: content.pop("layout"), "is damaged .*layout"),
+        (lambda content: content["metadata"].pop("layout"), "is damaged .*layout"),
         (lambda content: content["tensors"][KEY].update(dtype="F8_E4M3"), "is damaged .*F8_E4M3"),
     ],
 )
 def test_unreadable_index(weights, edit, change, message):
     edit(change)
-    with pytest.raises(ValueError, match=r"weights\.json " + message):
-        WeightsFolder(weights)
+    with pytest.raises(ValueError, match=r"TENSORS\.json " + message):
+        open_model(weights)
 
 
 def test_folder_of_neither_kind(tmp_path):
     with pytest.raises(ValueError, match=r"neither a Hugging Face folder .* nor a weights folder"):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.json", "INDEX.json"])
+def test_folder_of_an_earlier_version_is_refused_in_one_sentence(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"was written by an earlier version of hypenet-megatron; convert"):
+        open_model(tmp_path)
+    with pytest.raises(ValueError, match="was written by an earlier version"):
+        StoredTensors(tmp_path)

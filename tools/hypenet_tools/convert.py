@@ -1,30 +1,39 @@
-"""Models into weights folders: from Hugging Face, from a released HypeNet, and from one layout to another.
+"""Models into weights folders: from Hugging Face, from a HypeNet, and from one layout to another.
 
 Each function checks everything that can be checked without reading weights, and returns the job that does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from durable_files import FolderManifest, read_json, write_json
 from hypenet_megatron.mixers import DEFAULT_STUDENT
 from hypenet_megatron.presets import HYPENET_PRESETS, ModelShape
-from hypenet_tools.folder_job import Job, Sums
-from hypenet_tools.hugging_face.aux_files import copy_companions, fingerprint, source_digest
+from hypenet_tools.folder_job import FolderJob
+from hypenet_tools.hugging_face.aux_files import copy_aux_files, fingerprint, source_digest
 from hypenet_tools.hugging_face.config import ModelDescription
 from hypenet_tools.hugging_face.folder import read_model_folder
 from hypenet_tools.hugging_face.initialise import initial_hybrid
 from hypenet_tools.hugging_face.reference import read_reference_folder
-from hypenet_tools.layout import Layout, Rank
-from hypenet_tools.open_model import HUGGING_FACE, OpenedModel, manifest_digest
-from hypenet_tools.weights_folder import SOURCE_FOLDER, Index, close_folder
+from hypenet_tools.layout import FolderLayout, Rank
+from hypenet_tools.open_model import (
+    HUGGING_FACE,
+    SOURCE_FOLDER,
+    TRAINING,
+    FolderMetadata,
+    OpenedModel,
+    manifest_digest,
+)
+from sharded_tensors.index import OPTIMIZER_PREFIX, TRAINING_FILE, Sums, finish_folder
 from sharded_tensors.safetensors_format import DTYPE_CODES
 from sharded_tensors.views import TensorView
-from sharded_tensors.writer import Shard, ShardTensor, fill_shards
+from sharded_tensors.writer import FileTensor, TensorFile, fill_files, index_of
 
 SHARD_BYTES = 10**9
 
@@ -32,62 +41,73 @@ SHARD_BYTES = 10**9
 def weights_job(
     out: Path,
     view: TensorView,
-    model: ModelDescription | None,
-    layout: Layout,
-    provenance: Sequence[Mapping[str, Any]],
+    metadata: FolderMetadata,
     *,
-    identity: Mapping[str, Any],
-    companions_of: Path | None,
-    num_layers: int,
+    source: Path | None = None,
+    aux_folder: Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
-) -> Job:
-    """The job that writes a view's tensors (Megatron names) as a weights folder in `layout`.
+    training: Mapping[str, Any] | None = None,
+) -> FolderJob:
+    """The job that writes a view's tensors (Megatron names) as a weights folder in the layout of `metadata`.
 
-    `dtype` None keeps every tensor's own. `companions_of` is a folder with a tokenizer and the like, or None.
+    Args:
+        source: the folder that the view reads; a job resumes only while it is unchanged.
+        aux_folder: where tokenizer, model card and the like are copied from.
+        dtype: of the stored tensors; None keeps each one's own.
+        training: content of TRAINING.json, which makes the folder a training checkpoint.
     """
-    by_rank: dict[Rank, list[ShardTensor]] = {}
+    by_rank: dict[Rank, list[FileTensor]] = {}
+    num_layers = metadata.model.shape.num_layers if metadata.model else 1
     for name, info in view.infos.items():
-        chunks = layout.chunks(name, info, num_layers)
-        for number, (rank, chunk) in enumerate(chunks):
-            stored = name if len(chunks) == 1 else f"{name}#{number}"
-            tensor = ShardTensor(stored, view, name, chunk, dtype or info.dtype)
-            by_rank.setdefault(rank, []).append(tensor)
+        for rank, rectangle in metadata.layout.rectangles(name, info, num_layers):
+            by_rank.setdefault(rank, []).append(FileTensor(view, name, rectangle, dtype or info.dtype))
     numbered = [
         (rank, number, tensors)
         for rank, of_rank in by_rank.items()
-        for number, tensors in enumerate(fill_shards(of_rank, max_shard_bytes), start=1)
+        for number, tensors in enumerate(fill_files(of_rank, max_shard_bytes), start=1)
     ]
     # Tensor-parallel ranks of the same layers follow one another: their columns lie in the same pages of the source.
     numbered.sort(key=lambda entry: (entry[0].pipeline, entry[0].expert, entry[1], entry[0].tensor))
-    shards = [
-        Shard(f"t{rank.tensor}-p{rank.pipeline}-e{rank.expert}-{number:05d}.safetensors", tensors)
+    files = [
+        TensorFile(f"t{rank.tensor}-p{rank.pipeline}-e{rank.expert}-{number:05d}.safetensors", tensors)
         for rank, number, tensors in numbered
     ]
-    index = Index.of_shards(shards, layout, model, provenance)
+    index = replace(index_of(files), metadata=metadata.to_json())
 
     def finish(folder: Path, sums: Sums) -> None:
-        if companions_of is not None:
-            copy_companions(companions_of, folder / SOURCE_FOLDER)
-        close_folder(folder, index, sums)
+        if aux_folder is not None:
+            copy_aux_files(aux_folder, folder / SOURCE_FOLDER)
+        if training is not None:
+            assert source is not None
+            for problem in FolderManifest.read(source).problems(source):
+                raise ValueError(f"{problem}; reshard another checkpoint of the run")
+            write_json(folder / TRAINING_FILE, training)
+        finish_folder(folder, index, sums)
 
-    return Job(out, {**identity, "max_shard_bytes": max_shard_bytes}, shards, finish)
+    identity = {
+        "source": None if source is None else str(source.absolute()),
+        "source_files": None if source is None else fingerprint(source),
+        "layout": asdict(metadata.layout),
+        "provenance": list(metadata.provenance),
+        "max_shard_bytes": max_shard_bytes,
+    }
+    return FolderJob(out, identity, files, finish)
 
 
 def convert_job(
     source: Path,
     out: Path,
-    layout: Layout,
+    layout: FolderLayout,
     *,
     hybrid: str | None = None,
     seed: int = 0,
     max_shard_bytes: int = SHARD_BYTES,
-) -> Job:
-    """A Qwen3 folder as a weights folder; with `hybrid` (see `attention_layers_from`) as the hybrid that
-    stage 0 makes of it.
+) -> FolderJob:
+    """A Qwen3 folder as a weights folder; with `hybrid` (see `attention_layers_from`) as HALO's initial hybrid.
 
     Gates are drawn from `seed`, which the provenance records. ValueError in one sentence when the folder, the layers
-    or the layout will not do.
+    or the layout do not fit.
     """
     teacher = read_model_folder(source)
     shape = teacher.shape
@@ -103,90 +123,85 @@ def convert_job(
         view = initial_hybrid(view, shape, mixers, seed)
         model = ModelDescription(shape, mixers, base)
         step |= {"hybrid": list(layers), "seed": seed}
-    layout.require_divides(shape, model.mixers)
-    return weights_job(
-        out,
-        view,
-        model,
-        layout,
-        [step],
-        identity=_identity(source, layout, step),
-        companions_of=source,
-        num_layers=shape.num_layers,
-        max_shard_bytes=max_shard_bytes,
-    )
+    return _from_folder(source, out, view, model, layout, step, max_shard_bytes)
 
 
 def import_job(
-    source: Path, out: Path, layout: Layout, *, seed: int = 0, max_shard_bytes: int = SHARD_BYTES
-) -> Job:
-    """A HypeNet folder, released or of the reference's training (see `reference.py`), as a weights folder."""
+    source: Path, out: Path, layout: FolderLayout, *, seed: int = 0, max_shard_bytes: int = SHARD_BYTES
+) -> FolderJob:
+    """A HypeNet folder, released or from the reference's training (see `reference.py`), as a weights folder."""
     hybrid = read_reference_folder(source, seed)
-    shape = hybrid.description.shape
-    layout.require_divides(shape, hybrid.description.mixers)
-    step: dict[str, Any] = {"step": "import", "from": shape.name, "digest": source_digest(source)}
+    step: dict[str, Any] = {
+        "step": "import",
+        "from": hybrid.description.shape.name,
+        "digest": source_digest(source),
+    }
     if hybrid.new_gates:
         step |= {"new_gates": hybrid.new_gates, "seed": seed}
+    return _from_folder(source, out, hybrid.megatron_view, hybrid.description, layout, step, max_shard_bytes)
+
+
+def _from_folder(
+    source: Path,
+    out: Path,
+    view: TensorView,
+    model: ModelDescription,
+    layout: FolderLayout,
+    step: Mapping[str, Any],
+    max_shard_bytes: int,
+) -> FolderJob:
+    layout.require_divides(model.shape, model.mixers)
+    metadata = FolderMetadata(model, True, layout, [step])
     return weights_job(
-        out,
-        hybrid.megatron_view,
-        hybrid.description,
-        layout,
-        [step],
-        identity=_identity(source, layout, step),
-        companions_of=source,
-        num_layers=shape.num_layers,
-        max_shard_bytes=max_shard_bytes,
+        out, view, metadata, source=source, aux_folder=source, max_shard_bytes=max_shard_bytes
     )
 
 
 def reshard_job(
     source: OpenedModel,
     out: Path,
-    layout: Layout,
+    layout: FolderLayout,
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
-) -> Job:
-    """A weights folder, or a training checkpoint's weights, in another layout or dtype. No model is built."""
-    model = source.whole
+) -> FolderJob:
+    """A weights folder, or a training checkpoint, in another layout or dtype. No model is built.
+
+    A training checkpoint that was opened `with_optimizer` becomes a training checkpoint, bit for bit the same tensors
+    without the random states, which belong to the ranks that saved them; training draws no random number. The job
+    raises ValueError before it publishes anything if a file of that checkpoint does not match its checksum.
+    """
+    model = source.metadata.model
     if source.kind == HUGGING_FACE:
-        raise ValueError(
-            f"{source.folder} is a Hugging Face folder; use halo convert, which takes a layout too"
-        )
+        raise ValueError(f"{source.folder} is a Hugging Face folder; use halo convert, which takes a layout too")
+    if model is None:
+        raise ValueError(f"{source.folder} does not say which model it is a part of; reshard the entire model")
     layout.require_divides(model.shape, model.mixers)
-    step: dict[str, Any] = {
-        "step": "reshard",
-        "from": source.folder.absolute().name,
-        "digest": manifest_digest(source.folder),
-    }
+    origin = {"name": source.folder.absolute().name, "digest": manifest_digest(source.folder)}
+    step = {"step": "reshard", "from": origin["name"], "digest": origin["digest"]}
+    training = None
+    if source.kind == TRAINING and any(name.startswith(OPTIMIZER_PREFIX) for name in source.stored):
+        if dtype is not None:
+            raise ValueError(f"{source.folder} has an optimizer; its tensors keep their dtypes")
+        training = read_json(source.folder / TRAINING_FILE)
+        # Not the layout of any process group: the random states stay behind.
+        training |= {"layout": {"tensor": layout.tensor, "pipeline": layout.pipeline}, "resharded_from": origin}
     if dtype is not None:
         step["dtype"] = DTYPE_CODES[dtype]
     return weights_job(
         out,
         source.stored,
-        model,
-        layout,
-        [*source.provenance, step],
-        identity=_identity(source.folder, layout, step),
-        companions_of=source.companions,
-        num_layers=model.shape.num_layers,
+        replace(source.metadata, layout=layout, provenance=[*source.provenance, step]),
+        source=source.folder,
+        aux_folder=source.aux_folder,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        training=training,
     )
 
 
-def _identity(source: Path, layout: Layout, step: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "source": str(source.absolute()),
-        "source_files": fingerprint(source),
-        "layout": [layout.tensor, layout.pipeline, layout.expert],
-        "step": dict(step),
-    }
-
-
 def attention_layers_from(text: str, shape: ModelShape) -> tuple[tuple[int, ...], float | None]:
-    """What `--hybrid` names: 0-based attention layers and logits-scaling base of a preset, or layers such as 2,3,6."""
+    """The 0-based attention layers and logits-scaling base of `--hybrid`: a preset, or layers such as 2,3,6."""
     if text in HYPENET_PRESETS:
         preset = HYPENET_PRESETS[text]
         if preset.shape.num_layers != shape.num_layers or preset.shape.hidden_size != shape.hidden_size:

@@ -1,4 +1,4 @@
-"""From anything that holds a whole model to a Hugging Face folder that can be uploaded."""
+"""From anything that holds an entire model to a Hugging Face folder that can be uploaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hypenet_megatron.presets import ATTENTION
-from hypenet_tools.folder_job import Job
+from hypenet_tools.folder_job import FolderJob
 from hypenet_tools.hugging_face.aux_files import MODEL_CARD, fingerprint, licence_of
 from hypenet_tools.hugging_face.config import ModelDescription, mixers_in_use
 from hypenet_tools.open_model import OpenedModel
@@ -27,23 +27,23 @@ def export_job(
     logits_scaling_base: float | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
-) -> Job:
+) -> FolderJob:
     """The job that writes `source` as a Hugging Face folder.
 
-    Tokenizer and the like come from `tokenizer_folder`, or else from the source. A model that was only converted and
-    resharded keeps its card; another gets one that says how it came about. `logits_scaling_base` is for hybrids that
-    have none yet. ValueError in one sentence when something is missing.
+    The tokenizer comes from `tokenizer_folder`, or else from the source. A model that was only converted and resharded
+    keeps its card; any other gets a card that says how it was made. `logits_scaling_base` is for hybrids that have none
+    yet. ValueError in one sentence when something is missing.
     """
-    model = source.whole
-    companions = tokenizer_folder or source.companions
-    if not (companions / "tokenizer.json").is_file():
-        raise ValueError(f"{companions} has no tokenizer.json; name a folder that has with --tokenizer")
+    model = source.model
+    aux_folder = tokenizer_folder or source.aux_folder
+    if not (aux_folder / "tokenizer.json").is_file():
+        raise ValueError(f"{aux_folder} has no tokenizer.json; name a folder that has one with --tokenizer")
     if logits_scaling_base is not None:
         if model.mixer_types is None:
-            raise ValueError(f"{source.folder} is a teacher, which has no logits scaling; leave it out")
+            raise ValueError(f"{source.folder} is a teacher, which has no logits scaling; leave --logits-scaling out")
         model = replace(model, logits_scaling_base=logits_scaling_base)
     options = {
-        "tokenizer": str(companions.absolute()),
+        "tokenizer": str(aux_folder.absolute()),
         "logits_scaling_base": model.logits_scaling_base,
         "dtype": None if dtype is None else DTYPE_CODES[dtype],
     }
@@ -51,8 +51,8 @@ def export_job(
         out,
         source.megatron(),
         model,
-        tokenizer_folder=companions,
-        model_card=_card(source, model, companions),
+        tokenizer_folder=aux_folder,
+        model_card=_card(source, model, aux_folder),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         identity={
@@ -63,8 +63,8 @@ def export_job(
     )
 
 
-def _card(source: OpenedModel, model: ModelDescription, companions: Path) -> str:
-    card = source.companions / MODEL_CARD
+def _card(source: OpenedModel, model: ModelDescription, aux_folder: Path) -> str:
+    card = source.aux_folder / MODEL_CARD
     changed = [
         step
         for step in source.provenance
@@ -72,7 +72,7 @@ def _card(source: OpenedModel, model: ModelDescription, companions: Path) -> str
     ]
     if card.is_file() and not changed:
         return card.read_text()
-    return _new_card(source, model, licence_of(companions))
+    return _new_card(source, model, licence_of(aux_folder))
 
 
 def _new_card(source: OpenedModel, model: ModelDescription, licence: str) -> str:
@@ -101,7 +101,7 @@ def _new_card(source: OpenedModel, model: ModelDescription, licence: str) -> str
         ]
     if any("hybrid" in step for step in source.provenance):
         lines += ["", "**Not trained**: mixers are copies of the teacher's, output gates are random."]
-    lines += ["", "## How it came about", ""]
+    lines += ["", "## How it was made", ""]
     lines += [f"- {_sentence(step)}" for step in source.provenance] or ["- not recorded"]
     return "\n".join(lines) + "\n"
 

@@ -1,49 +1,39 @@
-"""Folders of large files, written by several processes, resumable, and visible only when complete.
+"""Folders of large files that several processes write. A job can be resumed; its folder appears when it is complete.
 
-While a job is at work everything is in OUT.unfinished/:
+While a job is running, everything is in OUT.unfinished/:
 
-    job.json            what is made of what; a rerun resumes if it asks for the same
-    files/              the folder to be; it is renamed to OUT at the end
-    sums/<file>.json    size and SHA-256 of a file that is finished
-    part-<n>.lock       held by the process that writes this part
+    job.json            what is made from what; a rerun resumes only if it asks for the same
+    files/              the future folder; it is renamed to OUT at the end
+    sums/<file>.json    size and SHA-256 of a finished file
+    part-<n>.lock.<i>   held by the process that writes this part (see durable_files/lock.py)
 
-A file is finished when its sum is there and still true of it; whatever a kill left otherwise is written again.
-The processes of several nodes share the work by part numbers, without talking to each other: whoever finishes
-last publishes.
+A file is finished when its sum exists and still matches. Anything else that a killed process left is written again. The
+processes of several nodes divide the files by part number, without communicating. The one that finishes last publishes.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from durable_files import (
-    publish_folder,
-    publish_once,
-    read_json,
-    sha256_file,
-    write_json,
-)
+from durable_files import exclusive, publish_folder, publish_once, read_json, sha256_file, write_json
 from hypenet_tools.workers import run_in_workers
-from sharded_tensors.writer import Advance, Shard
+from sharded_tensors.index import Sums
+from sharded_tensors.writer import Advance, TensorFile
 
 UNFINISHED, JOB_FILE = ".unfinished", "job.json"
-LOCK_PATIENCE_SECONDS = 15.0
+LOCK_TIMEOUT_SECONDS = 15.0  # the workers of a killed process end within moments
 _SPARE_BYTES = 16 * 2**20
-
-Sums = Mapping[str, tuple[int, str]]
 
 
 @dataclass(frozen=True)
-class Part:
+class JobPart:
     """Part `index` of `count` of a job: the files index, index + count, ..."""
 
     index: int = 0
@@ -51,16 +41,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to appear as `out`.
+class FolderJob:
+    """What has to be written as folder `out`.
 
-    `identity` (JSON) is everything that the result depends on: a rerun with an equal one resumes. `finish` adds the
-    small files to the folder that it is given; it gets size and SHA-256 of every shard.
+    `identity` (JSON) is everything that the result depends on; a rerun with an equal one resumes. `finish` adds the
+    small files to the folder that it is given, and gets size and SHA-256 of every tensor file.
     """
 
     out: Path
     identity: Mapping[str, Any]
-    shards: Sequence[Shard]
+    tensor_files: Sequence[TensorFile]
     finish: Callable[[Path, Sums], None]
 
     @property
@@ -68,66 +58,66 @@ class Job:
         return self.out.with_name(self.out.name + UNFINISHED)
 
     @property
-    def files(self) -> Path:
+    def files_folder(self) -> Path:
         return self.unfinished / "files"
 
     @property
     def nbytes(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
+        return sum(file.nbytes for file in self.tensor_files)
 
     def published(self) -> bool:
-        """Whether `out` is there as the result of this job, whose end was cut short after the rename."""
-        if not (self.out.exists() and self.unfinished.exists()) or self.files.exists():
+        """Whether `out` is the result of this job, which was killed between the rename and the cleanup."""
+        if not (self.out.exists() and self.unfinished.exists()) or self.files_folder.exists():
             return False
         return self._is_ours() or not any(self.unfinished.iterdir())
 
     def _is_ours(self) -> bool:
         path = self.unfinished / JOB_FILE
-        return path.is_file() and read_json(path) == self.plain_identity()
+        return path.is_file() and read_json(path) == self._plain_identity()
 
-    def plain_identity(self) -> Any:
+    def _plain_identity(self) -> Any:
         return json.loads(json.dumps(self.identity))
 
-    def require_free(self, part: Part = Part()) -> None:
-        """ValueError unless `out` is free, or this very job was begun there."""
+    def require_free(self, part: JobPart = JobPart()) -> None:
+        """ValueError unless `out` is free, or this same job was begun there."""
         if self.published():
             return
         if self.out.exists():
             raise ValueError(f"{self.out} exists already; remove it or choose another name")
         path = self.unfinished / JOB_FILE
         if path.is_file() and not self._is_ours():
-            asked, begun = self.plain_identity(), read_json(path)
+            asked, begun = self._plain_identity(), read_json(path)
             changed = sorted(key for key in {*asked, *begun} if asked.get(key) != begun.get(key))
             raise ValueError(
                 f"{self.unfinished} was begun by another job (it differs in: {', '.join(changed)}); remove it, give "
-                "the same arguments as then, or choose another name"
+                "the same arguments as before, or choose another name"
             )
-        if len(self.shards) < part.count:
+        if len(self.tensor_files) < part.count:
             raise ValueError(
-                f"{self.out} is made of {len(self.shards)} files, too few for {part.count} parts; give fewer parts "
-                "or a smaller file size"
+                f"{self.out} consists of {len(self.tensor_files)} files, too few for {part.count} parts; give fewer "
+                "parts or a smaller file size"
             )
 
-    def begin(self, part: Part = Part()) -> None:
+    def begin(self, part: JobPart = JobPart()) -> None:
         self.require_free(part)
-        for path in (self.files, self.unfinished / "sums"):
+        for path in (self.files_folder, self.unfinished / "sums"):
             path.mkdir(parents=True, exist_ok=True)
-        publish_once(self.unfinished / JOB_FILE, self.plain_identity())
+        publish_once(self.unfinished / JOB_FILE, self._plain_identity())
         self.require_free(part)  # two different jobs may have begun at the same moment
 
     def sums(self) -> dict[str, tuple[int, str]]:
-        """Size and SHA-256 of the shards that are finished, as recorded."""
+        """Size and SHA-256 of the finished files, as recorded."""
         found = {}
-        for shard in self.shards:
-            path = _sum_file(self.unfinished, shard)
+        for file in self.tensor_files:
+            path = _sum_file(self.unfinished, file)
             if path.is_file():
                 entry = read_json(path)
-                found[shard.name] = (int(entry["bytes"]), str(entry["sha256"]))
+                found[file.name] = (int(entry["bytes"]), str(entry["sha256"]))
         return found
 
 
 def require_no_job(folder: Path) -> None:
-    """ValueError if `folder` is where a job is at work, or was when it was killed: what lies there is no model yet."""
+    """ValueError if `folder` belongs to a job that is running or was killed: there is no complete model in it."""
     for path in (folder.absolute(), folder.absolute().parent):
         if path.name.endswith(UNFINISHED) and (path / JOB_FILE).is_file():
             raise ValueError(
@@ -136,108 +126,88 @@ def require_no_job(folder: Path) -> None:
             )
 
 
-def _sum_file(unfinished: Path, shard: Shard) -> Path:
-    return unfinished / "sums" / f"{shard.name}.json"
+def _sum_file(unfinished: Path, file: TensorFile) -> Path:
+    return unfinished / "sums" / f"{file.name}.json"
 
 
-def keep_or_write(unfinished: Path, shard: Shard, advance: Advance) -> None:
-    """One file: kept if its sum is there and true, otherwise written (again)."""
-    files, sum_file = unfinished / "files", _sum_file(unfinished, shard)
-    path = files / shard.name
+def keep_or_write(unfinished: Path, file: TensorFile, advance: Advance) -> None:
+    """Keep a file whose recorded sum still matches; otherwise write it (again)."""
+    folder, sum_file = unfinished / "files", _sum_file(unfinished, file)
+    path = folder / file.name
     if sum_file.is_file() and path.is_file():
         entry = read_json(sum_file)
         if path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]:
-            advance(shard.nbytes)
+            advance(file.nbytes)
             return
         sum_file.unlink()
-    size, digest = shard.write(files, advance)
+    size, digest = file.write(folder, advance)
     write_json(sum_file, {"bytes": size, "sha256": digest})
 
 
 def run_job(
-    job: Job, *, workers: int = 1, part: Part = Part(), advance: Advance = lambda count: None
+    job: FolderJob, *, workers: int = 1, part: JobPart = JobPart(), advance: Advance = lambda count: None
 ) -> bool:
-    """Do (or finish) a part of a job; True when `job.out` is complete, False while other parts are missing.
+    """Do, or resume, one part of a job. True when `job.out` is complete, False while other parts are missing.
 
-    Raises ValueError when `out` is not free or too little disk is, OSError when writing fails; what was finished is
-    kept in both cases, and the same call goes on.
+    Raises ValueError when `out` is not free, another process writes this part, or the disk is too full; OSError when
+    writing fails. Finished files are kept in all these cases, and the same call resumes.
     """
     if job.published():
         advance(job.nbytes)
         _drop_unfinished(job)
         return True
     if part.index and job.out.exists() and not job.unfinished.exists():
-        return True  # the last part to be written was another one
+        return True  # another part finished last and published
     job.begin(part)
-    with _locked(job.unfinished / f"part-{part.index}.lock", job.unfinished):
-        mine = job.shards[part.index :: part.count]
-        _require_room(job, mine)
+    with exclusive(job.unfinished, f"part-{part.index}.lock", timeout=LOCK_TIMEOUT_SECONDS):
+        mine = job.tensor_files[part.index :: part.count]
+        _require_space(job, mine)
         run_in_workers(partial(keep_or_write, job.unfinished), mine, workers, advance)
         return _publish_if_complete(job)
 
 
-def run_afresh(job: Job) -> None:
-    """Do a job from the beginning, in this process; nothing is left of it if it fails, and an `out` is replaced.
+def run_from_scratch(job: FolderJob) -> None:
+    """Do an entire job in this process. Nothing is left if it fails; an existing `out` is replaced.
 
-    For stages and tests, which begin again by themselves.
+    This is for stages, which are repeated as a whole.
     """
     shutil.rmtree(job.unfinished, ignore_errors=True)
     try:
-        job.files.mkdir(parents=True)
-        sums = {shard.name: shard.write(job.files, lambda count: None) for shard in job.shards}
-        job.finish(job.files, sums)
-        publish_folder(job.files, job.out)
+        job.files_folder.mkdir(parents=True)
+        job.finish(job.files_folder, {file.name: file.write(job.files_folder) for file in job.tensor_files})
+        publish_folder(job.files_folder, job.out)
     finally:
         shutil.rmtree(job.unfinished, ignore_errors=True)
 
 
-def _require_room(job: Job, shards: Sequence[Shard]) -> None:
+def _require_space(job: FolderJob, files: Sequence[TensorFile]) -> None:
     done = job.sums()
-    needed = sum(shard.nbytes for shard in shards if shard.name not in done)
+    needed = sum(file.nbytes for file in files if file.name not in done)
     free = shutil.disk_usage(job.unfinished).free
     if needed and needed + _SPARE_BYTES > free:
         raise ValueError(
-            f"{job.out} needs {needed / 1e9:.2f} GB more but its disk has {free / 1e9:.2f} GB free; make room, then "
-            "repeat the command"
+            f"{job.out} needs {needed / 1e9:.2f} GB more but its disk has {free / 1e9:.2f} GB free; free some space, "
+            "then repeat the command"
         )
 
 
-@contextmanager
-def _locked(path: Path, about: Path) -> Iterator[None]:
-    """Hold a lock file. The workers of a killed process die within moments; until then it is theirs."""
-    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-    with open(path, "a") as handle:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"{about} is being written by another process; wait for it, or end it"
-                    ) from None
-                time.sleep(0.1)
-        yield
-
-
-def _publish_if_complete(job: Job) -> bool:
-    with _locked(job.unfinished / "publish.lock", job.unfinished):
-        if job.published():  # by a part that finished at the same moment
-            return True
-        sums = job.sums()
-        if len(sums) < len(job.shards):
-            return False
-        for path in job.files.iterdir():  # what killed writers left under temporary names
-            if path.name not in sums:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        job.finish(job.files, sums)
-        publish_folder(job.files, job.out)
+def _publish_if_complete(job: FolderJob) -> bool:
+    with exclusive(job.unfinished, "publish.lock", timeout=LOCK_TIMEOUT_SECONDS):
+        if job.files_folder.exists():  # otherwise a part that finished at the same moment has published it
+            sums = job.sums()
+            if len(sums) < len(job.tensor_files):
+                return False
+            for path in job.files_folder.iterdir():  # what killed writers left under temporary names
+                if path.name not in sums:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            job.finish(job.files_folder, sums)
+            publish_folder(job.files_folder, job.out)
     _drop_unfinished(job)
     return True
 
 
-def _drop_unfinished(job: Job) -> None:
-    """job.json goes last: a kill in between leaves something that the next call knows as published."""
+def _drop_unfinished(job: FolderJob) -> None:
+    """Remove OUT.unfinished, job.json last, so that after a kill in between the next call knows it as published."""
     record = job.unfinished / JOB_FILE
     for path in [*job.unfinished.glob("*")]:
         if path.is_dir():
@@ -245,5 +215,5 @@ def _drop_unfinished(job: Job) -> None:
         elif path != record:
             path.unlink(missing_ok=True)
     record.unlink(missing_ok=True)
-    with suppress(FileNotFoundError):  # another part was faster
+    with suppress(OSError):  # another part was faster, or has just released its lock in there
         job.unfinished.rmdir()

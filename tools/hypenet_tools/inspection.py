@@ -1,4 +1,4 @@
-"""What is in a model folder: sizes, layout, dtypes, provenance, and values that are no numbers."""
+"""What a model folder contains: sizes, layout, dtypes, provenance, and NaN or infinite values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hypenet_tools.hugging_face.weights import count_nan_and_inf
-from hypenet_tools.open_model import OpenedModel
+from hypenet_tools.open_model import HUGGING_FACE, OpenedModel
 from sharded_tensors.safetensors_format import DTYPE_CODES
 from sharded_tensors.writer import Advance
 
@@ -15,7 +15,7 @@ LISTED = 20
 
 
 def inspect_model(opened: OpenedModel, *, advance: Advance = lambda count: None) -> dict[str, Any]:
-    """Facts (JSON) about a model on disk. Reads every tensor once; `advance` is told how many bytes."""
+    """Facts (JSON) about a model on disk. Reads every tensor once; `advance` is told the number of bytes."""
     tensors: Counter[str] = Counter()
     elements: Counter[str] = Counter()
     not_finite: dict[str, dict[str, int]] = {}
@@ -33,8 +33,9 @@ def inspect_model(opened: OpenedModel, *, advance: Advance = lambda count: None)
     return {
         "folder": str(opened.folder),
         "kind": opened.kind,
-        "model": None if opened.model is None else opened.model.to_json(),
-        "layout": None if opened.layout is None else asdict(opened.layout),
+        "model": None if opened.metadata.model is None else opened.metadata.model.to_json(),
+        "complete": opened.metadata.complete,
+        "layout": None if opened.kind == HUGGING_FACE else asdict(opened.metadata.layout),
         "tensors": len(opened.stored),
         "parameters": opened.stored.elements,
         "bytes": opened.stored.nbytes,

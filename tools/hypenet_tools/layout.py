@@ -1,7 +1,8 @@
-"""Who has what: which part of every tensor belongs to which rank of a tensor x pipeline x expert layout."""
+"""Which rectangle of every tensor belongs to which rank of a tensor x pipeline x expert layout."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from typing import NamedTuple
 from hypenet_megatron.mixers import mixer
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.hugging_face.mapping import table_entry
-from sharded_tensors.rectangles import Chunk
-from sharded_tensors.views import TensorInfo
+from sharded_tensors.rectangles import Rectangle, TensorInfo
+
+_OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
 
 
 class Rank(NamedTuple):
@@ -20,7 +22,7 @@ class Rank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """Sizes of the three groups over which weights are divided. Layers are divided evenly over pipeline stages."""
 
     tensor: int = 1
@@ -46,30 +48,34 @@ class Layout:
                     f"choose one of {', '.join(map(str, fitting))}"
                 )
 
-    def chunks(self, name: str, info: TensorInfo, num_layers: int) -> list[tuple[Rank, Chunk]]:
-        """The chunks of a tensor by owning rank. What several ranks hold alike belongs to the first of them."""
-        layer, entry = table_entry(name)
+    def rectangles(self, name: str, info: TensorInfo, num_layers: int) -> list[tuple[Rank, Rectangle]]:
+        """The rectangles of a tensor with their ranks. A replicated tensor belongs to the first rank that has it.
+
+        Optimizer state is divided like its weight.
+        """
+        weight = _OPTIMIZER_STATE.sub("", name)
+        layer, entry = table_entry(weight)
         if layer is None:
-            stage = 0 if name.startswith("embedding.") else self.pipeline - 1
+            stage = 0 if weight.startswith("embedding.") else self.pipeline - 1
         else:
             stage = layer * self.pipeline // num_layers
         found = []
         for expert in range(self.expert if entry.per_expert else 1):
-            box = Chunk.whole(info)
+            box = Rectangle.covering(info)
             if entry.per_expert:
-                box = box.piece(0, expert, self.expert)
+                box = box.divide(0, expert, self.expert)
             axis = 1 if entry.per_expert else 0  # of the rows that tensor parallelism divides
             for rank in range(1 if entry.tensor_parallel == "whole" else self.tensor):
                 owner = Rank(rank, stage, expert)
                 if entry.tensor_parallel == "columns":
-                    found.append((owner, box.piece(-1, rank, self.tensor)))
+                    found.append((owner, box.divide(-1, rank, self.tensor)))
                 elif entry.tensor_parallel == "rows of parts" and self.tensor > 1:
                     parts = len(entry.parts)
                     found += [
-                        (owner, box.piece(axis, part * self.tensor + rank, parts * self.tensor))
+                        (owner, box.divide(axis, part * self.tensor + rank, parts * self.tensor))
                         for part in range(parts)
                     ]
                 else:
-                    pieces = 1 if entry.tensor_parallel == "whole" else self.tensor
-                    found.append((owner, box.piece(axis, rank, pieces)))
+                    count = 1 if entry.tensor_parallel == "whole" else self.tensor
+                    found.append((owner, box.divide(axis, rank, count)))
         return found

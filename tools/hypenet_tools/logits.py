@@ -1,6 +1,6 @@
-"""Logits of models on disk, in fp32: Hugging Face folders by transformers on the CPU, ours by Megatron.
+"""Logits of models on disk, in fp32: Hugging Face folders by transformers on the CPU, our folders by Megatron.
 
-A HypeNet is run by the modelling code of this package, never by code that lies in its folder.
+A HypeNet is run by the modelling code of this package, never by code from its folder.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from hypenet_tools.hugging_face.config import qwen3_config
 from hypenet_tools.hugging_face.weights import SINGLE_FILE
 from hypenet_tools.model_weights import load_weights
 from hypenet_tools.open_model import HUGGING_FACE, OpenedModel
-from sharded_tensors.writer import Shard, ShardTensor
+from sharded_tensors.writer import FileTensor, TensorFile
 
 PROMPTS, PROMPT_LENGTH = 4, 48
-_ROOM_FACTOR = 1.3  # for activations and what loading holds for a moment
+_MEMORY_FACTOR = 1.3  # for activations and temporary copies during loading
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of logits at all positions of all prompts; `largest` is the largest magnitude of any."""
+    """Differences of logits over all positions of all prompts. `largest` is the largest magnitude of any logit."""
 
     max_difference: float
     largest: float
@@ -42,13 +42,13 @@ class Comparison:
 
 
 def prompts(vocab_size: int) -> Tensor:
-    """Token ids [4, 48] that depend on the vocabulary's size alone; a tokenizer may not be at hand."""
+    """Token ids [4, 48] that depend only on the size of the vocabulary; there may be no tokenizer."""
     return torch.randint(vocab_size, (PROMPTS, PROMPT_LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def compare_logits(a: OpenedModel, b: OpenedModel) -> Comparison | str:
-    """Both models on the same prompts, one after the other; a reason instead if one does not fit into memory."""
-    needed = max(model.stored.elements for model in (a, b)) * 4 * _ROOM_FACTOR
+    """Run both models on the same prompts, one after the other. Returns a reason if one does not fit into memory."""
+    needed = max(model.stored.elements for model in (a, b)) * 4 * _MEMORY_FACTOR
     available = psutil.virtual_memory().available
     if needed > available:
         return f"not computed: takes {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are available"
@@ -65,7 +65,6 @@ def compare_logits(a: OpenedModel, b: OpenedModel) -> Comparison | str:
 @torch.no_grad()
 def logits(opened: OpenedModel) -> Tensor:
     """Logits [prompts, tokens, vocabulary], fp32."""
-    assert opened.model is not None
     ids = prompts(opened.model.shape.vocab_size)
     if opened.kind == HUGGING_FACE:
         return _by_transformers(opened.folder, opened, ids)
@@ -82,7 +81,6 @@ def _by_transformers(folder: Path, opened: OpenedModel, ids: Tensor) -> Tensor:
 
     from hypenet_tools.remote_code.modeling_hypenet import HypeNetForCausalLM
 
-    assert opened.model is not None
     kind = Qwen3MoeForCausalLM if opened.model.shape.experts else Qwen3ForCausalLM
     if opened.model.mixer_types is not None:
         kind = HypeNetForCausalLM
@@ -91,7 +89,6 @@ def _by_transformers(folder: Path, opened: OpenedModel, ids: Tensor) -> Tensor:
 
 
 def _by_megatron(opened: OpenedModel, ids: Tensor, device: torch.device) -> Tensor:
-    assert opened.model is not None
     shape = opened.model.shape
     config = DecoderConfig.from_shape(
         shape,
@@ -104,11 +101,9 @@ def _by_megatron(opened: OpenedModel, ids: Tensor, device: torch.device) -> Tens
 
 
 def _write_plain(folder: Path, opened: OpenedModel) -> None:
-    """Weights and config in Hugging Face layout, no more."""
-    assert opened.model is not None
+    """Weights and config in Hugging Face layout, without tokenizer or card."""
     view = opened.hugging_face()
-    shard = Shard(SINGLE_FILE, tuple(ShardTensor.whole(view, name) for name in view))
-    shard.write(folder, lambda count: None)
+    TensorFile(SINGLE_FILE, [FileTensor.entire(view, name) for name in view]).write(folder)
     write_json(folder / "config.json", qwen3_config(opened.model.shape, "float32"))
 
 

@@ -1,9 +1,9 @@
-"""Whatever folder a user names: a Hugging Face folder or one of our weights folders, opened alike."""
+"""Opens any model on disk: a Hugging Face folder, a weights folder, or a training checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +13,88 @@ from hypenet_tools.hugging_face.aux_files import CHECKSUM_FILE
 from hypenet_tools.hugging_face.config import ModelDescription
 from hypenet_tools.hugging_face.folder import read_model_folder
 from hypenet_tools.hugging_face.mapping_views import hugging_face_view, megatron_view
-from hypenet_tools.layout import Layout
-from hypenet_tools.weights_folder import SOURCE_FOLDER, WeightsFolder, is_weights_folder
+from hypenet_tools.layout import FolderLayout
+from sharded_tensors.index import INDEX_FILE, RANDOM_PREFIX, TRAINING_FILE, has_index, is_weight
+from sharded_tensors.reader import StoredTensors
 from sharded_tensors.views import TensorView
 from sharded_tensors.writer import Advance
 
 HUGGING_FACE, WEIGHTS, TRAINING = "Hugging Face folder", "weights folder", "training checkpoint"
+SOURCE_FOLDER = "source"  # of a weights folder: tokenizer and other files of the model that it was made from
+
+
+@dataclass(frozen=True)
+class FolderMetadata:
+    """What the index of a weights folder or training checkpoint says about its tensors.
+
+    `model` is the model that they belong to, None where that is unknown. `complete` is False for a part of it, such
+    as the students of the align stage. `provenance` lists how the weights were made, oldest step first.
+    """
+
+    model: ModelDescription | None
+    complete: bool
+    layout: FolderLayout
+    provenance: Sequence[Mapping[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": None if self.model is None else self.model.to_json(),
+            "complete": self.complete,
+            "layout": asdict(self.layout),
+            "provenance": list(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> FolderMetadata:
+        model = None if content["model"] is None else ModelDescription.from_json(content["model"])
+        return cls(model, content["complete"], FolderLayout(**content["layout"]), content["provenance"])
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model on disk. `stored` has the names of the folder itself; `model` is None for a part of a model."""
+    """A model on disk. `stored` has its weights under the names of the folder itself."""
 
     folder: Path
     kind: str
-    model: ModelDescription | None
+    metadata: FolderMetadata
     stored: TensorView
-    layout: Layout | None
-    provenance: Sequence[Mapping[str, Any]]
-    checksums: Mapping[str, str]  # file -> SHA-256, as far as the folder has them
+    checksums: Mapping[str, str]  # file -> SHA-256, of the files for which the folder has one
 
     @property
-    def whole(self) -> ModelDescription:
-        """`model`; ValueError for a part of a model."""
-        if self.model is None:
-            raise ValueError(
-                f"{self.folder} holds a part of a model only; give the model's own weights folder"
-            )
-        return self.model
+    def model(self) -> ModelDescription:
+        """ValueError if the folder holds a part of a model only."""
+        if self.metadata.model is None or not self.metadata.complete:
+            raise ValueError(f"{self.folder} holds a part of a model only; give the folder of the entire model")
+        return self.metadata.model
 
     @property
-    def companions(self) -> Path:
-        """The folder with tokenizer, card and the like."""
+    def provenance(self) -> Sequence[Mapping[str, Any]]:
+        return self.metadata.provenance
+
+    @property
+    def aux_folder(self) -> Path:
+        """The folder with tokenizer, model card and the like."""
         return self.folder if self.kind == HUGGING_FACE else self.folder / SOURCE_FOLDER
 
+    def with_optimizer(self) -> OpenedModel:
+        """A training checkpoint with its optimizer state. Random states belong to the ranks that saved them."""
+        assert isinstance(self.stored, StoredTensors)
+        return replace(self, stored=self.stored.restricted(lambda name: not name.startswith(RANDOM_PREFIX)))
+
     def hugging_face(self) -> TensorView:
-        """All tensors under Hugging Face names; ValueError for a part of a model."""
+        """All weights under Hugging Face names; ValueError for a part of a model."""
         if self.kind == HUGGING_FACE:
             return self.stored
-        return hugging_face_view(self.stored, self.whole.plan, f"the weights of {self.folder}")
+        return hugging_face_view(self.stored, self.model.plan, f"the weights of {self.folder}")
 
     def megatron(self) -> TensorView:
-        """All tensors under Megatron names; ValueError for a part of a model."""
+        """All weights under Megatron names; ValueError for a part of a model."""
         if self.kind == HUGGING_FACE:
-            return megatron_view(self.stored, self.whole.plan, f"the weights of {self.folder}")
+            return megatron_view(self.stored, self.model.plan, f"the weights of {self.folder}")
         return self.stored
 
     def damaged_files(self, advance: Advance = lambda count: None) -> list[str]:
-        """Names of files that are not what the folder's checksums say. Reads all of them."""
+        """Names of files that do not match the folder's checksums. Reads all of them."""
         damaged = []
         for name, digest in self.checksums.items():
             path = self.folder / name
@@ -71,23 +105,38 @@ class OpenedModel:
 
 
 def open_model(folder: Path) -> OpenedModel:
-    """Open a folder without reading its weights. ValueError says what is wrong with it, or that it is neither kind."""
+    """Open a folder without reading its weights; ValueError says what is wrong with it."""
     require_no_job(folder)
-    if is_weights_folder(folder):
-        weights = WeightsFolder(folder)
-        index = weights.index
-        sums = {name: digest for name, (_, digest) in FolderManifest.read(folder).files.items()}
-        return OpenedModel(folder, WEIGHTS, index.model, weights, index.layout, index.provenance, sums)
+    if has_index(folder):
+        return _open_own_folder(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} is neither a Hugging Face folder (it has no config.json) nor a weights folder (no weights.json)"
+            f"{folder} is neither a Hugging Face folder (it has no config.json) nor a weights folder or training "
+            f"checkpoint (no {INDEX_FILE})"
         )
     model = read_model_folder(folder, check_finite=False)
-    return OpenedModel(folder, HUGGING_FACE, model.description, model.tensors, None, [], _checksums(folder))
+    metadata = FolderMetadata(model.description, True, FolderLayout(), [])
+    return OpenedModel(folder, HUGGING_FACE, metadata, model.tensors, _checksums(folder))
+
+
+def _open_own_folder(folder: Path) -> OpenedModel:
+    stored = StoredTensors(folder, is_weight)
+    try:
+        metadata = FolderMetadata.from_json(stored.index.metadata)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / INDEX_FILE} is damaged ({error!r}); restore it or write the folder again"
+        ) from None
+    sums = {name: digest for name, (_, digest) in stored.manifest.files.items()}
+    if not (folder / TRAINING_FILE).is_file():
+        return OpenedModel(folder, WEIGHTS, metadata, stored, sums)
+    step = {"step": "training", "from": folder.absolute().name, "digest": manifest_digest(folder)}
+    metadata = replace(metadata, provenance=[*metadata.provenance, step])
+    return OpenedModel(folder, TRAINING, metadata, stored, sums)
 
 
 def manifest_digest(folder: Path) -> dict[str, str]:
-    """The checksum of a folder's checksums, which stands for all of its content in a provenance."""
+    """The checksum of a folder's manifest, which identifies the content of the folder in a provenance."""
     return {"of": FolderManifest.FILE_NAME, "sha256": sha256_file(folder / FolderManifest.FILE_NAME)}
 
 

@@ -1,4 +1,4 @@
-"""Write model folders that transformers loads: HypeNet with its modelling code, and plain Qwen3."""
+"""Model folders that transformers loads: a HypeNet with its modelling code, or a plain Qwen3."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from torch import Tensor
 
 from durable_files import read_json, sha256_file, write_json, write_text
 from hypenet_megatron.presets import ModelShape
-from hypenet_tools.folder_job import Job, Sums, run_afresh
-from hypenet_tools.hugging_face.aux_files import CHECKSUM_FILE, GENERATION_CONFIG, MODEL_CARD, companions
+from hypenet_tools.folder_job import FolderJob, run_from_scratch
+from hypenet_tools.hugging_face.aux_files import CHECKSUM_FILE, GENERATION_CONFIG, MODEL_CARD, aux_files
 from hypenet_tools.hugging_face.config import ModelDescription, hypenet_config, qwen3_config
 from hypenet_tools.hugging_face.mapping_views import hugging_face_view
 from hypenet_tools.hugging_face.weights import INDEX_FILE, SINGLE_FILE
 from hypenet_tools.remote_code import modeling_files
+from sharded_tensors.index import Sums
 from sharded_tensors.views import TensorView, as_view
-from sharded_tensors.writer import Shard, ShardTensor, fill_shards
+from sharded_tensors.writer import FileTensor, TensorFile, fill_files
 
 SHARD_BYTES = 5 * 10**9
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SPECIAL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def release_job(
@@ -37,34 +38,34 @@ def release_job(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     identity: Mapping[str, Any] | None = None,
-) -> Job:
-    """The job that writes Megatron tensors as a Hugging Face folder: of a hybrid with the modelling code beside the
-    weights (`trust_remote_code=True`), of a teacher as a plain Qwen3.
+) -> FolderJob:
+    """The job that writes Megatron tensors as a Hugging Face folder.
 
-    Tokenizer, chat template, generation config and licence are those of `tokenizer_folder`. `dtype` None keeps every
+    A hybrid gets its modelling code beside the weights (`trust_remote_code=True`); a teacher is a plain Qwen3.
+    Tokenizer, chat template, generation config and licence come from `tokenizer_folder`. `dtype` None keeps every
     tensor's own. ValueError if tensors are missing or left over, or the tokenizer does not fit.
     """
     weights = hugging_face_view(view, model.plan, f"the weights to write to {out}")
-    tensors = [ShardTensor.whole(weights, name, dtype) for name in weights]
-    filled = fill_shards(tensors, max_shard_bytes)
+    tensors = [FileTensor.entire(weights, name, dtype) for name in weights]
+    filled = fill_files(tensors, max_shard_bytes)
     names = [
         SINGLE_FILE if len(filled) == 1 else f"model-{number:05d}-of-{len(filled):05d}.safetensors"
         for number in range(1, len(filled) + 1)
     ]
-    shards = [Shard(name, content) for name, content in zip(names, filled, strict=True)]
+    tensor_files = [TensorFile(name, content) for name, content in zip(names, filled, strict=True)]
     special_ids = special_token_ids(tokenizer_folder, model.shape.vocab_size)
     small_files = _small_files(model, tensors, tokenizer_folder, special_ids)
 
     def finish(folder: Path, sums: Sums) -> None:
-        if len(shards) > 1:
-            write_json(folder / INDEX_FILE, _index(shards))
+        if len(tensor_files) > 1:
+            write_json(folder / INDEX_FILE, _index(tensor_files))
         for name, content in small_files.items():
             write_json(folder / name, content)
         write_text(folder / MODEL_CARD, model_card)
         if model.mixer_types is not None:
             for name, text in modeling_files(model.mixer_types).items():
                 write_text(folder / name, text)
-        for path in companions(tokenizer_folder):
+        for path in aux_files(tokenizer_folder):
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
         digests = {
@@ -75,20 +76,20 @@ def release_job(
         lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
         write_text(folder / CHECKSUM_FILE, "".join(lines))
 
-    return Job(out, {**(identity or {}), "max_shard_bytes": max_shard_bytes}, shards, finish)
+    return FolderJob(out, {**(identity or {}), "max_shard_bytes": max_shard_bytes}, tensor_files, finish)
 
 
 def _small_files(
     model: ModelDescription,
-    tensors: Sequence[ShardTensor],
+    tensors: Sequence[FileTensor],
     tokenizer_folder: Path,
     special_ids: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """config.json and generation_config.json. The config names the dtype that most elements have."""
+    """config.json and generation_config.json. The config names the dtype of most elements."""
     elements: Counter[torch.dtype] = Counter()
     for tensor in tensors:
-        elements[tensor.dtype] += tensor.chunk.elements
-    dtype = DTYPE_NAMES[elements.most_common(1)[0][0]]
+        elements[tensor.dtype] += tensor.rectangle.elements
+    dtype = str(elements.most_common(1)[0][0]).removeprefix("torch.")
     if model.mixer_types is None:
         config = qwen3_config(model.shape, dtype)
     else:
@@ -99,10 +100,10 @@ def _small_files(
     return {"config.json": {**config, **boundary_ids}, GENERATION_CONFIG: {**settings, **special_ids}}
 
 
-def _index(shards: Sequence[Shard]) -> dict[str, Any]:
+def _index(tensor_files: Sequence[TensorFile]) -> dict[str, Any]:
     return {
-        "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
-        "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
+        "metadata": {"total_size": sum(file.nbytes for file in tensor_files)},
+        "weight_map": {tensor.name: file.name for file in tensor_files for tensor in file.tensors},
     }
 
 
@@ -118,17 +119,17 @@ def write_hf_folder(
     model_card: str,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Publish a hybrid, or with `mixer_types` None a teacher, at once.
+    """Publish a hybrid, or with `mixer_types` None a teacher, from this process.
 
-    The folder appears under `out` complete or not at all; an earlier export there is replaced, anything
-    else is not.
+    The folder appears under `out` complete or not at all. An earlier export there is replaced; ValueError if anything
+    else is there.
     """
     if out.exists() and not (out / CHECKSUM_FILE).is_file():
         raise ValueError(
             f"{out} exists and is not an earlier export (it has no {CHECKSUM_FILE}); choose another name"
         )
     model = ModelDescription(shape, None if mixer_types is None else tuple(mixer_types), logits_scaling_base)
-    run_afresh(
+    run_from_scratch(
         release_job(
             out,
             as_view(megatron_tensors),
@@ -141,36 +142,12 @@ def write_hf_folder(
     )
 
 
-def write_qwen3_folder(
-    out: Path,
-    megatron_tensors: Mapping[str, Tensor],
-    shape: ModelShape,
-    *,
-    tokenizer_folder: Path,
-    dtype: torch.dtype | None,
-    model_card: str,
-    max_shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Publish a teacher as a plain Qwen3 folder; otherwise as `write_hf_folder`."""
-    write_hf_folder(
-        out,
-        megatron_tensors,
-        shape,
-        None,
-        tokenizer_folder=tokenizer_folder,
-        dtype=dtype,
-        model_card=model_card,
-        max_shard_bytes=max_shard_bytes,
-    )
-
-
 def special_token_ids(tokenizer_folder: Path, vocab_size: int) -> dict[str, Any]:
     """bos, eos and pad token ids of a tokenizer folder, as generation_config.json wants them.
 
-    A generation_config.json in the folder wins (Qwen3's chat models end at either of two tokens); else the
-    names in tokenizer_config.json are looked up. Padding falls back to the end token, which the attention
-    mask hides. ValueError when the tokenizer is missing, has more tokens than the model, or names no end
-    token.
+    A generation_config.json in the folder takes precedence (Qwen3's chat models end at either of two tokens); otherwise
+    the names in tokenizer_config.json are looked up. Padding falls back to the end token, which the attention mask
+    hides. ValueError when the tokenizer is missing, has more tokens than the model, or names no end token.
     """
     tokenizer_file = tokenizer_folder / "tokenizer.json"
     try:
@@ -200,5 +177,3 @@ def special_token_ids(tokenizer_folder: Path, vocab_size: int) -> dict[str, Any]
     found.setdefault("pad_token_id", end[0] if isinstance(end, list) else end)
     return found
 
-
-_SPECIAL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")

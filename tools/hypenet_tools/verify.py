@@ -1,4 +1,4 @@
-"""Are two models the same: every tensor bit for bit, through the mapping, and logits on fixed prompts."""
+"""Compares two models: every tensor bit for bit, through the mapping, and logits on fixed prompts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LISTED = 20
 
 
 def verify(a: OpenedModel, b: OpenedModel, *, advance: Advance = lambda count: None) -> dict[str, Any]:
-    """Compare two models; the report (JSON) has "match" and everything that differs.
+    """Compare two models. The report (JSON) has "match" and everything that differs.
 
-    `advance` is told bytes of tensors compared, each pair once. Logits are left out, with the reason, where the
-    models do not fit into memory.
+    `advance` is told the bytes of tensors compared, each pair once. Where the models do not fit into memory, the report
+    gives the reason instead of logits.
     """
     one, other = a.hugging_face(), b.hugging_face()
     common = [name for name in one if name in other]
@@ -46,7 +46,7 @@ def verify(a: OpenedModel, b: OpenedModel, *, advance: Advance = lambda count: N
 
 
 def _logits(a: OpenedModel, b: OpenedModel, differences: list[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """What the report says about logits, and whether they are as close as those of one model are."""
+    """The report on logits, and whether they are as close as two implementations of one model are."""
     if {"shape", "mixer_types"} & {entry["what"] for entry in differences}:
         return {"skipped": "not computed: the models differ in shape"}, False
     from hypenet_tools.logits import compare_logits  # Megatron and transformers take seconds to import
@@ -60,13 +60,12 @@ def _logits(a: OpenedModel, b: OpenedModel, differences: list[dict[str, Any]]) -
 def compare_tensors(
     one: TensorView, other: TensorView, advance: Advance = lambda count: None
 ) -> list[dict[str, Any]]:
-    """The tensors that both have and that differ in shape, dtype or any bit."""
+    """The tensors that both models have and that differ in shape, dtype or any bit."""
     found = (_difference(name, one, other, advance) for name in one if name in other)
     return [difference for difference in found if difference is not None]
 
 
 def _model_differences(a: OpenedModel, b: OpenedModel) -> list[dict[str, Any]]:
-    assert a.model is not None and b.model is not None
     pairs: dict[str, list[Any]] = {
         "shape": [{**asdict(model.shape), "name": ""} for model in (a.model, b.model)],
         "mixer_types": [a.model.mixer_types, b.model.mixer_types],
@@ -76,7 +75,7 @@ def _model_differences(a: OpenedModel, b: OpenedModel) -> list[dict[str, Any]]:
 
 
 def _difference(name: str, one: TensorView, other: TensorView, advance: Advance) -> dict[str, Any] | None:
-    """What is different about a tensor, or None if nothing is."""
+    """How a tensor differs between the two, or None if it is equal."""
     mine, theirs = one.infos[name], other.infos[name]
     if mine.shape != theirs.shape:
         advance(mine.nbytes)

@@ -1,7 +1,8 @@
-"""Worker processes. A worker asks for an item of work, does it, reports bytes, asks for the next.
+"""Worker processes. A worker requests an item of work, does it, reports bytes, and requests the next one.
 
-Workers are told nothing but item numbers, and end by themselves when the pipe to their parent breaks, so that a
-parent that was killed leaves nobody behind who writes.
+Workers get nothing but item numbers and end by themselves when the pipe to their parent breaks. A killed parent
+therefore leaves no process behind that writes. (concurrent.futures would: its workers wait for a killed parent forever,
+and they cannot report progress.)
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ BYTES_WORTH_A_WORKER = 256 * 2**20
 
 
 def default_workers(nbytes: int) -> int:
-    """As many as there are cores, but none for less work than its start takes."""
+    """One per core, but fewer where the work is too small to be worth their start."""
     return max(1, min(len(os.sched_getaffinity(0)), nbytes // BYTES_WORTH_A_WORKER))
 
 
 def run_in_workers[T](
     work: Callable[[T, Advance], None], items: Sequence[T], workers: int, advance: Advance
 ) -> None:
-    """Do `work` for all items, in this process (`workers` 1) or in several. Raises the first error of any."""
+    """Do `work` for all items, in this process (`workers` 1) or in several. Raises the first error of any worker."""
     if workers <= 1 or len(items) <= 1:
         for item in items:
             work(item, advance)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that are held by other threads
     processes, pipes = [], []
     try:
         for _ in range(min(workers, len(items))):
@@ -58,7 +59,7 @@ def run_in_workers[T](
 
 
 def _hand_out(count: int, pipes: list[Connection], advance: Advance) -> None:
-    """Give every worker that asks the next of `count` items, until all are done."""
+    """Give the next of `count` item numbers to every worker that requests one, until all are done."""
     left = iter(range(count))
     while pipes:
         for pipe in wait(pipes):
@@ -76,7 +77,7 @@ def _hand_out(count: int, pipes: list[Connection], advance: Advance) -> None:
 
 
 def _serve[T](work: Callable[[T, Advance], None], items: Sequence[T], pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends its workers
     torch.set_num_threads(1)
     try:
         while True:
@@ -91,5 +92,5 @@ def _serve[T](work: Callable[[T, Advance], None], items: Sequence[T], pipe: Conn
             except Exception as problem:
                 pipe.send(problem)
                 return
-    except (BrokenPipeError, EOFError):  # nobody is left to work for
+    except (BrokenPipeError, EOFError):  # the parent has ended
         os._exit(1)

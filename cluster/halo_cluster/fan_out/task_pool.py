@@ -27,9 +27,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from durable_files import publish_once, read_json
+from durable_files import ProcessIdentity, publish_once, read_json
 from halo_cluster.fan_out.plan import Plan, Task
-from halo_cluster.processes import ProcessIdentity
 
 SILENT_SECONDS = 30.0
 """A worker whose heartbeat does not change for this long, by the observer's clock, is given up as lost."""

@@ -1,4 +1,4 @@
-"""Read a Qwen3 or HypeNet folder in Hugging Face layout: configuration, weights, tokenizer files."""
+"""Reads a Qwen3 or HypeNet folder in Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -12,29 +12,17 @@ from hypenet_tools.hugging_face.mapping_views import megatron_view
 from hypenet_tools.hugging_face.weights import SafetensorsWeights
 from sharded_tensors.views import TensorView
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 
 @dataclass(frozen=True)
 class HFModel:
     """A model folder whose weights agree with its config.
 
-    `tensors` maps Hugging Face names to tensors, read from disk when asked for, in the stored dtype.
-    `mixer_types` and `logits_scaling_base` are None for a Qwen3 teacher.
+    `tensors` maps Hugging Face names to tensors, read from disk on demand, in the stored dtype.
     """
 
     folder: Path
     description: ModelDescription
     tensors: SafetensorsWeights
-    tokenizer_files: tuple[Path, ...]
 
     @property
     def shape(self) -> ModelShape:
@@ -42,21 +30,18 @@ class HFModel:
 
     @property
     def mixer_types(self) -> tuple[str, ...] | None:
+        """None for a Qwen3 teacher."""
         return self.description.mixer_types
 
-    @property
-    def logits_scaling_base(self) -> float | None:
-        return self.description.logits_scaling_base
-
     def megatron_view(self) -> TensorView:
-        """All weights under their Megatron names, none of them read yet."""
+        """All weights under their Megatron names; none is read yet."""
         return megatron_view(self.tensors, self.description.plan, f"the weights of {self.folder}")
 
 
 def read_model_folder(folder: Path, *, check_finite: bool = True) -> HFModel:
     """Open a folder. Every tensor's name and shape is checked against config.json before anything is loaded.
 
-    ValueError, one sentence with the mend, when something is missing, truncated, pickled, unsupported or
+    ValueError, one sentence with the fix, when something is missing, truncated, pickled, unsupported or
     contradictory; with `check_finite` also when a tensor that is read holds NaN or infinity.
     """
     config_path = folder / "config.json"
@@ -71,12 +56,11 @@ def read_model_folder(folder: Path, *, check_finite: bool = True) -> HFModel:
                 f"{weights.files[name]}: tensor {name} has shape {list(weights.infos[name].shape)} but "
                 f"{config_path.name} calls for {list(wanted)}; put the config.json of these weights back"
             )
-    tokenizer_files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
-    return HFModel(folder, description, weights, tokenizer_files)
+    return HFModel(folder, description, weights)
 
 
 def _drop_tied_head(weights: SafetensorsWeights, config_path: Path, shape: ModelShape) -> None:
-    """Published tied models (Qwen3-1.7B, for one) store the head although it equals the embedding."""
+    """Some published tied models (Qwen3-1.7B) store the head although it equals the embedding."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if not shape.tied_embeddings or head not in weights:
         return

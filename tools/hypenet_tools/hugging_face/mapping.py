@@ -8,14 +8,14 @@ so that callers may stream.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hypenet_megatron.mixers import MIXERS, mixer
 from hypenet_megatron.mixers.spec import HuggingFaceTensor, MegatronTensor, symbol_sizes
-from hypenet_megatron.presets import TEACHER, ModelShape
+from hypenet_megatron.presets import ModelShape
 
 EMBEDDING = MegatronTensor(
     "embedding.word_embeddings.weight", (HuggingFaceTensor("model.embed_tokens.weight", "vocab hidden"),), "rows"
@@ -190,27 +190,6 @@ def hugging_face_shapes(plan: Iterable[TensorPlan]) -> dict[str, tuple[int, ...]
 
 def megatron_shapes(plan: Iterable[TensorPlan]) -> dict[str, tuple[int, ...]]:
     return {entry.megatron: entry.megatron_shape for entry in plan}
-
-
-def mixers_of(megatron_shapes: Mapping[str, tuple[int, ...]], shape: ModelShape) -> tuple[str, ...] | None:
-    """The mixers of the model that Megatron tensors of these shapes belong to; None for a teacher.
-
-    A layer's mixer is the one whose tensors have these names and shapes.
-    """
-    found = []
-    for layer in range(shape.num_layers):
-        prefix = MEGATRON_LAYER.format(layer=layer)
-        present = {name: size for name, size in megatron_shapes.items() if name.startswith(prefix + MIXER)}
-        for name, spec in MIXERS.items():
-            plans = [_fill(tensor, shape, layer, spec.kv_heads(shape)) for tensor in spec.tensors]
-            if present == {plan.megatron: plan.megatron_shape for plan in plans}:
-                found.append(name)
-                break
-        else:
-            raise ValueError(
-                f"layer {layer} has the tensors of no known mixer of {shape.name} with {shape.num_layers} layers"
-            )
-    return None if set(found) == {TEACHER} else tuple(found)
 
 
 def require_names(found: Collection[str], expected: Collection[str], holder: str) -> None:

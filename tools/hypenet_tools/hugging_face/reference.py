@@ -1,12 +1,12 @@
 """HypeNet folders as the reference implementation writes them, released or in the middle of training.
 
-Its training checkpoints wrap models, which shows in the names:
+The reference's training checkpoints wrap models, which changes the names:
 
     stage 1  model.model.layers.N.self_attn.teacher_layer.* and .student_layer.* (one attention, one recurrent mixer)
-    stage 2  teacher_model.* (the teacher, whole) and student_model.model.* (the hybrid)
+    stage 2  teacher_model.* (the entire teacher) and student_model.model.* (the hybrid)
 
-Of a stage-1 checkpoint, as the reference's own stage 2 does, attention layers take the teacher's mixer and the others
-the student's; attention has no gate yet, so gates are drawn as in stage 0.
+From a stage-1 checkpoint, attention layers take the teacher's mixer and the others the student's, as in the reference's
+own stage 2. The attention has no gate yet, so gates are drawn as in stage 0.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_reference_folder(folder: Path, seed: int) -> ReferenceModel:
     mixers = description.mixer_types
     if mixers is None:
         raise ValueError(
-            f"{folder / 'config.json'} is of a Qwen3, not of a HypeNet; leave --from-hypenet out"
+            f"{folder / 'config.json'} describes a Qwen3, not a HypeNet; leave --from-hypenet out"
         )
     weights = SafetensorsWeights(folder)
     view = AssembledTensors()
@@ -52,7 +52,7 @@ def read_reference_folder(folder: Path, seed: int) -> ReferenceModel:
             _require_tied(weights, stored, mixers, folder)
         elif name is not None:
             if name in view:
-                raise ValueError(f"{weights.files[stored]}: {stored} and another tensor both are {name}")
+                raise ValueError(f"{weights.files[stored]}: {stored} and another tensor are both {name}")
             view.take(weights, stored, name)
     missing = []
     if any(_TEACHER in stored for stored in weights):
@@ -71,7 +71,7 @@ def read_reference_folder(folder: Path, seed: int) -> ReferenceModel:
 
 
 def released_name(stored: str, mixers: Sequence[str]) -> str | None:
-    """The released layout's name of a stored tensor; None for one that the hybrid does not have."""
+    """The name of a stored tensor in the released layout; None if the hybrid does not have it."""
     if stored.startswith("teacher_model."):
         return None
     name = stored.removeprefix("student_model.")
@@ -100,7 +100,7 @@ def _query(layer: int) -> str:
 
 
 def _require_tied(weights: SafetensorsWeights, head: str, mixers: Sequence[str], folder: Path) -> None:
-    """The reference stores a head even where it is the embedding; it may be left out only if it is."""
+    """The reference stores a head even where it is tied. Leave it out only if it equals the embedding."""
     embeddings = [name for name in weights if released_name(name, mixers) == "model.embed_tokens.weight"]
     if embeddings and not weights.same_content(head, embeddings[0]):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder as a view. Pickled weights are never opened."""
+"""The safetensors files of a Hugging Face folder as a view. Pickled weights are never opened."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from durable_files import read_json
+from sharded_tensors.rectangles import TensorInfo
 from sharded_tensors.safetensors_format import DTYPES, Header, SafetensorsFiles, read_header
-from sharded_tensors.views import TensorInfo, TensorView, blocks
+from sharded_tensors.views import TensorView, blocks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Per dtype: the integers of its bits, the bits of magnitude, and the magnitude of infinity (above it are NaNs).
+
+# Per dtype of weights: the integers of its bits, the bits of magnitude, and the magnitude of infinity (above it: NaN).
 _BITS = {
     torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
     torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
@@ -23,10 +25,10 @@ _BITS = {
 
 
 def is_finite(block: Tensor) -> bool:
-    """Whether no element is NaN or infinite; on the bits, which is several times faster than on the values."""
+    """Whether no element is NaN or infinite. Works on the bits, which is several times faster than on the values."""
     integers, mask, infinity = _BITS[block.dtype]
     bits = block.reshape(-1).view(integers)
-    return all(int((piece & mask).max()) < infinity for piece in bits.split(2**19))
+    return all(int((part & mask).max()) < infinity for part in bits.split(2**19))
 
 
 def count_nan_and_inf(block: Tensor) -> tuple[int, int]:
@@ -36,7 +38,7 @@ def count_nan_and_inf(block: Tensor) -> tuple[int, int]:
 
 
 class SafetensorsWeights(TensorView):
-    """Tensors of a model folder by name. Opening reads all headers; rows are read when they are asked for.
+    """Tensors of a model folder by name. Opening reads all headers; rows are read on demand.
 
     ValueError names the tensor when a value is not finite, unless `check_finite` is False.
     """
@@ -50,7 +52,7 @@ class SafetensorsWeights(TensorView):
         else:
             raise ValueError(_no_weights(folder))
         for name, (dtype, _) in headers.items():
-            if dtype not in DTYPES:
+            if DTYPES.get(dtype) not in _BITS:
                 raise ValueError(
                     f"{self.files[name]}: tensor {name} has dtype {dtype}, but only float32, bfloat16 and "
                     "float16 are supported; use the weights of the unquantised model"
@@ -74,7 +76,7 @@ class SafetensorsWeights(TensorView):
         del self.infos[name], self.files[name]
 
     def same_content(self, first: str, second: str) -> bool:
-        """Whether two tensors are equal bit for bit, compared piecewise because they may be huge."""
+        """Whether two tensors are equal bit for bit. Compares blocks, because the tensors may be huge."""
         info = self.infos[first]
         return info == self.infos[second] and all(
             one.equal(other)

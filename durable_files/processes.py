@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -26,6 +24,8 @@ def _birth(pid: int) -> str | None:
             return None
         state, start_ticks = fields[0], fields[19]
         return None if state in "ZX" else f"{_BOOT_ID.read_text().strip()}:{start_ticks}"
+    import psutil
+
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.0f}"
