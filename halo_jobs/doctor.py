@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from durable_files import write_text
+from durable_files import exclusive, write_text
 
 DISTRIBUTION = "hypenet-megatron"
 CLOCK_TOLERANCE_SECONDS = 5.0
@@ -107,14 +106,13 @@ def check_folder(folder: Path) -> Iterator[Check]:
         return
     try:
         yield Check("Folder", str(existing), True, True)
-        for name, attempt, purpose in _OPERATIONS:
+        for name, attempt, required, advice in _OPERATIONS:
             try:
                 attempt(scratch)
             except OSError as problem:
-                advice = f"{purpose}; use another file system, or mount this one with support for it"
-                yield Check(name, str(problem.strerror), False, True, advice)
+                yield Check(name, str(problem.strerror), False, required, advice)
             else:
-                yield Check(name, "works", True, True)
+                yield Check(name, "works", True, required)
         yield _clock(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -134,14 +132,14 @@ def _hard_link(scratch: Path) -> None:
 
 
 def _lock(scratch: Path) -> None:
-    with open(scratch / "locked", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with exclusive(scratch):
+        pass
 
 
 _OPERATIONS = (
-    ("Rename over a file", _rename, "every file is published with it"),
-    ("Hard link", _hard_link, "a finished stage is published with it"),
-    ("File lock", _lock, "halo convert and halo tokenize use it to keep two processes apart"),
+    ("Rename over a file", _rename, True, "every file is published with it; use another file system"),
+    ("Hard link", _hard_link, False, "works without; but a kill can leave an empty DONE.json, to be removed by hand"),
+    ("Lock", _lock, True, "it keeps two commands out of one run; use another file system"),
 )
 
 

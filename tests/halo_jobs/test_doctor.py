@@ -32,16 +32,19 @@ def test_a_complete_installation_is_ready(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_without_hard_links_or_locks_is_not_ready(tmp_path, capsys, monkeypatch):
+def test_a_folder_without_renames_is_not_ready_and_one_without_hard_links_is(tmp_path, capsys, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(doctor.fcntl, "flock", refuse)
-    with pytest.raises(RuntimeError, match="Hard link, File lock: not ready"):
+    app(["doctor", "--folder", str(tmp_path)], standalone_mode=False)
+    lines = {line[6:].split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["Hard link"].startswith("note ") and "Operation not permitted; works without" in lines["Hard link"]
+    assert lines["Lock"].startswith("ok ")
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(RuntimeError, match="Rename over a file, Lock: not ready"):
         app(["doctor", "--folder", str(tmp_path)], standalone_mode=False)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "Hard link" in line)
-    assert line.startswith("fix ") and "Operation not permitted; a finished stage is published with it" in line
+    assert "fix   Rename over a file" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
