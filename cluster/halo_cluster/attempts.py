@@ -132,8 +132,15 @@ def release_space(folder: Path) -> None:
 
 
 def close_abandoned(folder: Path, reason: str = KILLED) -> None:
-    """Write exit.json of an attempt that could not. The caller knows that no process runs it any more."""
+    """Write exit.json of an attempt that could not. The caller knows that no process runs it any more.
+
+    If its ranks had stopped on request before it was killed, their report is the reason.
+    """
     if not (folder / "exit.json").exists():
+        ranks = (ExitReport.read(path) for path in folder.glob("rank-*.json"))
+        end = cause(report for report in ranks if report is not None)
+        if end is not None and end.state == "interrupted":
+            reason = end.reason
         begun = _read_if_there(folder / "started.json")
         seconds = last_heartbeat(folder / "heartbeat")
         release_space(folder)

@@ -86,11 +86,17 @@ def run_ranks(command: Sequence[str], ranks: int, attempt: Path, nodes: Nodes = 
     finally:
         end_children(group.children)
     if not finished:
-        if nodes.count > 1:
-            time.sleep(_ERROR_PROPAGATION_SECONDS)
-        report = cause(rank_reports(attempt, range(ranks)))
+        report = cause(_all_reports(attempt, ranks))
         assert report is not None
         raise RankFailed(report)
+
+
+def _all_reports(attempt: Path, ranks: int) -> list[ExitReport]:
+    """The reports of all ranks, or what there is after _ERROR_PROPAGATION_SECONDS: a node may be gone."""
+    deadline = time.monotonic() + _ERROR_PROPAGATION_SECONDS
+    while len(reports := rank_reports(attempt, range(ranks))) < ranks and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return reports
 
 
 class _RankGroup:

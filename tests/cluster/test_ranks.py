@@ -15,7 +15,7 @@ import pytest
 
 from durable_files import ProcessIdentity, read_json
 from halo_cluster import AttemptStatus, ExitReport, Nodes, RankFailed, run_ranks
-from halo_cluster.attempts import cause
+from halo_cluster.attempts import KILLED, cause, close_abandoned
 
 
 def report_of_the_other_node(attempt: Path) -> None:
@@ -97,6 +97,24 @@ def test_a_request_to_stop_while_ranks_are_starting_is_no_failure(tmp_path):
         time.sleep(0.3)
         process.terminate()
         assert process.stdout.read() == "interrupted stopped by SIGTERM while rank 0 was starting\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [("interrupted", "align: stopped by SIGTERM after step 4"), ("affected", KILLED)]
+)
+def test_an_attempt_killed_after_its_ranks_had_stopped_has_their_reason(tmp_path, state, reason):
+    """Slurm may kill the stage's process a few seconds after its request to stop."""
+    ExitReport(state, "align: stopped by SIGTERM after step 4", rank=0).publish(tmp_path / "rank-0.json")
+    close_abandoned(tmp_path)
+    end = ExitReport.read(tmp_path / "exit.json")
+    assert end is not None and (end.state, end.reason) == ("interrupted", reason)
+
+
+def test_other_nodes_reports_are_not_waited_for_once_they_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("halo_cluster.ranks._ERROR_PROPAGATION_SECONDS", 600.0)
+    report_of_the_other_node(tmp_path)
+    with pytest.raises(RankFailed):
+        run_ranks([sys.executable, "-c", "raise SystemExit(3)"], 2, tmp_path, Nodes(2, 0))
 
 
 def test_an_attempt_of_another_version_is_named(tmp_path):
