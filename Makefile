@@ -1,6 +1,6 @@
 # `make` lists the targets. All of them use .venv, which the first target that needs it creates.
 BIN := .venv/bin
-.PHONY: help demo test test-chaos test-cluster test-grid test-faults test-wheel slurm-sandbox slurm-sandbox-down lint clean bootstrap
+.PHONY: help demo test test-chaos test-cluster test-grid test-faults test-wheel mutants slurm-sandbox slurm-sandbox-down lint clean bootstrap
 
 help:
 	@echo "make demo                convert a small real model on this machine's CPU (8 minutes on 2 cores)"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-grid           every kind of training under every parallel layout (10 minutes on 2 cores)"
 	@echo "make test-faults         kill processes that train or convert, twenty times each (12 minutes on 2 cores)"
 	@echo "make test-cluster        every fault of workers and drivers on a real Ray and a real Slurm"
+	@echo "make mutants             random one-line faults in the code, and how many the tests miss (an hour on 2 cores)"
 	@echo "make test-chaos          ten runs on a real Slurm with a random fault every 20 s (two hours on 2 cores)"
 	@echo "make slurm-sandbox       start a real Slurm of four nodes on this machine (root on Debian; 15 seconds)"
 	@echo "make slurm-sandbox-down  stop it"
@@ -49,6 +50,11 @@ test-chaos: bootstrap
 
 test-wheel: bootstrap
 	$(BIN)/pytest -m wheel tests/test_wheel.py
+
+# An hour on 2 cores. Test results, not tests: nothing fails when mutants survive.
+mutants: bootstrap
+	@mkdir -p build
+	$(BIN)/python benchmarks/mutants.py build/mutants.json
 
 slurm-sandbox: bootstrap
 	@$(BIN)/python -m scripts.slurm_sandbox up

@@ -95,6 +95,13 @@ def test_fixed_patterns() -> None:
     assert choose_attention_layers("all_rnn", flat_sweep(28), 7) == ()
 
 
+@pytest.mark.parametrize("method", ["halo", "kl", "uniform", "last_half"])
+def test_no_layer_and_every_layer_can_be_asked_for(method: str) -> None:
+    assert choose_attention_layers(method, flat_sweep(8), 0) == ()
+    first = 4 if method == "last_half" else 0
+    assert choose_attention_layers(method, flat_sweep(8), 8 - first) == tuple(range(first, 8))
+
+
 def test_all_choices_leave_out_kl_where_it_was_not_measured() -> None:
     measured = all_choices(flat_sweep(8))
     assert list(measured) == ["halo", "jet_nemotron", "kl", "uniform", "last_half", "all_rnn"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from durable_files import read_json
 from halo_jobs.recipe import TrainingSection
 from halo_training.batches import BatchCursor
 from halo_training.checkpointing import TrainingCheckpoints
@@ -150,6 +151,17 @@ def test_damaged_checkpoint_is_skipped(world, tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(_weights(whole).values(), _weights(resumed).values(), strict=True)
     )
+
+
+def test_checkpoint_and_summary_count_the_data_that_was_consumed(world, tmp_path):
+    trainer = _trainer(tmp_path, "finetune")
+    summary = trainer.run()
+    assert 0 < summary["train_seconds"] < 1000 and summary["tokens"] == 8 * SECTION.global_batch * 16
+    newest = trainer.checkpoints.steps()[-1]
+    state = read_json(trainer.checkpoints.path(newest) / "TRAINING.json")
+    assert (state["step"], state["optimizer_step"]) == (newest, newest)
+    assert state["consumed_samples"] == newest * SECTION.global_batch
+    assert state["consumed_tokens"] == newest * SECTION.global_batch * 16
 
 
 def test_saves_begin_twice_in_an_interval_and_at_what_is_kept(world, tmp_path):

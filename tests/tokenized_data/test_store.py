@@ -79,6 +79,11 @@ def test_document_offsets(folder, random_documents):
         np.testing.assert_array_equal(store.read(int(start), int(end - start)), document)
 
 
+def test_empty_documents_have_a_place(write_store):
+    store = TokenStore.open(write_store([np.arange(5), np.arange(0), np.arange(7)]))
+    assert store.document_offsets.tolist() == [0, 5, 5, 12]
+
+
 def test_store_without_weights_weighs_all_one(write_store):
     store = TokenStore.open(write_store([np.arange(100)]))
     assert not store.has_loss_weights
