@@ -27,7 +27,7 @@ from halo_cluster.fan_out import (
     ThisProcess,
     fan_out,
 )
-from halo_cluster.fan_out.ray_cluster import RayCluster
+from halo_cluster.fan_out.ray_cluster import RayCluster, wait_for_address
 from tests.support.fan_out_work import WORKER, executions, plan_of
 from tests.support.fault_table import FaultRow
 
@@ -90,7 +90,7 @@ def site(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sit
     cluster = request.getfixturevalue("ray_cluster")
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         monkeypatch.setenv(name, cluster.environment[name])
-    options["address"] = cluster.address
+    options["address"] = wait_for_address(cluster.address_file)
     return Site("ray", RayActors(**options), options)
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from halo_cluster import RunFolder, StageRecord
-from halo_cluster.fan_out.ray_cluster import RayCluster
+from halo_cluster.fan_out.ray_cluster import RayCluster, wait_for_address
 from halo_cluster.stage_id import StageId
 from halo_jobs.plan import make_plan
 from halo_jobs.recipe import ConversionRecipe, FanOutSection, Recipe
@@ -153,7 +153,7 @@ def test_cluster_that_is_joined_by_address(
     monkeypatch.chdir(Path(recipe.teacher).parent)
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         monkeypatch.setenv(name, cluster.environment[name])
-    section = FanOutSection(backend="ray", workers=2, ray_address=cluster.address)
+    section = FanOutSection(backend="ray", workers=2, ray_address=wait_for_address(cluster.address_file))
     joined = recipe.model_copy(update={"fan_out": section, "teacher": Path(recipe.teacher).name})
     try:
         folder = run_stage(joined, "evaluate.teacher", aligned, tmp_path / "evaluate.teacher")

@@ -7,23 +7,20 @@ The backends (worker_pools.py, slurm_array.py, ray_actors.py) only start workers
 """
 
 from halo_cluster.fan_out.driver import fan_out
-from halo_cluster.fan_out.plan import MakeWorker, Plan, Task
+from halo_cluster.fan_out.plan import Plan, Task
 from halo_cluster.fan_out.ray_actors import RayActors
 from halo_cluster.fan_out.slurm_array import SlurmArray
 from halo_cluster.fan_out.task_pool import FanOutFailed
-from halo_cluster.fan_out.worker_pools import Backend, Launch, LocalProcesses, ThisProcess, WorkerPool
+from halo_cluster.fan_out.worker_pools import Backend, LocalProcesses, ThisProcess
 
 __all__ = [
     "Backend",
     "FanOutFailed",
-    "Launch",
     "LocalProcesses",
-    "MakeWorker",
     "Plan",
     "RayActors",
     "SlurmArray",
     "Task",
     "ThisProcess",
-    "WorkerPool",
     "fan_out",
 ]

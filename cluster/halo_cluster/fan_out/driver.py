@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from halo_cluster.fan_out.plan import Plan
-from halo_cluster.fan_out.task_pool import SILENT_SECONDS, FanOutFailed, TaskPool
-from halo_cluster.fan_out.worker_pools import Backend, Launch, ReplacementLimit
+from halo_cluster.fan_out.task_pool import FanOutFailed, TaskPool
+from halo_cluster.fan_out.worker_pools import Backend, Launch
 from halo_cluster.storage import storage_errors
 
 _POLL_SECONDS = 0.2
@@ -23,8 +23,7 @@ def fan_out(
     backend: Backend,
     *,
     name: str,
-    progress: Progress | None = None,
-    silent_seconds: float = SILENT_SECONDS,
+    progress: Progress = lambda published, task: None,
 ) -> dict[str, Any]:
     """Results of all tasks of `plan` by name, computed by `backend`'s workers unless `folder` has them already.
 
@@ -32,42 +31,49 @@ def fan_out(
     the user's, in the worker's words; FanOutFailed for a task that failed more than `plan.retries` times; StorageError.
     """
     with storage_errors(folder):
-        pool = TaskPool(folder, plan, silent_seconds)
+        pool = TaskPool(folder, plan)
         pool.reset_failures()
-        results = _Results(pool, progress)
-        results.check()
+        results = _Results(pool, progress, 9 + 3 * backend.workers)
         if not results.complete():
-            launch = Launch(pool, plan.save(folder), name, results.check)
-            limit = ReplacementLimit(pool, backend.workers)
-            with backend.worker_pool(launch) as workers:
-                while not results.complete():
-                    replaced = limit.add(workers.ensure_running())
+            workers = backend.worker_pool(Launch(pool, plan.save(folder), name, results.complete))
+            try:
+                while True:
+                    workers.ensure_running()
                     pool.release_lost()
-                    results.check()
-                    if not results.complete():
-                        time.sleep(_POLL_SECONDS * (1 + replaced))
+                    if results.complete():
+                        break
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                workers.end()
         return {task.name: pool.read_result(task) for task in plan.tasks}
 
 
 class _Results:
-    """Counts the results so far, and reports each to `progress`."""
+    """Counts the results so far, and reports each to `progress`. Any number of workers may end while results come in;
+    more than `max_ended` without a new result end the fan-out."""
 
-    def __init__(self, pool: TaskPool, progress: Progress | None) -> None:
-        self._pool = pool
-        self._progress = progress
+    def __init__(self, pool: TaskPool, progress: Progress, max_ended: int) -> None:
+        self._pool, self._progress, self._max_ended = pool, progress, max_ended
         self._published: set[str] = set()
+        self._ended_before = pool.ended_workers()
 
-    def check(self) -> None:
-        """Raise if the tasks cannot be finished."""
-        published = self._pool.published()
-        for task in sorted(published - self._published):
+    def complete(self) -> bool:
+        """Whether every task has a result. Raises if the tasks cannot be finished."""
+        new = self._pool.published() - self._published
+        for task in sorted(new):
             self._published.add(task)
-            if self._progress is not None:
-                self._progress(len(self._published), task)
-        if not self.complete() and (failure := self._pool.failure()):
+            self._progress(len(self._published), task)
+        if len(self._published) == len(self._pool.plan.tasks):
+            return True
+        if failure := self._pool.failure():
             error = ValueError(failure.sentence) if failure.user_error else FanOutFailed(failure.sentence)
             error.add_note(failure.traceback)
             raise error
-
-    def complete(self) -> bool:
-        return len(self._published) == len(self._pool.plan.tasks)
+        ended = self._pool.ended_workers()
+        if new:
+            self._ended_before = ended
+        if (in_a_row := ended - self._ended_before) > self._max_ended:
+            raise FanOutFailed(
+                f"{in_a_row} workers in a row ended without a result; their logs are in {self._pool.workers}"
+            )
+        return False

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from halo_cluster.fan_out.worker import open_pool, work
 from halo_cluster.fan_out.worker_pools import Launch, WorkerPool
@@ -24,7 +23,7 @@ from halo_cluster.signals import unblock_stop_signals
 from halo_cluster.slurm.job import Exec
 from halo_cluster.slurm.queue import call
 from halo_cluster.slurm.settings import SlurmSettings
-from halo_cluster.slurm.submit import refusal_of, submitit_executor
+from halo_cluster.slurm.submit import refusals, submitit_executor
 
 QUEUE_SECONDS = 5.0
 _ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED"}
@@ -40,38 +39,26 @@ class SlurmArray:
     gpus_per_worker: int = 0
     memory_gb_per_worker: float | None = None
 
-    @contextmanager
-    def worker_pool(self, launch: Launch) -> Iterator[WorkerPool]:
-        elements = _Elements(self, launch)
-        try:
-            yield elements
-        finally:
-            elements.end()
-
-    def job_settings(self) -> SlurmSettings:
-        return replace(
-            self.settings,
-            cpus_per_node=self.cpus_per_worker,
-            gpus_per_node=self.gpus_per_worker or None,
-            memory_gb=self.memory_gb_per_worker,
-        )
+    def worker_pool(self, launch: Launch) -> WorkerPool:
+        return _Elements(self, launch)
 
 
 class _Elements:
     def __init__(self, backend: SlurmArray, launch: Launch) -> None:
         self._backend, self._launch = backend, launch
         place = {"folder": str(launch.pool.folder.resolve()), "plan": launch.pool.plan.digest}
-        self.job_name = re.sub(r"[^\w.-]", ".", f"{launch.name}.{input_hash(place)}")
+        self._job_name = re.sub(r"[^\w.-]", ".", f"{launch.name}.{input_hash(place)}")
+        self._ours = [f"--name={self._job_name}", f"--user={getpass.getuser()}"]
         self._seen: set[str] = set()
         self._next_poll = 0.0
 
-    def ensure_running(self) -> int:
+    def ensure_running(self) -> None:
         """Reads the queue every QUEUE_SECONDS, also while the controller does not answer."""
         pool, now = self._launch.pool, time.monotonic()
         if now < self._next_poll:
-            return 0
+            return
         self._next_poll = now + QUEUE_SECONDS
-        try:
+        with suppress(SchedulerUnreachable):
             alive = self._alive()
             self._seen |= alive
             for element in self._seen:
@@ -80,52 +67,40 @@ class _Elements:
                 elif pool.has_to_end(_worker_name(element)):
                     call(["scancel", element])
                     alive = alive - {element}
-            missing = self._backend.workers - len(alive)
-            if missing <= 0 or pool.nothing_left():
-                return 0
-            self._submit(missing)
-            return missing if self._seen else 0
-        except SchedulerUnreachable:
-            return 0
+            if len(alive) < self._backend.workers and not pool.nothing_left():
+                self._submit(self._backend.workers - len(alive))
 
     def _alive(self) -> set[str]:
         """Elements that run or wait to, such as "17_3"; a single job is "17"."""
-        of_ours = [f"--name={self.job_name}", f"--user={getpass.getuser()}"]
-        lines = call(["squeue", "--noheader", "--array", *of_ours, "--format=%i %T"]).splitlines()
+        lines = call(["squeue", "--noheader", "--array", *self._ours, "--format=%i %T"]).splitlines()
         return {element for element, state in (line.split() for line in lines) if state in _ALIVE}
 
     def _submit(self, count: int) -> None:
-        executor = self._executor()
-        plan_file = str(self._launch.plan_file.resolve())
-        command = Exec(("-m", "halo_cluster.fan_out", "array-element", plan_file))
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-        try:
-            with _outside_of_own_job(), executor.batch():
-                for _ in range(count):
-                    executor.submit(command)
-        except (FailedJobError, FailedSubmissionError) as refusal:
-            raise refusal_of(str(refusal)) from None
-
-    def _executor(self) -> Any:
-        settings = self._backend.job_settings()
-        settings.check()
-        executor = submitit_executor(self._launch.pool.folder / "jobs")
-        executor.update_parameters(
-            **settings.submitit_parameters(1),
-            job_name=self.job_name,
-            comment=f"halo {self._launch.name}",
-            stderr_to_stdout=True,
-            srun_args=settings.srun_arguments(),
-            additional_parameters={"no-requeue": True, **settings.sbatch},
+        backend = self._backend
+        settings = replace(
+            backend.settings,
+            cpus_per_node=backend.cpus_per_worker,
+            gpus_per_node=backend.gpus_per_worker or None,
+            memory_gb=backend.memory_gb_per_worker,
         )
-        return executor
+        executor = submitit_executor(
+            self._launch.pool.folder / "jobs",
+            settings,
+            {"no-requeue": True},
+            nodes=1,
+            job_name=self._job_name,
+            comment=f"halo {self._launch.name}",
+        )
+        plan_file = str(self._launch.plan_file.resolve())
+        with refusals(), _outside_of_own_job(), executor.batch():
+            for _ in range(count):
+                executor.submit(Exec(("-m", "halo_cluster.fan_out", "array-element", plan_file)))
 
     def end(self) -> None:
         """Running workers that find nothing left end by themselves; those that wait in the queue are cancelled."""
         states = ["--state=PENDING"] if self._launch.pool.nothing_left() else []
         with suppress(SchedulerUnreachable):
-            call(["scancel", f"--name={self.job_name}", f"--user={getpass.getuser()}", *states])
+            call(["scancel", *self._ours, *states])
 
 
 def _worker_name(element: str) -> str:

@@ -10,7 +10,6 @@ workers/<worker>.json           its process
         <worker>.heartbeat      rewritten every second
         <worker>.ended.json     the worker has ended, or has to
         <worker>.failed.json    its setup failed
-        given-up.json           the backend cannot keep its workers alive
 
 A task can be claimed while it has no result and its newest try has ended. The worker that publishes the next claim has
 the task: a hard link lets only one. A worker that was given up as lost may still finish: results are published once, so
@@ -22,6 +21,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -59,6 +59,13 @@ class Failure:
     user_error: bool
     traceback: str = ""
 
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Of an exception that is being handled; a ValueError is the user's."""
+        lines = str(error).strip().splitlines()
+        sentence = lines[0] if lines else type(error).__name__
+        return cls(sentence, isinstance(error, ValueError), traceback.format_exc())
+
 
 @dataclass
 class _Tries:
@@ -82,10 +89,9 @@ class _Tries:
 class TaskPool:
     """One fan-out as seen from one process. Its only state in memory is when each heartbeat last changed."""
 
-    def __init__(self, folder: Path, plan: Plan, silent_seconds: float = SILENT_SECONDS) -> None:
+    def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
         self.plan = plan
-        self.silent_seconds = silent_seconds
         self.results, self.tries, self.workers = (folder / name for name in ("results", "tries", "workers"))
         for path in (self.results, self.tries, self.workers):
             path.mkdir(parents=True, exist_ok=True)
@@ -178,16 +184,8 @@ class TaskPool:
                     os.rename(
                         self.tries / name, self._try_path(match["task"], int(match["number"]), "reset")
                     )
-        for path in [*self.workers.glob("*.failed.json"), self._given_up]:
+        for path in self.workers.glob("*.failed.json"):
             path.unlink(missing_ok=True)
-
-    def give_up(self, sentence: str) -> None:
-        """For a backend that cannot keep its workers alive."""
-        publish_once(self._given_up, asdict(Failure(sentence, user_error=False)))
-
-    @property
-    def _given_up(self) -> Path:
-        return self.workers / "given-up.json"
 
     def failure(self) -> Failure | None:
         """Why this fan-out cannot be finished; None while it can."""
@@ -201,7 +199,7 @@ class TaskPool:
         for task, tries in self._all_tries().items():
             if task not in published and self._is_exhausted(tries):
                 return self._why_exhausted(task, tries)
-        return Failure(**read_json(self._given_up)) if self._given_up.exists() else None
+        return None
 
     def _why_exhausted(self, task: str, tries: _Tries) -> Failure | None:
         if tries.count("lost") >= MAX_LOSSES:
@@ -237,6 +235,10 @@ class TaskPool:
     def has_to_end(self, worker: str) -> bool:
         return (self.workers / f"{worker}.ended.json").exists()
 
+    def ended_workers(self) -> int:
+        """How many workers have ended, in this call and in earlier ones."""
+        return sum(name.endswith(".ended.json") for name in os.listdir(self.workers))
+
     def workers_named(self, prefix: str) -> list[str]:
         """Registered workers whose names begin with `prefix`."""
         named = re.compile(re.escape(prefix) + r"[^.]*\.json")
@@ -257,7 +259,7 @@ class TaskPool:
         return found
 
     def _is_lost(self, worker: str) -> bool:
-        """Known to have ended, or silent for `silent_seconds` while this process watched."""
+        """Known to have ended, or silent for SILENT_SECONDS while this process watched."""
         if self.has_to_end(worker):
             return True
         with suppress(ValueError):  # over NFS its claim may be seen before its name
@@ -270,7 +272,7 @@ class TaskPool:
         now = time.monotonic()
         if worker not in self._last_beat or self._last_beat[worker][0] != beat:
             self._last_beat[worker] = (beat, now)
-        return now - self._last_beat[worker][1] > self.silent_seconds
+        return now - self._last_beat[worker][1] > SILENT_SECONDS
 
     def release_lost(self) -> None:
         """End the tries of lost workers, so that others can claim their tasks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ def open_pool(plan_file: Path) -> TaskPool:
     return TaskPool(plan_file.parent.parent, Plan.read(plan_file))
 
 
-def work(pool: TaskPool, name: str, check: Callable[[], None] = lambda: None) -> None:
+def work(pool: TaskPool, name: str, check: Callable[[], object] = lambda: None) -> None:
     """Do tasks as worker `name` until every task has a result or is given up; calls `check` between them.
 
     Failures of tasks, and of the worker function's setup, are left in the pool for the driver. This function raises
@@ -30,34 +29,31 @@ def work(pool: TaskPool, name: str, check: Callable[[], None] = lambda: None) ->
     """
     beat = Heartbeat(pool.register(name))
     try:
-        do: WorkerFunction | None = None
-        wait = _SHORTEST_WAIT
-        while not (pool.nothing_left() or pool.has_to_end(name)):
-            if do is None:
-                do = _make(pool, name)
-                if do is None:
-                    return
-            claim = pool.claim(name)
-            if claim is not None:
-                _attempt(pool, claim, do)
-                wait = _SHORTEST_WAIT
-            else:
-                pool.release_lost()
-                time.sleep(wait * random.uniform(0.5, 1.0))  # so that workers do not all poll at once
-                wait = min(2 * wait, _LONGEST_WAIT)
-            check()
+        if not pool.nothing_left():
+            _work(pool, name, check)
     finally:
         beat.stop()
         with suppress(OSError):
             pool.mark_ended(name, "it left")
 
 
-def _make(pool: TaskPool, name: str) -> WorkerFunction | None:
+def _work(pool: TaskPool, name: str, check: Callable[[], object]) -> None:
     try:
-        return pool.plan.make_worker()
-    except Exception as problem:
-        pool.worker_failed(name, _failure(problem))
-        return None
+        do = pool.plan.make_worker()
+    except Exception as error:
+        pool.worker_failed(name, Failure.of(error))
+        return
+    wait = _SHORTEST_WAIT
+    while not (pool.nothing_left() or pool.has_to_end(name)):
+        claim = pool.claim(name)
+        if claim is not None:
+            _attempt(pool, claim, do)
+            wait = _SHORTEST_WAIT
+        else:
+            pool.release_lost()
+            time.sleep(wait * random.uniform(0.5, 1.0))  # so that workers do not all poll at once
+            wait = min(2 * wait, _LONGEST_WAIT)
+        check()
 
 
 def _attempt(pool: TaskPool, claim: Claim, do: WorkerFunction) -> None:
@@ -65,16 +61,10 @@ def _attempt(pool: TaskPool, claim: Claim, do: WorkerFunction) -> None:
     begun = time.monotonic()
     try:
         result = do(arguments)
-    except Exception as problem:
-        pool.fail(claim, _failure(problem))
-        return
-    pool.publish(claim, arguments, result, time.monotonic() - begun)
-
-
-def _failure(problem: Exception) -> Failure:
-    lines = str(problem).strip().splitlines()
-    said = lines[0] if lines else type(problem).__name__
-    return Failure(said, isinstance(problem, ValueError), traceback.format_exc())
+    except Exception as error:
+        pool.fail(claim, Failure.of(error))
+    else:
+        pool.publish(claim, arguments, result, time.monotonic() - begun)
 
 
 def main(plan_file: str, name: str) -> None:

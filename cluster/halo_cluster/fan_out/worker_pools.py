@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from halo_cluster.children import Child, end_children, start_child
-from halo_cluster.fan_out.task_pool import FanOutFailed, TaskPool
+from halo_cluster.fan_out.task_pool import TaskPool
 from halo_cluster.fan_out.worker import work
 
 GRACE_SECONDS = 5.0  # workers hold nothing but the tasks they are at, which are not worth waiting for
@@ -25,7 +24,7 @@ class Launch:
     pool: TaskPool
     plan_file: Path
     name: str
-    check: Callable[[], None]
+    check: Callable[[], object]
     """Reports progress to the caller, and raises when the tasks cannot be finished."""
 
 
@@ -42,39 +41,21 @@ def fan_out_command(role: str, *arguments: str | Path) -> list[str]:
 class WorkerPool(Protocol):
     """Workers of one fan-out."""
 
-    def ensure_running(self) -> int:
-        """Start the workers that are missing, and end those that the task pool has marked. Called several times a
-        second; returns how many workers were replaced."""
+    def ensure_running(self) -> None:
+        """Start the workers that are missing, and end those that the task pool has marked. Mark in the task pool those
+        that have ended. Called several times a second."""
+
+    def end(self) -> None:
+        """End all workers."""
 
 
 class Backend(Protocol):
-    """Starts workers somewhere. When the block is left the workers are ended, unless the caller itself was killed."""
+    """Starts workers somewhere."""
 
     @property
     def workers(self) -> int: ...
 
-    def worker_pool(self, launch: Launch) -> AbstractContextManager[WorkerPool]: ...
-
-
-class ReplacementLimit:
-    """Any number of workers may be lost while results come in; too many in a row without one end the fan-out."""
-
-    def __init__(self, pool: TaskPool, workers: int) -> None:
-        self._pool = pool
-        self._limit = 9 + 3 * workers
-        self._published = 0
-        self._replaced = 0
-
-    def add(self, replaced: int) -> int:
-        """Returns how many workers were replaced since the newest result; FanOutFailed if they are too many."""
-        if replaced and (published := len(self._pool.published())) > self._published:
-            self._published, self._replaced = published, 0
-        self._replaced += replaced
-        if self._replaced > self._limit:
-            raise FanOutFailed(
-                f"{self._replaced} workers in a row ended without a result; their logs are in {self._pool.workers}"
-            )
-        return self._replaced
+    def worker_pool(self, launch: Launch) -> WorkerPool: ...
 
 
 @dataclass(frozen=True)
@@ -83,21 +64,20 @@ class ThisProcess:
 
     workers: int = 1
 
-    @contextmanager
-    def worker_pool(self, launch: Launch) -> Iterator[WorkerPool]:
-        yield _OwnWork(launch)
+    def worker_pool(self, launch: Launch) -> WorkerPool:
+        return _OwnWork(launch)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _OwnWork:
     launch: Launch
-    begun: bool = False
 
-    def ensure_running(self) -> int:
+    def ensure_running(self) -> None:
         """Does all tasks that are left."""
-        again, self.begun = self.begun, True
         work(self.launch.pool, unique_name("here"), self.launch.check)
-        return int(again)
+
+    def end(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -110,13 +90,8 @@ class LocalProcesses:
     workers: int
     gpus_per_worker: int = 0
 
-    @contextmanager
-    def worker_pool(self, launch: Launch) -> Iterator[WorkerPool]:
-        pool = _Processes(launch, [self._environment(slot) for slot in range(self.workers)])
-        try:
-            yield pool
-        finally:
-            end_children([process for _, process in pool.processes.values()], GRACE_SECONDS)
+    def worker_pool(self, launch: Launch) -> WorkerPool:
+        return _Processes(launch, [self._environment(slot) for slot in range(self.workers)])
 
     def _environment(self, slot: int) -> dict[str, str]:
         environment = dict(os.environ)
@@ -141,22 +116,24 @@ class _Processes:
     processes: dict[int, tuple[str, Child]] = field(default_factory=dict)
     """By slot: the worker's name and its process."""
 
-    def ensure_running(self) -> int:
-        replaced = 0
+    def ensure_running(self) -> None:
+        pool = self.launch.pool
         for slot in range(len(self.environments)):
             name, process = self.processes.get(slot, ("", None))
             if process is None:
                 self._start(slot)
             elif process.poll() is not None:
-                if not self.launch.pool.nothing_left():
+                pool.mark_ended(name, "its process ended")
+                if not pool.nothing_left():
                     self._start(slot)
-                    replaced += 1
-            elif self.launch.pool.has_to_end(name):
+            elif pool.has_to_end(name):
                 process.kill()
-        return replaced
 
     def _start(self, slot: int) -> None:
         name = unique_name("local")
         command = fan_out_command("worker", self.launch.plan_file, name)
         log = self.launch.pool.workers / f"{name}.log"
         self.processes[slot] = (name, start_child(command, log=log, environment=self.environments[slot]))
+
+    def end(self) -> None:
+        end_children([process for _, process in self.processes.values()], GRACE_SECONDS)

@@ -55,10 +55,9 @@ class SlurmSettings:
             if isinstance(value, str) and not value.isprintable():
                 raise ValueError(f"{name} contains a line break or another control character; correct it")
 
-    def submitit_parameters(self, nodes: int) -> dict[str, Any]:
+    def submitit_parameters(self) -> dict[str, Any]:
         """Parameters of Submitit's SlurmExecutor; those left to the site are absent."""
         parameters: dict[str, Any] = {
-            "nodes": nodes,
             "ntasks_per_node": 1,
             "time": self.time_minutes,
             "signal_delay_s": self.grace_seconds,
@@ -71,6 +70,3 @@ class SlurmSettings:
             "constraint": self.constraint,
         }
         return {key: value for key, value in parameters.items() if value is not None}
-
-    def srun_arguments(self) -> list[str]:
-        return [f"--container-image={self.container}"] if self.container else []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,8 @@ class Slurm:
 
     def submit(self, job: StageJob, *, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
         executor = self._executor(job, after, exclude)
-        command = Exec((*self.module, str(_write_work(job)), str(self.retries)))
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-        try:
-            submitted = executor.submit(command)
-        except (FailedJobError, FailedSubmissionError) as refusal:
-            raise refusal_of(str(refusal)) from None
+        with refusals():
+            submitted = executor.submit(Exec((*self.module, str(_write_work(job)), str(self.retries))))
         note = {
             "job": submitted.job_id,
             "name": job.job_name,
@@ -57,41 +53,60 @@ class Slurm:
 
     def _executor(self, job: StageJob, after: Sequence[str], exclude: Sequence[str]) -> Any:
         dependency = ["singleton", *([f"afterok:{':'.join(after)}"] if after else [])]
-        nodes = self.settings.nodes if job.processes > 1 else 1
-        self.settings.check()
-        executor = submitit_executor(job.jobs_folder)
-        executor.update_parameters(
-            **self.settings.submitit_parameters(nodes),
+        return submitit_executor(
+            job.jobs_folder,
+            self.settings,
+            {"kill-on-invalid-dep": "yes", "requeue": True},
+            nodes=self.settings.nodes if job.processes > 1 else 1,
             job_name=job.job_name,
             comment=f"halo {job.record.folder.parent.parent.name} {job.name}",
             dependency=",".join(dependency),
             exclude=",".join(exclude) or None,
-            stderr_to_stdout=True,
-            srun_args=["--kill-on-bad-exit=1", *self.settings.srun_arguments()],
-            additional_parameters={"kill-on-invalid-dep": "yes", "requeue": True, **self.settings.sbatch},
         )
-        return executor
 
 
-def submitit_executor(folder: Path) -> Any:
-    """A SlurmExecutor with its files in `folder`; ValueError if Submitit or Slurm is missing."""
+def submitit_executor(
+    folder: Path, settings: SlurmSettings, flags: Mapping[str, str | bool], **parameters: Any
+) -> Any:
+    """A SlurmExecutor with its files in `folder`, for jobs with one process on each node.
+
+    `parameters` are Submitit's; it passes `flags` to sbatch. ValueError if Submitit or Slurm is missing.
+    """
+    settings.check()
     try:
         from submitit import SlurmExecutor
     except ModuleNotFoundError:
         raise ValueError("Submitit is not installed; `pip install 'hypenet-megatron[slurm]'`") from None
     try:
-        return SlurmExecutor(folder=folder)
+        executor = SlurmExecutor(folder=folder)
     except RuntimeError:
         raise ValueError("`srun` is not on PATH; run this where Slurm's commands are") from None
+    container = [f"--container-image={settings.container}"] if settings.container else []
+    executor.update_parameters(
+        **settings.submitit_parameters(),
+        **parameters,
+        stderr_to_stdout=True,
+        srun_args=["--kill-on-bad-exit=1", *container],
+        additional_parameters={**flags, **settings.sbatch},
+    )
+    return executor
 
 
-def refusal_of(said: str) -> Exception:
-    """The exception for the output of a failed sbatch. A controller that does not answer has not refused the job."""
-    lines = [line for line in said.strip().splitlines() if line.strip()]
-    line = next((line for line in lines if "sbatch: error" in line), lines[-1] if lines else "sbatch failed")
-    if "Unable to contact" in said or "Connection refused" in said or "timed out" in said:
-        return SchedulerUnreachable(line)
-    return SubmissionRefused(f"Slurm refused the job: {line}; correct the recipe's cluster section")
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise SubmissionRefused for a failed sbatch, or SchedulerUnreachable: a controller that does not answer has not
+    refused the job."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        yield
+    except (FailedJobError, FailedSubmissionError) as refusal:
+        said = str(refusal)
+        lines = [line for line in said.strip().splitlines() if line.strip()]
+        line = next((line for line in lines if "sbatch: error" in line), lines[-1] if lines else "sbatch failed")
+        if "Unable to contact" in said or "Connection refused" in said or "timed out" in said:
+            raise SchedulerUnreachable(line) from None
+        raise SubmissionRefused(f"Slurm refused the job: {line}; correct the recipe's cluster section") from None
 
 
 def _write_work(job: StageJob) -> Path:
