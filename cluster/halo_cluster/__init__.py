@@ -7,7 +7,6 @@ starts the ranks of a stage that takes several processes (ranks.py), and spreads
 children.py and signals.py handle child processes and signals.
 """
 
-from durable_files import ProcessIdentity
 from halo_cluster.attempts import AttemptState, AttemptStatus, ExitReport
 from halo_cluster.children import end_with_parent
 from halo_cluster.execution import StageFailed, StageResult, StopRequested, execute_attempt
@@ -25,7 +24,6 @@ __all__ = [
     "ExitReport",
     "Nodes",
     "PlannedStage",
-    "ProcessIdentity",
     "RankFailed",
     "RunFolder",
     "StageFailed",

@@ -80,19 +80,16 @@ def end_with_parent() -> None:
     on_parent_end(lambda: os._exit(1))
 
 
-def process_pool(
-    workers: int, initializer: Callable[..., object] | None = None, *arguments: Any
-) -> ProcessPoolExecutor:
+def process_pool(workers: int, initializer: Callable[..., object], *arguments: Any) -> ProcessPoolExecutor:
     """An executor whose processes leave Ctrl-C to this one and end with it, whatever ends it.
 
     The processes are spawned: a fork would copy locks that other threads of this process hold.
     """
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, _begin_in_pool, (initializer, arguments))
+    return ProcessPoolExecutor(workers, context, _begin_in_pool, (initializer, *arguments))
 
 
-def _begin_in_pool(initializer: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
+def _begin_in_pool(initializer: Callable[..., object], *arguments: Any) -> None:
     ignore(signal.SIGINT)
     end_with_parent()
-    if initializer is not None:
-        initializer(*arguments)
+    initializer(*arguments)

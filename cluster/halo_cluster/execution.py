@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -46,17 +47,15 @@ def execute_attempt(name: str, attempt: Attempt, run: Callable[[Attempt], StageR
         with attempt.captured_logging():
             result = run(attempt)
         return attempt.publish(result.outputs, result.summary)
-    except KeyboardInterrupt as interruption:
-        attempt.interrupt(str(interruption) or "Ctrl-C")
-        raise
-    except StopRequested as request:
-        attempt.interrupt(str(request), by_user=request.by_user)
+    except (KeyboardInterrupt, StopRequested) as request:
+        attempt.end("interrupted", str(request) or "Ctrl-C", final=getattr(request, "by_user", False))
         raise
     except Exception as error:
         reason = _reason(attempt.record.folder, error)
         with suppress(OSError):  # the disk may be what failed
             attempt.log(traceback.format_exc())
-        attempt.fail(reason, host=getattr(error, "host", None), user_error=isinstance(error, ValueError))
+        host = getattr(error, "host", socket.gethostname())
+        attempt.end("failed", reason, host=host, final=isinstance(error, ValueError))
         if isinstance(error, ValueError):
             raise
         raise StageFailed(f"stage {name} failed: {reason}; the traceback is in {attempt.log_path}") from error

@@ -1,12 +1,12 @@
-"""What the reconciler and a scheduler exchange: a stage to run as a job, and the state of jobs."""
+"""What the reconciler and Slurm exchange: a stage to run as a job, and the state of jobs."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from halo_cluster.record import StageRecord
 
@@ -57,28 +57,6 @@ class EndedJob:
     job: str
     state: str
     nodes: str
-
-
-class Scheduler(Protocol):
-    """A batch system. Every method is one call to it, however many jobs there are."""
-
-    def live(self) -> dict[str, list[LiveJob]]:
-        """This user's jobs by name, oldest first. SchedulerUnreachable if the scheduler does not answer."""
-
-    def ended(self, jobs: Iterable[str]) -> dict[str, EndedJob]:
-        """What is known of jobs that have left the queue; some may be missing for a while."""
-
-    def submit(self, job: StageJob, *, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
-        """Run `job` once the jobs `after` have succeeded, on none of the nodes `exclude`; returns the job's id."""
-
-    def cancel(self, jobs: Sequence[str]) -> None:
-        """Cancel jobs; those that have ended are ignored."""
-
-    def start_now(self, jobs: Sequence[str]) -> None:
-        """End the waiting time of requeued jobs."""
-
-    def release(self, jobs: Sequence[str]) -> None:
-        """Release jobs that the scheduler holds because it could not start them."""
 
 
 class SchedulerUnreachable(RuntimeError):

@@ -33,20 +33,17 @@ class RayGauges:
         ray = sys.modules.get("ray")  # a process that has not imported Ray is not connected
         if ray is None or not ray.is_initialized():
             return
+        from ray.util.metrics import Gauge
+
         shown = set()
         for sample in samples:
-            self._gauge(sample).set(sample.value, tags=dict(sample.labels))
+            if sample.name not in self._gauges:
+                self._gauges[sample.name] = Gauge(sample.name, tag_keys=tuple(sample.labels))
+            self._gauges[sample.name].set(sample.value, tags=dict(sample.labels))
             shown.add((sample.name, frozenset(sample.labels.items())))
         for name, labels in self._shown - shown:
             self._gauges[name].set(math.nan, tags=dict(labels))  # the only way to remove a series from Ray
         self._shown = shown
-
-    def _gauge(self, sample: Sample) -> Any:
-        from ray.util.metrics import Gauge
-
-        if sample.name not in self._gauges:
-            self._gauges[sample.name] = Gauge(sample.name, tag_keys=tuple(sample.labels))
-        return self._gauges[sample.name]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Brings stages to DONE as jobs of a scheduler: looks at the current state and takes the next step.
+"""Brings stages to DONE as jobs of Slurm: looks at the current state and takes the next step.
 
 The state is kept elsewhere: DONE.json says what is done, and the scheduler's queue says what runs, under a job name
 derived from the stage. So the reconciler can be killed at any time, run twice at once, or never run again. Jobs
@@ -19,7 +19,8 @@ from rich.text import Text
 
 from halo_cluster.attempts import KILLED, AttemptStatus, attempt_folders, close_abandoned
 from halo_cluster.execution import StageFailed, StopRequested
-from halo_cluster.jobs import LiveJob, Scheduler, SchedulerUnreachable, StageJob, SubmissionRefused
+from halo_cluster.jobs import LiveJob, SchedulerUnreachable, StageJob, SubmissionRefused
+from halo_cluster.slurm.submit import Slurm
 from halo_cluster.storage import storage_errors
 
 POLL_SECONDS = 2.0
@@ -49,7 +50,7 @@ class Reconciler:
     def __init__(
         self,
         jobs: Sequence[StageJob],
-        scheduler: Scheduler,
+        scheduler: Slurm,
         console: Console,
         policy: RetryPolicy | None = None,
     ) -> None:
@@ -80,22 +81,16 @@ class Reconciler:
         """
         try:
             live = self.scheduler.live()  # before the files: a job that ends in between has published
-            ended = self.scheduler.ended(self._left_the_queue(live))
+            unfinished = [job for job in self.jobs if job.name not in self.published]
+            left = [job.name for job in unfinished if job.name in self._current and job.job_name not in live]
+            ended = self.scheduler.ended([self._current[name] for name in left])
             self._expedite(live)
-            for job in self.jobs:
-                if job.name not in self.published:
-                    with storage_errors(job.record.folder):
-                        self._reconcile_job(job, live.get(job.job_name, []), ended)
+            for job in unfinished:
+                with storage_errors(job.record.folder):
+                    self._reconcile_job(job, live.get(job.job_name, []), ended)
         except SchedulerUnreachable as problem:
             self._print_once("scheduler", "pending", f"{problem}; jobs continue, trying again")
         return len(self.published) == len(self.jobs)
-
-    def _left_the_queue(self, live: dict[str, list[LiveJob]]) -> list[str]:
-        return [
-            self._current[job.name]
-            for job in self.jobs
-            if job.name in self._current and job.name not in self.published and job.job_name not in live
-        ]
 
     def _expedite(self, live: dict[str, list[LiveJob]]) -> None:
         ours = (entry for job in self.jobs for entry in live.get(job.job_name, []))
@@ -198,7 +193,7 @@ def nodes_to_avoid(attempts: Sequence[AttemptStatus], failures_per_node: int) ->
     return sorted(host for host, count in failed.items() if count >= failures_per_node)
 
 
-def submit_chain(jobs: Sequence[StageJob], scheduler: Scheduler) -> dict[str, str]:
+def submit_chain(jobs: Sequence[StageJob], scheduler: Slurm) -> dict[str, str]:
     """Submit every stage that is not done and not in the queue, after those it depends on; returns job ids by stage."""
     live = scheduler.live()
     numbers: dict[str, str] = {}

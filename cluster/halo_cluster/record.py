@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -75,7 +76,7 @@ class StageRecord:
         """DONE.json, or None before it is published.
 
         Checks that it belongs to this stage and these inputs, and that every output exists with its size; ValueError
-        names the file that does not. `verify` also reads the contents.
+        names the file that does not.
         """
         path = self.folder / DONE_FILE
         if not path.exists():
@@ -93,17 +94,6 @@ class StageRecord:
             if problem := _size_problem(self.folder / name, size):
                 raise ValueError(f"{problem}; restore it, or remove {self.folder} to run the stage again")
         return content
-
-    def verify(self) -> list[str]:
-        """Read every output again: one sentence for each that differs. ValueError before DONE.json."""
-        content = self.done()
-        if content is None:
-            raise ValueError(f"{self.folder / DONE_FILE} does not exist; run the stage first")
-        return [
-            f"{self.folder / name} does not match its checksum; restore it, or remove {self.folder}"
-            for name, digest in content["outputs"].items()
-            if sha256_file(self.folder / name) != digest
-        ]
 
     def attempts(self) -> list[AttemptStatus]:
         """Oldest first."""
@@ -161,8 +151,7 @@ class Attempt:
         self.folder = folder
         self.log_path = folder / "log.txt"
         self.started = utc_now()
-        self._process = ProcessIdentity.current()
-        begun = {**asdict(self._process), "command": shlex.join(sys.argv), "started": self.started}
+        begun = {**asdict(ProcessIdentity.current()), "command": shlex.join(sys.argv), "started": self.started}
         write_json(folder / "started.json", begun)
         reserve_space(folder)
         self._heartbeat = Heartbeat(folder / "heartbeat")
@@ -211,22 +200,19 @@ class Attempt:
             earlier = sum(attempt.seconds for attempt in attempts if attempt.label != self.label)
             content["seconds"] = round(earlier + self._heartbeat.seconds, 3)
             if publish_once(self.record.folder / DONE_FILE, content):
-                self._end("done", "")
+                self.end("done")
             else:
-                self._end("interrupted", "another attempt published this stage first")
+                self.end("interrupted", "another attempt published this stage first")
         published = self.record.done()
         assert published is not None
         return published
 
-    def fail(self, reason: str, *, host: str | None = None, user_error: bool = False) -> None:
-        """`host` is where the fault is, if not here ("": unknown). Another attempt cannot fix a `user_error`."""
-        self._end("failed", reason, host=self._process.host if host is None else host, final=user_error)
+    def fail(self, reason: str) -> None:
+        """End with a fault of this host."""
+        self.end("failed", reason, host=socket.gethostname())
 
-    def interrupt(self, reason: str, *, by_user: bool = False) -> None:
-        """End without a fault of the stage: the user or the machine asked for it."""
-        self._end("interrupted", reason, final=by_user)
-
-    def _end(self, state: ExitState, reason: str, *, host: str = "", final: bool = False) -> None:
+    def end(self, state: ExitState, reason: str = "", *, host: str = "", final: bool = False) -> None:
+        """Record how the attempt ended; ExitReport says what `host` and `final` mean."""
         self._heartbeat.stop()
         report = ExitReport(state, reason, host, final, round(self._heartbeat.seconds, 3))
         # A full disk must not hide the failure being recorded; this attempt is then counted by its heartbeat.

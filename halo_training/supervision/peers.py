@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from halo_cluster import ProcessIdentity
+from durable_files import ProcessIdentity
 from sharded_tensors.ranks import from_all_ranks
 
 SILENCE_SECONDS = 30.0
@@ -45,15 +45,12 @@ class Peer:
         return f"rank {self.rank} (process {self.process.pid} on {self.process.host})"
 
 
-@dataclass
 class PeerBoard:
     """Every rank writes a counter, and reads those of the others. All ranks construct it together. Methods raise
     RuntimeError once the store, which lives in rank 0, is gone."""
 
-    rank: int
-    peers: list[Peer] = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         # A connection of its own: that of the process group may be waiting for a rank that never comes.
         self._store = dist.PrefixStore("halo-peers", _get_default_store().clone())  # type: ignore[attr-defined]
         self._store.set_timeout(_STORE_TIMEOUT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from halo_cluster.signals import on_stop_request
@@ -35,8 +35,7 @@ class StopRequests:
 
     def remove_file(self) -> None:
         """Remove the file of a request that was met, so that it does not stop the next attempt as well."""
-        with suppress(FileNotFoundError):
-            self.file.unlink()
+        self.file.unlink(missing_ok=True)
 
     @staticmethod
     def is_by_file(code: int) -> bool:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import torch.distributed as dist
 
@@ -50,12 +49,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join(timeout=_ERROR_PROPAGATION_SECONDS)
         faulthandler.cancel_dump_traceback_later()
@@ -92,9 +86,8 @@ class Watchdog:
     def _idle_verdict(self) -> str:
         if self._idle < self.limit:
             return ""
-        silent = [
-            str(peer) for peer in (self._board.peers if self._board else []) if peer.silent > 3 * POLL_SECONDS
-        ]
+        peers = self._board.peers if self._board else []
+        silent = [str(peer) for peer in peers if peer.silent > 3 * POLL_SECONDS]
         culprits = f"; {', '.join(silent)} does not answer" if silent else ""
         return (
             f"{self.title}: no progress for {self.limit:g} s after step {self._step} on rank {self._rank}"

@@ -210,9 +210,9 @@ def test_a_node_that_fails_twice_is_avoided(run):
     queue, job = Queue(), stage(run, "align")
     for label in ("1.0", "2.0"):
         attempt = job.record.begin_attempt(label)
-        attempt.fail("GPU is lost", host="n3")
+        attempt.end("failed", "GPU is lost", host="n3")
     attempt = job.record.begin_attempt("3.0")
-    attempt.fail("rank 1 is gone", host="")
+    attempt.end("failed", "rank 1 is gone", host="")
     assert nodes_to_avoid(job.record.attempts(), 2) == ["n3"]
     reconciler(queue, job).step()
     assert queue.submissions == [("align", (), ("n3",))]

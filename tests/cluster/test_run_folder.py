@@ -128,7 +128,7 @@ def test_status_lists_stages_in_the_order_they_began(run: RunFolder) -> None:
     write_json(
         first.folder / "started.json", {**read_json(first.folder / "started.json"), "started": "2026-01-01"}
     )
-    align.begin_attempt().fail("loss is NaN at step 7")
+    align.begin_attempt().end("failed", "loss is NaN at step 7")
     (run.folder / "notes" / "of-the-user").mkdir(parents=True)
     rows = run.status()
     assert [(row.record.stage, row.state, row.reason) for row in rows] == [

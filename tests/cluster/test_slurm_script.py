@@ -72,9 +72,9 @@ def test_a_job_becomes_the_stage(tmp_path):
     program = "import os, sys; print(os.getpid(), sys.argv[1:])"
     code = f"""
 import os
-from halo_cluster.slurm.job import Exec
+from halo_cluster.slurm.job import become_python
 print(os.getpid(), flush=True)
-Exec(("-c", {program!r}, "work.json"))()
+become_python("-c", {program!r}, "work.json")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = done.stdout.splitlines()

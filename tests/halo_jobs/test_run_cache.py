@@ -139,7 +139,7 @@ def test_gc_lists_and_removes_what_the_latest_recipe_does_not_refer_to(finished,
 
 def test_gc_refuses_a_run_of_which_it_cannot_know_what_is_in_use(tmp_path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: old\n")
-    RunFolder(tmp_path).stage("align", "0123456789ab").begin_attempt().fail("killed")
+    RunFolder(tmp_path).stage("align", "0123456789ab").begin_attempt().end("failed", "killed")
     with pytest.raises(ValueError, match="has no plan"):
         gc(tmp_path, yes=True)
     assert (tmp_path / "align").exists()

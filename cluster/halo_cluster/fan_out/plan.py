@@ -14,8 +14,6 @@ from halo_cluster.record import input_hash
 
 WorkerFunction = Callable[[Any], Any]
 """Maps a task's arguments to its result. Setup, arguments and results are JSON values."""
-MakeWorker = Callable[[Any], WorkerFunction]
-"""`make_worker(setup)` loads what is expensive and returns a worker function."""
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -69,6 +67,6 @@ class Plan:
         return cls(content["worker"], content["setup"], tasks, content["retries"])
 
     def make_worker(self) -> WorkerFunction:
-        """Import the worker function and let it load what it needs."""
-        make: MakeWorker = import_function(self.worker)
-        return make(self.setup)
+        """Import the function that `worker` names, and let it load what it needs."""
+        function: WorkerFunction = import_function(self.worker)(self.setup)
+        return function

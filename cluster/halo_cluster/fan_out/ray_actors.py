@@ -67,6 +67,7 @@ class _RayPool:
         headless = self._cluster is not None and not self._cluster.has_head
         ended = self._driver is not None and self._driver.poll() is not None
         if headless or (ended and not self._launch.pool.nothing_left()):
+            self._launch.pool.mark_ended(self._name, "it ended before the work did")
             self.end()
         if self._driver is None:
             self._start()
@@ -91,12 +92,11 @@ class _RayPool:
             _log.info("Ray's dashboard is at %s, its token in %s", file.read_text(), self._cluster.token)
 
     def end(self) -> None:
-        """The actors end with the driver, which counts as one more worker."""
-        pool = self._launch.pool
+        """The actors end with the driver."""
         if self._driver is not None:
             end_children([self._driver], GRACE_SECONDS)
-            for worker in [self._name, *pool.workers_named(f"{self._name}-")]:
-                pool.mark_ended(worker, "its Ray driver ended")
+            for worker in self._launch.pool.workers_named(f"{self._name}-"):
+                self._launch.pool.mark_ended(worker, "its Ray driver ended")
         if self._cluster is not None:
             self._cluster.end()
         self._driver = self._cluster = None

@@ -52,12 +52,10 @@ def without_usage_statistics(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _node_folder() -> Path:
     """A folder on the node's own disk with a short path, for Ray keeps sockets there: Ray's default if it is ours."""
-    ray_default, fallback = Path("/tmp/ray"), Path("/tmp")
-    try:
+    ray_default = Path("/tmp/ray")
+    with suppress(OSError):
         ray_default.mkdir(exist_ok=True)
-    except OSError:
-        return fallback
-    return ray_default if os.access(ray_default, os.W_OK) else fallback
+    return ray_default if os.access(ray_default, os.W_OK) else Path("/tmp")
 
 
 class RayCluster:
@@ -186,15 +184,10 @@ def main(node_json: str) -> int:
 
 def _run_once(node: RayNode, asked: threading.Event) -> None:
     ray = start_child(node.command())
+    address_file, by_ray = Path(node.address_file), Path(node.temporary) / "ray_current_cluster"
     while ray.poll() is None and not asked.wait(_POLL_SECONDS):
-        if node.is_head:
-            _publish_address(node)
+        if node.is_head and not address_file.exists() and by_ray.exists() and (address := by_ray.read_text()):
+            publish_text_once(address_file, address)
     end_children([ray], _RAY_GRACE_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(ray.pid, signal.SIGKILL)  # all but Ray's workers, which end with the raylet
-
-
-def _publish_address(node: RayNode) -> None:
-    address_file, by_ray = Path(node.address_file), Path(node.temporary) / "ray_current_cluster"
-    if not address_file.exists() and by_ray.exists() and (address := by_ray.read_text()):
-        publish_text_once(address_file, address)

@@ -20,7 +20,7 @@ from halo_cluster.fan_out.worker_pools import Launch, WorkerPool
 from halo_cluster.jobs import SchedulerUnreachable
 from halo_cluster.record import input_hash
 from halo_cluster.signals import unblock_stop_signals
-from halo_cluster.slurm.job import Exec
+from halo_cluster.slurm.job import become_python
 from halo_cluster.slurm.queue import call
 from halo_cluster.slurm.settings import SlurmSettings
 from halo_cluster.slurm.submit import refusals, submitit_executor
@@ -94,7 +94,7 @@ class _Elements:
         plan_file = str(self._launch.plan_file.resolve())
         with refusals(), _outside_of_own_job(), executor.batch():
             for _ in range(count):
-                executor.submit(Exec(("-m", "halo_cluster.fan_out", "array-element", plan_file)))
+                executor.submit(become_python, "-m", "halo_cluster.fan_out", "array-element", plan_file)
 
     def end(self) -> None:
         """Running workers that find nothing left end by themselves; those that wait in the queue are cancelled."""

@@ -95,7 +95,7 @@ class TaskPool:
         self.results, self.tries, self.workers = (folder / name for name in ("results", "tries", "workers"))
         for path in (self.results, self.tries, self.workers):
             path.mkdir(parents=True, exist_ok=True)
-        self._holders: dict[tuple[str, int], str] = {}
+        self._holders: dict[Path, str] = {}
         self._last_beat: dict[str, tuple[str, float]] = {}
 
     # results
@@ -158,9 +158,7 @@ class TaskPool:
 
     def fail(self, claim: Claim, failure: Failure) -> None:
         what = "refused" if failure.user_error else "failed"
-        publish_once(
-            self._try_path(claim.task, claim.number, what), {"worker": claim.worker, **asdict(failure)}
-        )
+        publish_once(self._try_path(claim.task, claim.number, what), asdict(failure))
 
     def _is_exhausted(self, tries: _Tries) -> bool:
         """No further try is allowed."""
@@ -208,10 +206,9 @@ class TaskPool:
         what = "refused" if tries.count("refused") else "failed"
         path = self._try_path(task, max(n for n, marks in tries.marks.items() if what in marks), what)
         try:
-            content = read_json(path)
+            said = Failure(**read_json(path))
         except ValueError:
             return None  # another driver has just reset it
-        said = Failure(content["sentence"], content["user_error"], content["traceback"])
         if said.user_error:
             return said
         times = f"task {task} failed {tries.count('failed')} times, the last time with: {said.sentence.rstrip('.')}"
@@ -241,22 +238,7 @@ class TaskPool:
 
     def workers_named(self, prefix: str) -> list[str]:
         """Registered workers whose names begin with `prefix`."""
-        named = re.compile(re.escape(prefix) + r"[^.]*\.json")
-        return [
-            name.removesuffix(".json") for name in sorted(os.listdir(self.workers)) if named.fullmatch(name)
-        ]
-
-    def holders(self) -> dict[str, Claim]:
-        """The open claims by worker, as far as is known."""
-        published = self.published()
-        found = {}
-        for task, tries in self._all_tries().items():
-            if tries.is_open and task not in published:
-                key = (task, tries.newest)
-                if key not in self._holders:
-                    self._holders[key] = read_json(self._try_path(*key, "claim"))["worker"]
-                found[self._holders[key]] = Claim(*key, self._holders[key])
-        return found
+        return [path.stem for path in sorted(self.workers.glob(f"{prefix}*.json")) if "." not in path.stem]
 
     def _is_lost(self, worker: str) -> bool:
         """Known to have ended, or silent for SILENT_SECONDS while this process watched."""
@@ -276,9 +258,16 @@ class TaskPool:
 
     def release_lost(self) -> None:
         """End the tries of lost workers, so that others can claim their tasks."""
-        for worker, claim in self.holders().items():
+        published = self.published()
+        for task, tries in self._all_tries().items():
+            if task in published or not tries.is_open:
+                continue
+            claim = self._try_path(task, tries.newest, "claim")
+            if claim not in self._holders:
+                self._holders[claim] = read_json(claim)["worker"]
+            worker = self._holders[claim]
             if self._is_lost(worker):
                 self.mark_ended(worker, "lost: it ended or stopped its heartbeat while it had a task")
                 # It may have published just before it ended.
-                if not self.result_path(claim.task).exists():
-                    publish_once(self._try_path(claim.task, claim.number, "lost"), {"worker": worker})
+                if not self.result_path(task).exists():
+                    publish_once(self._try_path(task, tries.newest, "lost"), {"worker": worker})

@@ -20,19 +20,14 @@ USER_ERROR_CODE = 2
 _KILL_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Exec:
-    """The function that Submitit calls in each task: it replaces the process by `python WORDS...`.
+def become_python(*words: str) -> None:
+    """Replace this process by `python WORDS...`. Submitit calls this in each task.
 
     So Submitit takes no further part in the job, and Slurm signals our process directly. SIGTERM and SIGUSR2 are held
     back until that process calls `unblock_stop_signals`.
     """
-
-    words: tuple[str, ...]
-
-    def __call__(self) -> None:
-        signals.block_stop_signals()
-        os.execv(sys.executable, [sys.executable, *self.words])
+    signals.block_stop_signals()
+    os.execv(sys.executable, [sys.executable, *words])
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from halo_cluster.attempts import utc_now
 from halo_cluster.jobs import SchedulerUnreachable, StageJob, SubmissionRefused
 from halo_cluster.record import input_hash
 from halo_cluster.slurm import queue
-from halo_cluster.slurm.job import Exec
+from halo_cluster.slurm.job import become_python
 from halo_cluster.slurm.settings import SlurmSettings
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """The Scheduler for Slurm. Every node runs `python MODULE... WORK_FILE RETRIES`."""
+    """What the reconciler calls. Every node of a job runs `python MODULE... WORK_FILE RETRIES`."""
 
     settings: SlurmSettings
     module: tuple[str, ...]
@@ -33,15 +33,14 @@ class Slurm:
     release = staticmethod(queue.release)
 
     def submit(self, job: StageJob, *, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
+        """Run `job` once the jobs `after` have succeeded, on none of the nodes `exclude`; returns the job's id."""
         executor = self._executor(job, after, exclude)
+        # Named by its content: all submissions of the same work share the file.
+        work = job.jobs_folder / f"work.{input_hash(job.work)}.json"
+        publish_once(work, job.work)
         with refusals():
-            submitted = executor.submit(Exec((*self.module, str(_write_work(job)), str(self.retries))))
-        note = {
-            "job": submitted.job_id,
-            "name": job.job_name,
-            "submitted": utc_now(),
-            "exclude": list(exclude),
-        }
+            submitted = executor.submit(become_python, *self.module, str(work), str(self.retries))
+        note = {"submitted": utc_now(), "exclude": list(exclude)}
         write_json(job.jobs_folder / f"{submitted.job_id}.json", note)
         return str(submitted.job_id)
 
@@ -107,10 +106,3 @@ def refusals() -> Iterator[None]:
         if "Unable to contact" in said or "Connection refused" in said or "timed out" in said:
             raise SchedulerUnreachable(line) from None
         raise SubmissionRefused(f"Slurm refused the job: {line}; correct the recipe's cluster section") from None
-
-
-def _write_work(job: StageJob) -> Path:
-    """Named by its content: all submissions of the same work share the file."""
-    path = job.jobs_folder / f"work.{input_hash(job.work)}.json"
-    publish_once(path, job.work)
-    return path
