@@ -9,13 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from durable_files import write_text
 from halo_cluster.stage_id import StageId
 from halo_evaluation.results import Evaluation
 from halo_reports import outcome, plots
-from halo_reports.formatting import count, decimals, model_label, moment, percent
+from halo_reports.formatting import count, decimals, percent, render
 from halo_reports.run_facts import FinishedStage, RunFacts, TrainingCurve, load_run
 from terminal_output import duration
 
@@ -36,16 +34,7 @@ def build_report(run_folder: Path, stage_folders: Mapping[str, Path], out: Path)
     file leaves out its section. Raises ValueError with the name of a malformed file.
     """
     run = load_run(run_folder, stage_folders)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for formatter in (percent, decimals, duration, count, moment, model_label):
-        environment.filters[formatter.__name__] = formatter
-    write_text(out, environment.get_template("template.html").render(_content(run)))
+    write_text(out, render("template.html", **_content(run)))
     return out
 
 

@@ -1,8 +1,15 @@
-"""Formats numbers and names for the report and for model cards."""
+"""Formats numbers and names for the report and for model cards, and fills their templates."""
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from terminal_output import duration
 
 ABSENT = "-"
 
@@ -49,3 +56,24 @@ def count(number: float, kilo: int = 1000) -> str:
                 f"{scaled:.0f}{suffix}" if scaled >= 100 or scaled == int(scaled) else f"{scaled:.3g}{suffix}"
             )
     return f"{number:g}"
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def render(template: str, **content: Any) -> str:
+    """Fill a template of this package; in .html files the content is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for formatter in (percent, decimals, duration, count, moment, model_label):
+        environment.filters[formatter.__name__] = formatter
+    environment.filters |= {"cell": _cell, "json": json.dumps}  # JSON strings are valid YAML
+    return environment.get_template(template).render(content)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from halo_reports.formatting import ABSENT, count, decimals, method_label, model_label, percent
+from halo_reports.formatting import ABSENT, decimals, method_label, model_label, percent
 from halo_reports.run_facts import RunFacts
 
 PROXY_NOTE = (
@@ -124,10 +124,3 @@ def usage_snippet(model_folder: Path | str) -> str:
         )
     )
 
-
-def training_summary(run: RunFacts, stage: str) -> str:
-    """Steps, tokens and final loss of a training stage in one line."""
-    curve = run.curves[stage]
-    return (
-        f"{curve.steps[-1]:,} steps, {count(curve.consumed_tokens)} tokens, final loss {curve.final_loss:.4g}"
-    )

@@ -13,7 +13,7 @@ from halo_jobs.recipe import ConversionRecipe, resolve_path
 from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
 from halo_jobs.stages.measure import logits_scaling_base_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
-from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
+from halo_reports.model_card import DataSource, model_card
 from halo_reports.run_facts import load_run
 from halo_training.models import DTYPES
 from hypenet_megatron.mixers import mixer
@@ -77,7 +77,7 @@ def _export_hybrid(context: StageContext) -> StageResult:
     tensors = read_weights(context.before("finetune", MAIN_VARIANT) / HYBRID_WEIGHTS)
     dtype = DTYPES[recipe.precision]
     config = hypenet_config(shape, mixers, base, str(dtype).removeprefix("torch."))
-    card = hybrid_model_card(
+    card = model_card(
         load_run(context.folder, _folders_by_name(context)),
         title=f"HypeNet from {Path(recipe.teacher.rpartition(':')[2]).name}",
         base_model=Path(recipe.teacher.rpartition(":")[2]).name,
@@ -111,7 +111,7 @@ def _export_teacher(context: StageContext) -> StageResult:
     tensors = read_weights(context.before("pretrain") / TEACHER_WEIGHTS)
     dtype = DTYPES[recipe.precision]
     evaluation = Evaluation.read(context.before("evaluate", TEACHER))
-    card = teacher_model_card(
+    card = model_card(
         load_run(context.folder, _folders_by_name(context)),
         title=recipe.name,
         config=qwen3_config(shape, str(dtype).removeprefix("torch.")),

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
 from halo_evaluation.results import Selection
 from halo_evaluation.selection.scores import LayerScore, LayerSweep, all_choices, layer_importance
 from halo_reports.build import build_report
 from halo_reports.formatting import count
-from halo_reports.model_card import DataSource, hybrid_model_card, teacher_model_card
+from halo_reports.model_card import DataSource, model_card
 from halo_reports.run_facts import load_run
 from terminal_output import duration
 
@@ -301,7 +302,7 @@ DATA = [
 
 def test_hybrid_card_says_what_the_run_says(stage_folders: dict[str, Path]) -> None:
     run = load_run(stage_folders["init"].parents[1], stage_folders)
-    card = hybrid_model_card(
+    card = model_card(
         run, title="Tiny hybrid", base_model="tiny-teacher", config=CONFIG, student="Lightning Attention",
         parameters=9_400_000, licence="apache-2.0", data=DATA, command="halo demo",
     )  # fmt: skip
@@ -333,7 +334,7 @@ def test_teacher_card_of_a_pretraining_run(tmp_path: Path) -> None:
         "data": DATA,
         "command": "halo pretrain",
     }
-    card = teacher_model_card(run, config=CONFIG, ngram_perplexity=88.125, **arguments)
+    card = model_card(run, config=CONFIG, ngram_perplexity=88.125, **arguments)
     assert (
         "The teacher finds 100.0% of needles within 1,024 tokens and has a held-out perplexity of 17.31."
         in card
@@ -343,8 +344,8 @@ def test_teacher_card_of_a_pretraining_run(tmp_path: Path) -> None:
     rows = [line for line in card.splitlines() if line.startswith(("| 10 |", "| 80 |"))]
     assert len(rows) == 2
     assert float(rows[0].split("|")[2]) > float(rows[1].split("|")[2])
-    with pytest.raises(ValueError, match=r"config\.json has no 'head_dim'"):
-        teacher_model_card(run, config={k: v for k, v in CONFIG.items() if k != "head_dim"}, **arguments)
+    with pytest.raises(UndefinedError, match="'head_dim'"):
+        model_card(run, config={k: v for k, v in CONFIG.items() if k != "head_dim"}, **arguments)
 
 
 @pytest.mark.parametrize(
