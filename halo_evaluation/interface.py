@@ -7,9 +7,9 @@ log-probabilities, which improve before exact matches do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -40,23 +40,5 @@ class TokenScores:
     is_greedy: np.ndarray
 
 
-class Scorer(Protocol):
-    """A model that scores one batch in one forward pass."""
-
-    def __call__(self, batch: ScoreBatch) -> TokenScores: ...
-
-
-class EvaluationTask(Protocol):
-    """A fixed set of items. `name` is unique within a suite."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def group(self) -> Group: ...
-
-    def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
-        """Batches of at most `tokens_per_batch` tokens, padding included, or of one row."""
-
-    def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
-        """Metrics from one TokenScores per batch, in the order of `batches`; "score" in [0, 1] is the headline."""
+Scorer = Callable[[ScoreBatch], TokenScores]
+"""A model that scores one batch in one forward pass."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,14 +33,8 @@ def score_hidden(model: DecoderModel, hidden: Tensor, batch: ScoreBatch) -> Toke
     return TokenScores(log_probability, is_greedy)
 
 
-@dataclass(frozen=True)
-class MegatronScorer:
-    """A Scorer of a teacher or hybrid that this process holds completely."""
-
-    model: DecoderModel
-    device: torch.device
-
-    def __call__(self, batch: ScoreBatch) -> TokenScores:
-        self.model.eval()
-        with torch.no_grad():
-            return score_hidden(self.model, self.model(to_device(batch, self.device)), batch)
+@torch.no_grad()
+def score_batch(model: DecoderModel, device: torch.device, batch: ScoreBatch) -> TokenScores:
+    """Scores of a teacher or hybrid that this process holds completely."""
+    model.eval()
+    return score_hidden(model, model(to_device(batch, device)), batch)

@@ -66,4 +66,4 @@ def next_sentence_task(
         choices = rng.sample(question.others, CHOICES - 1)
         choices.insert(index % CHOICES, question.correct)
         made.append(_item(materials, question, choices))
-    return ChoiceTask(NAME, "commonsense", made)
+    return ChoiceTask(NAME, "commonsense", [row for item in made for row in item.rows], made)

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter
+
 from durable_files import read_json, write_json
-from halo_evaluation.selection.scores import LayerScore, LayerSweep
+from halo_evaluation.selection.scores import LayerSweep
 
 
 class _Published:
@@ -17,13 +19,8 @@ class _Published:
     FILE: str
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """The record of a parsed JSON file; KeyError or TypeError if a key is missing or unknown."""
-        return cls(**content)
-
-    @classmethod
     def read(cls, folder: Path) -> Self:
-        return cls.from_json(read_json(folder / cls.FILE))
+        return TypeAdapter(cls).validate_python(read_json(folder / cls.FILE))
 
     def write(self, folder: Path) -> Path:
         """Write the record into `folder`; returns the path of the file."""
@@ -48,23 +45,6 @@ class Selection(_Published):
     importance: tuple[float | None, ...]
     choices: Mapping[str, tuple[int, ...]]
     tasks: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
-
-    def layers_of(self, variant: str | None) -> tuple[int, ...]:
-        """Attention layers of the main hybrid (None), or of a baseline by its method's name."""
-        return self.attention_layers if variant is None else self.choices[variant]
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Selection:
-        sweep = content["sweep"]
-        layers = tuple(LayerScore(**layer) for layer in sweep["layers"])
-        return cls(
-            method=content["method"],
-            attention_layers=tuple(content["attention_layers"]),
-            sweep=LayerSweep(**{**sweep, "layers": layers}),
-            importance=tuple(content["importance"]),
-            choices={method: tuple(layers) for method, layers in content["choices"].items()},
-            tasks=tuple(content["tasks"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +84,3 @@ class Evaluation(_Published):
     @property
     def niah_contexts(self) -> tuple[int, ...]:
         return tuple(sorted({cell.context_length for cell in self.niah}))
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Evaluation:
-        return cls(**{**content, "niah": tuple(NeedleCell(**cell) for cell in content["niah"])})

@@ -26,14 +26,6 @@ class TokenRow:
         return cls(*join(segments))
 
 
-@dataclass(frozen=True)
-class RowScores:
-    """log_probability float32 [targets] and is_greedy bool [targets] of the target tokens of one row."""
-
-    log_probability: np.ndarray
-    is_greedy: np.ndarray
-
-
 def _by_length(rows: Sequence[TokenRow]) -> list[int]:
     """Indices of the rows, shortest first; rows of equal length in their order."""
     return sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
@@ -60,8 +52,8 @@ def batches_of(rows: Sequence[TokenRow], tokens_per_batch: int) -> Iterator[Scor
         yield _batch(waiting)
 
 
-def scores_of(rows: Sequence[TokenRow], scores: Sequence[TokenScores]) -> list[RowScores]:
-    """Scores of the targets of each row, in the order of `rows`; `scores` are those of the batches of `batches_of`."""
+def scores_of(rows: Sequence[TokenRow], scores: Sequence[TokenScores]) -> list[TokenScores]:
+    """Scores [targets] of each row, in the order of `rows`; `scores` are those of the batches of `batches_of`."""
     order = _by_length(rows)
     scored = [
         (log_p, greedy)
@@ -70,8 +62,8 @@ def scores_of(rows: Sequence[TokenRow], scores: Sequence[TokenScores]) -> list[R
     ]
     if len(scored) != len(rows):
         raise RuntimeError(f"{len(scored)} rows were scored, but the task has {len(rows)}")
-    result: dict[int, RowScores] = {}
+    result: dict[int, TokenScores] = {}
     for index, (log_probability, is_greedy) in zip(order, scored, strict=True):
         targets = np.flatnonzero(rows[index].target_mask)
-        result[index] = RowScores(log_probability[targets], is_greedy[targets])
+        result[index] = TokenScores(log_probability[targets], is_greedy[targets])
     return [result[index] for index in range(len(rows))]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from halo_evaluation.interface import EvaluationTask, ScoreBatch, Scorer, TokenScores
+from halo_evaluation.interface import ScoreBatch, Scorer, TokenScores
 from halo_evaluation.niah import VARIANTS, needle_task
 from halo_evaluation.recall.materials import Materials
+from halo_evaluation.tasks import EvaluationTask
 
 TaskMetrics = dict[str, dict[str, float]]
 
@@ -36,26 +37,17 @@ def evaluate(tasks: Sequence[EvaluationTask], scorer: Scorer, tokens_per_batch: 
     return evaluate_models(tasks, lambda batch: [scorer(batch)], tokens_per_batch)[0]
 
 
-def niah_grid(
+def needle_cells(
     materials: Materials,
     scorer: Scorer,
-    *,
-    contexts: Sequence[int],
-    depths: Sequence[float],
+    context_length: int,
+    depth: float,
     items: int,
     seed: int,
     tokens_per_batch: int,
 ) -> list[dict[str, Any]]:
-    """{"task", "context_length", "depth", "score", "items"} for every cell of variants x contexts x depths.
-
-    Cells are built one after another, to keep only one of them in memory.
-    """
-    cells = [(variant, context, depth) for variant in VARIANTS for context in contexts for depth in depths]
-    results = []
-    for variant, context, depth in cells:
-        task = needle_task(materials, variant, context, [depth], items, seed)
-        score = task.metrics([scorer(batch) for batch in task.batches(tokens_per_batch)])["score"]
-        results.append(
-            {"task": task.name, "context_length": context, "depth": depth, "score": score, "items": items}
-        )
-    return results
+    """The fields of a NeedleCell for every variant of the needle task at one context length and depth."""
+    tasks = [needle_task(materials, variant, context_length, [depth], items, seed) for variant in VARIANTS]
+    cell = {"context_length": context_length, "depth": depth, "items": items}
+    metrics = evaluate(tasks, scorer, tokens_per_batch)
+    return [{"task": task, "score": numbers["score"], **cell} for task, numbers in metrics.items()]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from halo_evaluation.interface import EvaluationTask, Group
+from halo_evaluation.interface import Group
 from halo_evaluation.key_values import key_value_task
 from halo_evaluation.last_word import last_word_task
 from halo_evaluation.next_sentence import next_sentence_task
@@ -17,8 +16,7 @@ from halo_evaluation.niah import VARIANTS, needle_task
 from halo_evaluation.passages import DocumentSource
 from halo_evaluation.perplexity import perplexity_task
 from halo_evaluation.recall.materials import Materials
-from halo_evaluation.recall.words import WordSplit
-from tokenized_data import TokenStore
+from halo_evaluation.tasks import EvaluationTask
 
 Purpose = Literal["selection", "evaluation"]  # determines the items: no item is used for both
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -33,13 +31,6 @@ class HeldOut:
     documents: DocumentSource
     materials: Materials
 
-    @classmethod
-    def of(cls, store: TokenStore, tokenizer_folder: Path, words: WordSplit) -> HeldOut:
-        materials = Materials(
-            store, tokenizer_folder / "tokenizer.json", store.tokenizer.eos_id, words.held_out
-        )
-        return cls(store, materials)
-
 
 def recall_tasks(
     materials: Materials, purpose: Purpose, context_length: int, items: int, seed: int
@@ -53,26 +44,22 @@ def recall_tasks(
     ]
 
 
-def _suite(held_out: HeldOut, purpose: Purpose, context_length: int, items: int, seed: int) -> list[EvaluationTask]:
+def task_suite(
+    held_out: HeldOut, purpose: Purpose, context_length: int, items: int, seed: int
+) -> list[EvaluationTask]:
+    """The tasks that layers are selected by, or that a finished model is evaluated on, with `items` items each.
+
+    Perplexity is for evaluation only.
+    """
     own_seed = f"{purpose}/{seed}"
-    return [
+    tasks: list[EvaluationTask] = [
         *recall_tasks(held_out.materials, purpose, context_length, items, seed),
         next_sentence_task(held_out.documents, held_out.materials, items, own_seed),
         last_word_task(held_out.documents, held_out.materials, items, own_seed),
     ]
-
-
-def selection_suite(held_out: HeldOut, *, context_length: int, items: int, seed: int) -> list[EvaluationTask]:
-    """The tasks that layers are selected by, with `items` items each. None is an item of the evaluation suite."""
-    return _suite(held_out, "selection", context_length, items, seed)
-
-
-def evaluation_suite(held_out: HeldOut, *, context_length: int, items: int, seed: int) -> list[EvaluationTask]:
-    """The tasks that a finished model is evaluated on, with `items` items each; perplexity included."""
-    return [
-        *_suite(held_out, "evaluation", context_length, items, seed),
-        perplexity_task(held_out.documents, context_length, items),
-    ]
+    if purpose == "evaluation":
+        tasks.append(perplexity_task(held_out.documents, context_length, items))
+    return tasks
 
 
 def group_score(tasks: Sequence[EvaluationTask], metrics: Mapping[str, Mapping[str, float]], group: Group) -> float:

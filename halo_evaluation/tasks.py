@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,15 +13,25 @@ from halo_evaluation.rows import TokenRow, batches_of, scores_of
 
 
 @dataclass(frozen=True)
-class AnswerTask:
-    """Answers that greedy generation has to produce exactly. One row per item; its targets are the answer."""
+class EvaluationTask(ABC):
+    """A fixed set of items. `name` is unique within a suite; `rows` has the rows of all items."""
 
     name: str
     group: Group
     rows: Sequence[TokenRow]
 
     def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
+        """Batches of at most `tokens_per_batch` tokens, padding included, or of one row."""
         return batches_of(self.rows, tokens_per_batch)
+
+    @abstractmethod
+    def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
+        """Metrics from one TokenScores per batch, in the order of `batches`; "score" in [0, 1] is the headline."""
+
+
+@dataclass(frozen=True)
+class AnswerTask(EvaluationTask):
+    """Answers that greedy generation has to produce exactly. One row per item; its targets are the answer."""
 
     def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
         """score: share of exact answers; token_accuracy; answer_log_probability: mean per token, in nats; items."""
@@ -45,24 +56,15 @@ class ChoiceItem:
 
 
 @dataclass(frozen=True)
-class ChoiceTask:
+class ChoiceTask(EvaluationTask):
     """The model chooses the continuation with the highest log-probability per byte, on a tie the first."""
 
-    name: str
-    group: Group
     items: Sequence[ChoiceItem]
-
-    @property
-    def _rows(self) -> list[TokenRow]:
-        return [row for item in self.items for row in item.rows]
-
-    def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
-        return batches_of(self._rows, tokens_per_batch)
 
     def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
         """score: share of right choices; probability: mean softmax, over choices, of the log-probability per byte of
         the right one; answer_log_probability: mean per token of the right continuations, in nats; items."""
-        continuations = iter(scores_of(self._rows, scores))
+        continuations = iter(scores_of(self.rows, scores))
         right, shares, correct_tokens = [], [], []
         for item in self.items:
             choices = [next(continuations) for _ in item.rows]
@@ -81,15 +83,8 @@ class ChoiceTask:
 
 
 @dataclass(frozen=True)
-class PerplexityTask:
+class PerplexityTask(EvaluationTask):
     """Perplexity over all tokens of all rows, except for the first token of each row."""
-
-    name: str
-    group: Group
-    rows: Sequence[TokenRow]
-
-    def batches(self, tokens_per_batch: int) -> Iterator[ScoreBatch]:
-        return batches_of(self.rows, tokens_per_batch)
 
     def metrics(self, scores: Sequence[TokenScores]) -> dict[str, float]:
         """loss in nats per token; perplexity = exp(loss); score = 1 / perplexity; items."""

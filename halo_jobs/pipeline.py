@@ -72,7 +72,8 @@ def _run_stage(work: StageWork, console: Console, device: torch.device, attempt:
     reset_seeds(work.recipe.seed)
     trains = work.id.kind in work.recipe.training_sections
     layout = layout_of(work.recipe) if trains else ONE_PROCESS
-    return STAGES[work.id.kind](StageContext.of(work, console, device, attempt, layout))
+    context = StageContext(**vars(work), console=console, device=device, attempt=attempt, layout=layout)
+    return STAGES[work.id.kind](context)
 
 
 def run_recipe(recipe: Recipe, runs: Path, console: Console) -> RunResult:

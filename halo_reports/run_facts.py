@@ -7,12 +7,13 @@ recipe.yaml of the run. A missing file leaves its facts empty. A malformed file 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from durable_files import read_json
 from halo_cluster.stage_id import StageId
@@ -52,7 +53,7 @@ class FinishedStage:
     started: datetime
     finished: datetime
     input_hash: str
-    outputs: tuple[str, ...]
+    outputs: Mapping[str, Any]
     summary: Mapping[str, Any]
 
     @property
@@ -88,12 +89,17 @@ class TrainingCurve:
         return sorted(self.tokens_per_second)[len(self.tokens_per_second) // 2]
 
 
+class Candidate(NamedTuple):
+    base: float | None
+    loss: float
+
+
 @dataclass(frozen=True)
 class Calibration:
     """calibration.json: loss in nats per token of each candidate base. Base None means no logits scaling."""
 
     base: float | None
-    candidates: tuple[tuple[float | None, float], ...]
+    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,6 @@ class RunFacts:
     evaluations: Mapping[str, Evaluation]
     calibrations: Mapping[str, Calibration]
 
-    def stage(self, name: str) -> FinishedStage | None:
-        return next((record for record in self.stages if record.name == name), None)
-
     @property
     def seconds(self) -> float:
         return sum(record.seconds for record in self.stages)
@@ -123,7 +126,7 @@ class RunFacts:
     @property
     def export_folder(self) -> Path | None:
         """The folder of the exported model: the one with config.json among the outputs of the export stage."""
-        record = self.stage("export")
+        record = next((record for record in self.stages if record.name == "export"), None)
         if record is None:
             return None
         configs = [record.folder / name for name in record.outputs if Path(name).name == "config.json"]
@@ -136,14 +139,14 @@ def load_run(run_folder: Path, stage_folders: Mapping[str, Path]) -> RunFacts:
     Raises ValueError with the name of a malformed file.
     """
     ordered = sorted(stage_folders.items(), key=lambda item: _stage_rank(item[0]))
-    selections = _of_stages(Selection.FILE, ordered, Selection.from_json)
-    evaluations = _of_stages(Evaluation.FILE, ordered, Evaluation.from_json)
+    selections = _of_stages(Selection.FILE, ordered, Selection)
+    evaluations = _of_stages(Evaluation.FILE, ordered, Evaluation)
     recipe = run_folder / "recipe.yaml"
     return RunFacts(
         name=run_folder.resolve().name,
         recipe=recipe.read_text() if recipe.is_file() else None,
         stages=tuple(
-            _parse(folder / "DONE.json", partial(_stage, name, folder))
+            _parse(folder / "DONE.json", FinishedStage, name=name, folder=folder)
             for name, folder in ordered
             if (folder / "DONE.json").is_file()
         ),
@@ -157,7 +160,7 @@ def load_run(run_folder: Path, stage_folders: Mapping[str, Path]) -> RunFacts:
         ),
         calibrations={
             StageId.parse(name).variant or "hybrid": calibration
-            for name, calibration in _of_stages("calibration.json", ordered, _calibration).items()
+            for name, calibration in _of_stages("calibration.json", ordered, Calibration).items()
         },
     )
 
@@ -168,41 +171,20 @@ def _stage_rank(name: str) -> tuple[bool, int, int, str]:
     return (stage.variant in BASELINES, order, model_rank(stage.variant), name)
 
 
-def _parse[T](path: Path, convert: Callable[[Any], T]) -> T:
+def _parse[T](path: Path, record: type[T], **more: Any) -> T:
     content = read_json(path)
     try:
-        return convert(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is malformed ({type(error).__name__}: {error}); rerun its stage"
-        ) from None
+        return TypeAdapter(record).validate_python({**content, **more})
+    except (TypeError, ValidationError) as error:
+        problem = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ValueError(f"{path} is malformed ({problem}); rerun its stage") from None
 
 
-def _of_stages[T](file: str, ordered: list[tuple[str, Path]], convert: Callable[[Any], T]) -> dict[str, T]:
-    return {name: _parse(folder / file, convert) for name, folder in ordered if (folder / file).is_file()}
-
-
-def _stage(name: str, folder: Path, content: Mapping[str, Any]) -> FinishedStage:
-    return FinishedStage(
-        name=name,
-        folder=folder,
-        attempt=str(content["attempt"]),
-        seconds=float(content["seconds"]),
-        started=datetime.fromisoformat(content["started"]),
-        finished=datetime.fromisoformat(content["finished"]),
-        input_hash=str(content["input_hash"]),
-        outputs=tuple(content["outputs"]),
-        summary=dict(content["summary"]),
-    )
-
-
-def _calibration(content: Mapping[str, Any]) -> Calibration:
-    return Calibration(
-        base=content["base"],
-        candidates=tuple(
-            (candidate["base"], float(candidate["loss"])) for candidate in content["candidates"]
-        ),
-    )
+def _of_stages[T](file: str, ordered: list[tuple[str, Path]], record: type[T]) -> dict[str, T]:
+    return {name: _parse(folder / file, record) for name, folder in ordered if (folder / file).is_file()}
 
 
 def _curve(path: Path) -> TrainingCurve | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from halo_cluster import StageResult
 from halo_cluster.stage_id import StageId
-from halo_jobs.plan import INIT, PRETRAIN, TOKENIZE
+from halo_evaluation.results import Selection
+from halo_jobs.plan import INIT, MAIN_VARIANT, PRETRAIN, SELECT, TOKENIZE
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, TrainingSection
 from halo_jobs.work import StageWork
 from halo_training.batches import BatchCursor, Sampler
@@ -39,17 +39,6 @@ class StageContext(StageWork):
     attempt: AttemptInProgress
     layout: ParallelLayout = ONE_PROCESS
 
-    @classmethod
-    def of(
-        cls,
-        work: StageWork,
-        console: Console,
-        device: torch.device,
-        attempt: AttemptInProgress,
-        layout: ParallelLayout = ONE_PROCESS,
-    ) -> StageContext:
-        return cls(**vars(work), console=console, device=device, attempt=attempt, layout=layout)
-
     @property
     def name(self) -> str:
         return str(self.id)
@@ -58,6 +47,12 @@ class StageContext(StageWork):
     def variant(self) -> str:
         """Of the stage: "hybrid", "teacher", or the name of a baseline; a context length for recall."""
         return self.id.variant
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Attention layers of this stage's variant, counted from 0, as the select stage chose them."""
+        selection = Selection.read(self.folders[SELECT])
+        return selection.attention_layers if self.variant == MAIN_VARIANT else selection.choices[self.variant]
 
     def before(self, kind: str, variant: str = "") -> Path:
         """The folder of an earlier stage."""
@@ -111,6 +106,3 @@ class StageContext(StageWork):
         return Trainer(
             self.name, section, objective, cursor, self.folder, self.console, keep_keys, self.attempt
         )
-
-
-__all__ = ["StageContext", "StageResult"]

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from halo_cluster import StageResult
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import WorkerFunction
 from halo_evaluation.recall import load_words, write_recall_store
@@ -19,7 +20,6 @@ from halo_jobs.stages.context import (
     RECALL_STORE,
     TRAIN_STORE,
     StageContext,
-    StageResult,
 )
 from halo_jobs.stages.fan_out import has_workers, run_tasks
 from halo_jobs.work import StageWork

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from durable_files import read_json
+from halo_cluster import StageResult
 from halo_evaluation.results import Evaluation, Selection
 from halo_jobs.plan import MAIN_VARIANT, TEACHER
 from halo_jobs.recipe import ConversionRecipe, resolve_path
-from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
+from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext
 from halo_jobs.stages.measure import logits_scaling_base_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from halo_reports.model_card import DataSource, model_card

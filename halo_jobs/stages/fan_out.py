@@ -92,4 +92,5 @@ def worker_context(setup: Any) -> StageContext:
     """The context of the stage in a worker of `run_tasks`."""
     work = StageWork.from_json(setup)
     joined = JoinedAttempt(StageRecord(work.folder), Path(setup["attempt"]), 0)
-    return StageContext.of(work, Console(quiet=True), _device(work.recipe.seed), joined)
+    device = _device(work.recipe.seed)
+    return StageContext(**vars(work), console=Console(quiet=True), device=device, attempt=joined)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from halo_cluster import StageResult
 from halo_jobs.recipe import resolve_path
-from halo_jobs.stages.context import StageContext, StageResult
+from halo_jobs.stages.context import StageContext
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
 from halo_training.models import DTYPES, write_shape
 from hypenet_tools.hugging_face.aux_files import source_digest

@@ -11,21 +11,21 @@ import torch
 from rich.progress import track
 
 from durable_files import read_json, write_json
+from halo_cluster import StageResult
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import WorkerFunction
-from halo_evaluation.interface import EvaluationTask
-from halo_evaluation.megatron_scorer import MegatronScorer
+from halo_evaluation.megatron_scorer import score_batch
 from halo_evaluation.ngram import NGramBaseline
 from halo_evaluation.niah import VARIANTS
 from halo_evaluation.results import Evaluation, NeedleCell
-from halo_evaluation.runner import TaskMetrics, evaluate, niah_grid
-from halo_evaluation.suites import evaluation_suite
+from halo_evaluation.runner import TaskMetrics, evaluate, needle_cells
+from halo_evaluation.suites import HeldOut, task_suite
+from halo_evaluation.tasks import EvaluationTask
 from halo_jobs.plan import TEACHER
 from halo_jobs.recipe import PretrainRecipe, Recipe
-from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext, StageResult
+from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext
 from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.select import TOKENS_PER_BATCH, held_out_material
-from halo_jobs.stages.selected import attention_layers_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from halo_training.models import single_part
 from hypenet_kernels import chunked_cross_entropy
@@ -54,7 +54,7 @@ def run_calibrate(context: StageContext) -> StageResult:
     count = min(section.windows, sampler.num_windows)
     windows = [torch.from_numpy(sampler.window(n).tokens).to(context.device) for n in range(count)]
     weights = context.before("finetune", context.variant) / HYBRID_WEIGHTS
-    load = partial(context.builder().hybrid, weights, attention_layers_of(context))
+    load = partial(context.builder().hybrid, weights, context.attention_layers)
     candidates = [
         {"base": base, "loss": _mean_loss(single_part(load(base)), windows)}
         for base in track([None, *section.candidates], context.name, console=context.console)
@@ -75,7 +75,7 @@ def _model_under_test(context: StageContext) -> DecoderModel:
         return single_part(builder.teacher(context.teacher_folder() / TEACHER_WEIGHTS))
     hybrid = builder.hybrid(
         context.before("finetune", variant) / HYBRID_WEIGHTS,
-        attention_layers_of(context),
+        context.attention_layers,
         logits_scaling_base_of(context.before("calibrate", variant)),
     )
     return single_part(hybrid)
@@ -85,14 +85,10 @@ def _training_context(recipe: Recipe) -> int:
     return recipe.training_sections[recipe.evaluated_at].context_length
 
 
-def _suite(context: StageContext) -> list[EvaluationTask]:
+def _suite(context: StageContext, held_out: HeldOut) -> list[EvaluationTask]:
     """The proxy suite at the training context."""
-    return evaluation_suite(
-        held_out_material(context),
-        context_length=_training_context(context.recipe),
-        items=context.recipe.evaluate.suite_items,
-        seed=context.recipe.seed,
-    )
+    recipe = context.recipe
+    return task_suite(held_out, "evaluation", _training_context(recipe), recipe.evaluate.suite_items, recipe.seed)
 
 
 def make_evaluation_worker(setup: Any) -> WorkerFunction:
@@ -101,21 +97,20 @@ def make_evaluation_worker(setup: Any) -> WorkerFunction:
     A task is one of the suite, or the needles of one context length and depth.
     """
     context = worker_context(setup)
-    scorer = MegatronScorer(_model_under_test(context), context.device)
+    scorer = partial(score_batch, _model_under_test(context), context.device)
     tokens_per_batch = TOKENS_PER_BATCH[context.device.type]
-    section, materials = context.recipe.evaluate, held_out_material(context).materials
-    suite = {task.name: task for task in _suite(context)}
+    held_out = held_out_material(context)
+    suite = {task.name: task for task in _suite(context, held_out)}
 
     def run(arguments: dict[str, Any]) -> Any:
         if "task" in arguments:
             task = suite[arguments["task"]]
             return {"group": task.group, **evaluate([task], scorer, tokens_per_batch)[task.name]}
-        return niah_grid(
-            materials,
+        return needle_cells(
+            held_out.materials,
             scorer,
-            contexts=[arguments["context_length"]],
-            depths=[arguments["depth"]],
-            items=section.needle_items,
+            **arguments,
+            items=context.recipe.evaluate.needle_items,
             seed=context.recipe.seed,
             tokens_per_batch=tokens_per_batch,
         )
@@ -126,7 +121,8 @@ def make_evaluation_worker(setup: Any) -> WorkerFunction:
 def _measure(context: StageContext) -> tuple[TaskMetrics, tuple[NeedleCell, ...]]:
     """Metrics of the suite, and cells of the needle grid. Each result is kept in a file, so a killed stage resumes."""
     section = context.recipe.evaluate
-    suite = {name: Task(name, {"task": name}) for name in (task.name for task in _suite(context))}
+    own_suite = _suite(context, held_out_material(context))
+    suite = {task.name: Task(task.name, {"task": task.name}) for task in own_suite}
     needles = {
         (length, depth): Task(f"needles.{length}.{depth}", {"context_length": length, "depth": depth})
         for length in section.contexts

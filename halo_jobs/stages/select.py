@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from durable_files import publish_once, read_json
+from halo_cluster import StageResult
 from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import WorkerFunction
-from halo_evaluation.interface import EvaluationTask
-from halo_evaluation.recall import load_words
+from halo_evaluation.recall import Materials, load_words
 from halo_evaluation.results import Selection
 from halo_evaluation.runner import TaskMetrics, evaluate_models
 from halo_evaluation.selection.scores import (
@@ -25,8 +25,9 @@ from halo_evaluation.selection.scores import (
     layer_importance,
 )
 from halo_evaluation.selection.sweep import LayerSwitch, layer_groups
-from halo_evaluation.suites import HeldOut, group_score, group_standard_error, selection_suite
-from halo_jobs.stages.context import HELD_OUT_STORE, StageContext, StageResult
+from halo_evaluation.suites import HeldOut, group_score, group_standard_error, task_suite
+from halo_evaluation.tasks import EvaluationTask
+from halo_jobs.stages.context import HELD_OUT_STORE, StageContext
 from halo_jobs.stages.data import WORDS_FILE
 from halo_jobs.stages.fan_out import run_tasks, worker_context
 from halo_jobs.stages.training import STUDENT_WEIGHTS, TEACHER_WEIGHTS
@@ -40,17 +41,15 @@ TASKS_PER_WORKER = 8
 
 def held_out_material(context: StageContext) -> HeldOut:
     """Documents and key words that no training stage uses."""
-    return HeldOut.of(context.store(HELD_OUT_STORE), context.recipe.tokenizer_folder, load_words(WORDS_FILE))
+    store, tokenizer = context.store(HELD_OUT_STORE), context.recipe.tokenizer_folder / "tokenizer.json"
+    words = load_words(WORDS_FILE).held_out
+    return HeldOut(store, Materials(store, tokenizer, store.tokenizer.eos_id, words))
 
 
 def _suite(context: StageContext) -> list[EvaluationTask]:
     section = context.conversion.select
-    return selection_suite(
-        held_out_material(context),
-        context_length=section.context_length,
-        items=section.items,
-        seed=context.recipe.seed,
-    )
+    held_out = held_out_material(context)
+    return task_suite(held_out, "selection", section.context_length, section.items, context.recipe.seed)
 
 
 def _divergence_windows(context: StageContext) -> torch.Tensor:

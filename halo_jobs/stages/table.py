@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from rich.console import Console
 
-from halo_jobs.stages.context import StageContext, StageResult, layout_of
+from halo_cluster import StageResult
+from halo_jobs.stages.context import StageContext, layout_of
 from halo_jobs.stages.data import run_recall, run_tokenize
 from halo_jobs.stages.export import run_export
 from halo_jobs.stages.init import run_init
@@ -38,4 +39,5 @@ def run_stage(work: StageWork, attempt: AttemptInProgress, console: Console) -> 
     layout = layout_of(work.recipe) if section else ONE_PROCESS
     timeout = section.watchdog_seconds if section else RENDEZVOUS_SECONDS
     with model_parallel(layout, seed=work.recipe.seed, rendezvous_timeout=timeout) as device:
-        return STAGES[work.id.kind](StageContext.of(work, console, device, attempt, layout))
+        context = StageContext(**vars(work), console=console, device=device, attempt=attempt, layout=layout)
+        return STAGES[work.id.kind](context)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from halo_cluster import StageResult
 from halo_jobs.recipe import TrainingSection
-from halo_jobs.stages.context import TRAIN_STORE, StageContext, StageResult
-from halo_jobs.stages.selected import attention_layers_of
+from halo_jobs.stages.context import TRAIN_STORE, StageContext
 from halo_training.models import is_student_key, write_shape
 from halo_training.objectives import (
     AlignmentObjective,
@@ -75,7 +75,7 @@ def run_align(context: StageContext) -> StageResult:
 def run_distill(context: StageContext) -> StageResult:
     builder = context.builder()
     teacher_weights = context.before("init") / TEACHER_WEIGHTS
-    layers = attention_layers_of(context)
+    layers = context.attention_layers
     students = context.before("align") / STUDENT_WEIGHTS
     student = builder.hybrid_from_parts(teacher_weights, students, layers, context.recipe.seed)
     objective = DistillationObjective(student, builder.teacher(teacher_weights), context.layout)
@@ -86,7 +86,7 @@ def run_distill(context: StageContext) -> StageResult:
 
 def run_finetune(context: StageContext) -> StageResult:
     distilled = context.before("distill", context.variant) / HYBRID_WEIGHTS
-    model = context.builder().hybrid(distilled, attention_layers_of(context))
+    model = context.builder().hybrid(distilled, context.attention_layers)
     objective = NextTokenObjective(model, context.layout)
     return _train_and_publish(
         context, context.conversion.finetune, objective, HYBRID_WEIGHTS, began_from=distilled

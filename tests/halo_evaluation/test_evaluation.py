@@ -4,13 +4,13 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 
 import numpy as np
 import pytest
 
-from halo_evaluation.interface import EvaluationTask, ScoreBatch, TokenScores
+from halo_evaluation.interface import ScoreBatch, TokenScores
 from halo_evaluation.key_values import key_value_task
 from halo_evaluation.last_word import last_word_task
 from halo_evaluation.next_sentence import next_sentence_task
@@ -19,8 +19,9 @@ from halo_evaluation.passages import is_prose, split_sentences
 from halo_evaluation.perplexity import perplexity_task
 from halo_evaluation.recall.materials import Materials
 from halo_evaluation.rows import TokenRow, batches_of, scores_of
-from halo_evaluation.runner import evaluate, evaluate_models, niah_grid
-from halo_evaluation.suites import HeldOut, evaluation_suite, group_score, selection_suite
+from halo_evaluation.runner import evaluate, evaluate_models, needle_cells
+from halo_evaluation.suites import HeldOut, Purpose, group_score, task_suite
+from halo_evaluation.tasks import EvaluationTask
 from tests.support.proxy_corpus import EOS_ID, WORDS, ArrayStore, Corpus
 
 VOCABULARY = 500
@@ -71,12 +72,12 @@ def digest(tasks: Iterable[EvaluationTask]) -> str:
     return content.hexdigest()
 
 
-SUITES = [selection_suite, evaluation_suite]
+PURPOSES: list[Purpose] = ["selection", "evaluation"]
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_a_perfect_scorer_has_score_one(held_out: HeldOut, suite: Callable[..., list[EvaluationTask]]) -> None:
-    tasks = suite(held_out, context_length=256, items=8, seed=1)
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_a_perfect_scorer_has_score_one(held_out: HeldOut, purpose: Purpose) -> None:
+    tasks = task_suite(held_out, purpose, context_length=256, items=8, seed=1)
     for name, metrics in evaluate(tasks, oracle, 4096).items():
         if name != "local_next_sentence":  # there, knowing every token means knowing the wrong ones too
             assert metrics["score"] == 1.0
@@ -84,14 +85,14 @@ def test_a_perfect_scorer_has_score_one(held_out: HeldOut, suite: Callable[..., 
 
 
 def test_a_guessing_scorer_has_score_near_zero(held_out: HeldOut) -> None:
-    tasks = selection_suite(held_out, context_length=256, items=20, seed=1)
+    tasks = task_suite(held_out, "selection", context_length=256, items=20, seed=1)
     metrics = evaluate(tasks, guessing, 4096)
     assert group_score(tasks, metrics, "recall") == 0.0
     assert all(0.0 < metrics[task.name]["token_accuracy"] < 0.15 for task in tasks if task.group == "recall")
 
 
 def test_log_probability_tells_scorers_apart_that_never_hit(held_out: HeldOut) -> None:
-    tasks = selection_suite(held_out, context_length=256, items=4, seed=1)
+    tasks = task_suite(held_out, "selection", context_length=256, items=4, seed=1)
 
     def doubtful(batch: ScoreBatch) -> TokenScores:
         scores = uniform(batch)
@@ -108,10 +109,10 @@ def test_suites_are_the_same_in_another_process(corpus: Corpus, held_out: HeldOu
     script = f"""
 from pathlib import Path
 from tests.support.proxy_corpus import WORDS, Corpus
-from tests.halo_evaluation.test_evaluation import HeldOut, digest, evaluation_suite
+from tests.halo_evaluation.test_evaluation import HeldOut, digest, task_suite
 corpus = Corpus.build(Path({str(tmp_path)!r}))
 held_out = HeldOut(corpus.store, corpus.materials(WORDS.held_out))
-print(digest(evaluation_suite(held_out, context_length=200, items=5, seed=3)))
+print(digest(task_suite(held_out, "evaluation", context_length=200, items=5, seed=3)))
 """
     environment = {
         **os.environ,
@@ -121,13 +122,15 @@ print(digest(evaluation_suite(held_out, context_length=200, items=5, seed=3)))
     there = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    here = digest(evaluation_suite(held_out, context_length=200, items=5, seed=3))
+    here = digest(task_suite(held_out, "evaluation", context_length=200, items=5, seed=3))
     assert there.stdout.strip() == here
 
 
 def test_seeds_and_suites_have_their_own_items(held_out: HeldOut) -> None:
     digests = {
-        digest(suite(held_out, context_length=256, items=4, seed=seed)) for suite in SUITES for seed in (1, 2)
+        digest(task_suite(held_out, purpose, context_length=256, items=4, seed=seed))
+        for purpose in PURPOSES
+        for seed in (1, 2)
     }
     assert len(digests) == 4
 
@@ -291,15 +294,14 @@ def test_grid_has_a_row_per_cell(materials: Materials) -> None:
         told_late = batch.input_ids.shape[1] <= 200
         return oracle(batch) if told_late else uniform(batch)
 
-    rows = niah_grid(
-        materials,
-        remembers_the_last_200_tokens,
-        contexts=[200, 300],
-        depths=[0.25, 0.75],
-        items=2,
-        seed=1,
-        tokens_per_batch=512,
-    )
+    rows = [
+        cell
+        for context in (200, 300)
+        for depth in (0.25, 0.75)
+        for cell in needle_cells(
+            materials, remembers_the_last_200_tokens, context, depth, items=2, seed=1, tokens_per_batch=512
+        )
+    ]
     assert len(rows) == 12
     assert rows[0] == {
         "task": "niah_single_1",
@@ -308,11 +310,11 @@ def test_grid_has_a_row_per_cell(materials: Materials) -> None:
         "score": 1.0,
         "items": 2,
     }
-    assert [row["score"] for row in rows] == [1.0, 1.0, 0.0, 0.0] * 3
+    assert [row["score"] for row in rows] == [1.0] * 6 + [0.0] * 6
 
 
 def test_models_scored_together_get_their_own_metrics(held_out: HeldOut) -> None:
-    tasks = selection_suite(held_out, context_length=256, items=4, seed=1)
+    tasks = task_suite(held_out, "selection", context_length=256, items=4, seed=1)
     first, second = evaluate_models(tasks, lambda batch: [oracle(batch), uniform(batch)], 1024)
     assert first == evaluate(tasks, oracle, 4096)
     assert second == evaluate(tasks, uniform, 256)
@@ -321,7 +323,7 @@ def test_models_scored_together_get_their_own_metrics(held_out: HeldOut) -> None
 
 
 def test_suites_name_their_groups(held_out: HeldOut) -> None:
-    tasks = evaluation_suite(held_out, context_length=256, items=2, seed=1)
+    tasks = task_suite(held_out, "evaluation", context_length=256, items=2, seed=1)
     assert [(task.name, task.group) for task in tasks] == [
         ("niah_single_1", "recall"),
         ("niah_single_2", "recall"),

@@ -273,7 +273,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     del content["choices"]
     write_json_file(path, content)
     with pytest.raises(
-        ValueError, match=r"selection\.json is malformed \(KeyError: 'choices'\)"
+        ValueError, match=r"selection\.json is malformed \(choices: Field required\)"
     ):
         load_run(tmp_path / "run", folders)
     path.write_text("{")
