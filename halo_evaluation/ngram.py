@@ -27,16 +27,14 @@ class _Level:
     discount: float
 
     @classmethod
-    def count(cls, sorted_grams: Array, bits: int) -> _Level:
-        keys, starts = _runs(sorted_grams)
-        counts = np.diff(starts, append=len(sorted_grams))
-        contexts, starts = _runs(keys >> np.uint64(bits))
-        totals = np.add.reduceat(counts, starts)
+    def count(cls, grams: Array, bits: int) -> _Level:
+        keys, counts = np.unique(grams, return_counts=True)
+        contexts, types = np.unique(keys >> np.uint64(bits), return_counts=True)
+        totals = np.add.reduceat(counts, np.cumsum(types) - types)
         once, twice = np.count_nonzero(counts == 1), np.count_nonzero(counts == 2)
         # n1 / (n1 + 2 n2), with pseudocounts of one n-gram that occurs once and two that occur twice. A text without
         # such n-grams then still reserves probability for unseen tokens.
-        discount = (once + 1) / (once + 2 * twice + 5)
-        return cls(keys, counts, contexts, totals, np.diff(starts, append=len(keys)), discount)
+        return cls(keys, counts, contexts, totals, types, (once + 1) / (once + 2 * twice + 5))
 
     def interpolate(self, grams: Array, bits: int, lower: Array) -> Array:
         """p(latest token | tokens before it), float64. `lower` is the same from the level below."""
@@ -47,12 +45,6 @@ class _Level:
         kept = np.maximum(counts - self.discount, 0.0)
         mixed = (kept + self.discount * self.types[context_at] * lower) / totals
         return np.where(context_found, mixed, lower)
-
-
-def _runs(values: Array) -> tuple[Array, Array]:
-    """The distinct values of a sorted array, and the index where each begins."""
-    starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
-    return values[starts], starts
 
 
 def _find(table: Array, wanted: Array) -> tuple[Array, Array]:
@@ -90,7 +82,6 @@ class NGramBaseline:
         grams = _pack(tokens, order, bits)
         levels: list[_Level] = []
         for length in range(order, 0, -1):
-            grams.sort()
             levels.insert(0, _Level.count(grams, bits))
             grams = levels[0].keys & np.uint64((1 << bits * (length - 1)) - 1)
         return cls(order, vocab_size, tuple(levels))

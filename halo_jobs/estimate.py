@@ -6,11 +6,11 @@ matrix product, of which training usually attains a known share.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.benchmark import Timer
 
 from halo_jobs.recipe import ConversionRecipe, Recipe, TrainingSection
 from halo_training.models import DTYPES
@@ -46,62 +46,33 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a square matrix product; a multiply-add counts as two."""
     size = _PRODUCT_SIZE[device.type]
     a = torch.randn(size, size, device=device, dtype=dtype)
-    for _ in range(2):
-        a @ a
-    repeats = 5
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        a @ a
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return repeats * 2.0 * size**3 / (time.perf_counter() - started)
-
-
-@dataclass(frozen=True)
-class _Rates:
-    shape: ModelShape
-    weight_bytes: int
-    flops_per_second: float
-
-
-def _training_cost(
-    stage: str, section: TrainingSection, rates: _Rates, teacher: int, trainable: int
-) -> StageCost:
-    """`teacher` parameters run forward only; `trainable` ones forward and backward, with optimizer state."""
-    shape, weight_bytes = rates.shape, rates.weight_bytes
-    tokens = section.steps * section.tokens_per_step
-    flops_per_token = 2 * teacher + 6 * trainable
-    optimizer = trainable * (
-        weight_bytes + 4 + 4 + 8
-    )  # weights, fp32 gradient, fp32 master weights, two moments
-    micro_tokens = section.micro_batch * section.context_length
-    activations = (
-        micro_tokens * shape.num_layers * shape.hidden_size * _LIVE_ACTIVATIONS_PER_LAYER * weight_bytes
-    )
-    return StageCost(
-        stage,
-        trainable,
-        teacher + trainable,
-        teacher * weight_bytes + optimizer + activations,
-        tokens,
-        tokens * flops_per_token / rates.flops_per_second,
-    )
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2.0 * size**3 / timer.timeit(5).mean
 
 
 def training_costs(recipe: Recipe, shape: ModelShape, device: torch.device) -> list[StageCost]:
     """One row per training stage; baselines repeat distill and finetune."""
     dtype = DTYPES[recipe.precision]
-    speed = measured_flops(device, dtype) * ATTAINED_SHARE[device.type]
+    weight_bytes = dtype.itemsize
+    flops_per_second = measured_flops(device, dtype) * ATTAINED_SHARE[device.type]
+
+    def cost(stage: str, section: TrainingSection, teacher: int, trainable: int) -> StageCost:
+        """`teacher` parameters run forward only; `trainable` ones forward and backward, with optimizer state."""
+        tokens = section.steps * section.tokens_per_step
+        # weights, fp32 gradient, fp32 master weights, two moments
+        optimizer = trainable * (weight_bytes + 4 + 4 + 8)
+        activations = section.micro_batch * section.context_length * shape.num_layers * shape.hidden_size
+        memory = teacher * weight_bytes + optimizer + activations * _LIVE_ACTIVATIONS_PER_LAYER * weight_bytes
+        seconds = tokens * (2 * teacher + 6 * trainable) / flops_per_second
+        return StageCost(stage, trainable, teacher + trainable, memory, tokens, seconds)
+
     teacher = model_parameters(shape, shape.teacher_mixers())
-    rates = _Rates(shape, dtype.itemsize, speed)
     if not isinstance(recipe, ConversionRecipe):
-        return [_training_cost("pretrain", recipe.pretrain, rates, 0, teacher)]
+        return [cost("pretrain", recipe.pretrain, 0, teacher)]
     students = shape.num_layers * mixer(recipe.student).parameters(shape)
     hybrid = model_parameters(shape, shape.hybrid_mixers(range(shape.num_layers // 4), recipe.student))
-    rows = [_training_cost("align", recipe.align, rates, teacher, students)]
+    rows = [cost("align", recipe.align, teacher, students)]
     for variant in ("hybrid", *recipe.select.baselines):
-        rows.append(_training_cost(f"distill.{variant}", recipe.distill, rates, teacher, hybrid))
-        rows.append(_training_cost(f"finetune.{variant}", recipe.finetune, rates, 0, hybrid))
+        rows.append(cost(f"distill.{variant}", recipe.distill, teacher, hybrid))
+        rows.append(cost(f"finetune.{variant}", recipe.finetune, 0, hybrid))
     return rows

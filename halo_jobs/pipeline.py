@@ -27,7 +27,6 @@ from halo_jobs.plan import TOKENIZE, Plan, make_plan
 from halo_jobs.recipe import Recipe, recipe_yaml
 from halo_jobs.sources import SourceChecksums
 from halo_jobs.stages.context import StageContext, layout_of
-from halo_jobs.stages.fan_out import slurm_settings
 from halo_jobs.stages.table import STAGES
 from halo_jobs.work import StageWork
 from halo_jobs.worker import run_in_processes
@@ -102,10 +101,9 @@ def _finished(run: RunFolder) -> RunResult:
 
 
 def _slurm(recipe: Recipe, retries_by_job: int = 0) -> Slurm:
-    settings = slurm_settings(recipe)
     with named_in_errors("cluster"):
-        settings.check()
-    return Slurm(settings, ("-m", "halo_jobs.stage_job"), retries_by_job)
+        recipe.cluster.check()
+    return Slurm(recipe.cluster, ("-m", "halo_jobs.stage_job"), retries_by_job)
 
 
 def _stage_jobs(plan: Plan, run: RunFolder) -> list[StageJob]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from halo_cluster.slurm.settings import SlurmSettings
 from halo_training.settings import OPERATION, SOURCE, PositiveInt, Section, TrainingSection
 
 ASSETS = Path(__file__).parent / "assets"
@@ -102,23 +103,9 @@ class LayoutSection(Section):
     recompute: Literal["attention", "layers"] | None = None
 
 
-class ClusterSection(Section):
-    """What jobs request from Slurm (`--executor slurm`), and how failed jobs are retried.
+class ClusterSection(Section, SlurmSettings):
+    """What jobs request from Slurm (`--executor slurm`), and how failed jobs are retried."""
 
-    The fields except `retries` and `backoff_seconds` are those of halo_cluster's SlurmSettings.
-    """
-
-    nodes: PositiveInt = 1
-    gpus_per_node: PositiveInt | None = None
-    cpus_per_node: PositiveInt | None = None
-    memory_gb: Annotated[float, Field(gt=0)] | None = None
-    time_minutes: PositiveInt = 240
-    grace_seconds: PositiveInt = 120
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    container: str | None = None
     sbatch: dict[str, str | int | bool] = {}
     retries: Annotated[int, Field(ge=0)] = 3
     backoff_seconds: Annotated[float, Field(ge=0)] = 15.0

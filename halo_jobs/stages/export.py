@@ -15,7 +15,7 @@ from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext
 from halo_jobs.stages.measure import logits_scaling_base_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from halo_reports.model_card import DataSource, model_card
-from halo_reports.run_facts import load_run
+from halo_reports.run_facts import RunFacts, load_run
 from halo_training.models import DTYPES
 from hypenet_megatron.mixers import mixer
 from hypenet_tools.hugging_face.aux_files import licence_of
@@ -55,12 +55,8 @@ def packed_sources(facts: Mapping[str, Any], tokens: int) -> list[DataSource]:
     ]
 
 
-def _folders_by_name(context: StageContext) -> dict[str, Path]:
-    return {str(stage): folder for stage, folder in context.folders.items()}
-
-
-def _command(context: StageContext) -> str:
-    return f"halo run {context.recipe.name}"
+def _run_facts(context: StageContext) -> RunFacts:
+    return load_run(context.folder, {str(stage): folder for stage, folder in context.folders.items()})
 
 
 def run_export(context: StageContext) -> StageResult:
@@ -79,7 +75,7 @@ def _export_hybrid(context: StageContext) -> StageResult:
     dtype = DTYPES[recipe.precision]
     config = hypenet_config(shape, mixers, base, str(dtype).removeprefix("torch."))
     card = model_card(
-        load_run(context.folder, _folders_by_name(context)),
+        _run_facts(context),
         title=f"HypeNet from {Path(recipe.teacher.rpartition(':')[2]).name}",
         base_model=Path(recipe.teacher.rpartition(":")[2]).name,
         config=config,
@@ -87,7 +83,7 @@ def _export_hybrid(context: StageContext) -> StageResult:
         parameters=tensors.elements,
         licence=licence_of(recipe.tokenizer_folder),
         data=_data_sources(context),
-        command=_command(context),
+        command=f"halo run {recipe.name}",
     )
     write_hf_folder(
         context.folder / EXPORT_FOLDER,
@@ -113,13 +109,13 @@ def _export_teacher(context: StageContext) -> StageResult:
     dtype = DTYPES[recipe.precision]
     evaluation = Evaluation.read(context.before("evaluate", TEACHER))
     card = model_card(
-        load_run(context.folder, _folders_by_name(context)),
+        _run_facts(context),
         title=recipe.name,
         config=qwen3_config(shape, str(dtype).removeprefix("torch.")),
         parameters=tensors.elements,
         licence="other",
         data=_data_sources(context),
-        command=_command(context),
+        command=f"halo run {recipe.name}",
         ngram_perplexity=evaluation.ngram_perplexity,
     )
     write_hf_folder(

@@ -22,7 +22,6 @@ from halo_cluster.fan_out import (
     ThisProcess,
     fan_out,
 )
-from halo_cluster.slurm import SlurmSettings
 from halo_jobs.attempt import JoinedAttempt
 from halo_jobs.recipe import Recipe
 from halo_jobs.stages.context import StageContext
@@ -36,10 +35,6 @@ _for_the_process = ExitStack()
 def has_workers(recipe: Recipe) -> bool:
     """Whether tasks run in other processes than the stage's own."""
     return recipe.fan_out.backend != "local" or recipe.fan_out.workers > 1
-
-
-def slurm_settings(recipe: Recipe) -> SlurmSettings:
-    return SlurmSettings(**recipe.cluster.model_dump(exclude={"retries", "backoff_seconds"}))
 
 
 def backend_of(recipe: Recipe, run: Path) -> Backend:
@@ -56,7 +51,7 @@ def backend_of(recipe: Recipe, run: Path) -> Backend:
         )
     if section.backend == "slurm-array":
         resources = (section.cpus_per_worker, section.gpus_per_worker, section.memory_gb_per_worker)
-        return SlurmArray(section.workers, slurm_settings(recipe), *resources)
+        return SlurmArray(section.workers, recipe.cluster, *resources)
     if has_workers(recipe):
         return LocalProcesses(section.workers, section.gpus_per_worker)
     return ThisProcess()

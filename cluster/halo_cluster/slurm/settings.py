@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import PositiveFloat, PositiveInt
+
 _FLAG = re.compile(r"[a-z][a-z-]*")
 # The executor sets these. Other values would let a stage run twice or get lost.
 _RESERVED = {
@@ -25,14 +27,14 @@ _RESERVED = {
 class SlurmSettings:
     """None leaves a setting to the site's default."""
 
-    nodes: int = 1
+    nodes: PositiveInt = 1
     """Nodes of a training stage; the other stages run on one."""
-    gpus_per_node: int | None = None
-    cpus_per_node: int | None = None
-    memory_gb: float | None = None
-    time_minutes: int = 240
+    gpus_per_node: PositiveInt | None = None
+    cpus_per_node: PositiveInt | None = None
+    memory_gb: PositiveFloat | None = None
+    time_minutes: PositiveInt = 240
     """The time limit. A job that reaches it saves, is requeued and continues."""
-    grace_seconds: int = 120
+    grace_seconds: PositiveInt = 120
     """How long before its time limit a job is asked to save."""
     partition: str | None = None
     account: str | None = None
