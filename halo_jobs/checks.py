@@ -56,8 +56,7 @@ def check_recipe(recipe: Recipe, *, tokenized: bool = False) -> ModelShape:
             layout_of(recipe).check_mixer(student_mixer(recipe.student))
         _check_selection(recipe, shape)
     _check_layout(recipe, shape)
-    _check_fan_out(recipe)
-    _check_transformer_impl(recipe)
+    _check_packages(recipe)
     _check_teacher_contexts(recipe, shape)
     _check_recall(recipe)
     _check_tasks(recipe, tokenizer)
@@ -122,23 +121,17 @@ def _check_layout(recipe: Recipe, shape: ModelShape) -> None:
             layout.check_batch(section.context_length, section.global_batch, section.micro_batch, processes)
 
 
-def _check_fan_out(recipe: Recipe) -> None:
-    """Look for the packages of the backend now, not when the first sweep begins."""
-    needs = {"ray": ("ray", "ray"), "slurm-array": ("submitit", "slurm")}.get(recipe.fan_out.backend)
-    if needs and importlib.util.find_spec(needs[0]) is None:
-        raise ValueError(
-            f"fan_out.backend: {needs[0]} is not installed here; pip install 'hypenet-megatron[{needs[1]}]'"
-        )
-
-
-def _check_transformer_impl(recipe: Recipe) -> None:
-    """Check only that it is installed: the GPUs may be on another machine."""
-    engine = "transformer_engine"
-    if recipe.transformer_impl == engine and importlib.util.find_spec(engine) is None:
-        raise ValueError(
-            f"transformer_impl: {engine} is not installed here; pip install 'transformer-engine[pytorch]', or set "
-            "transformer_impl: local"
-        )
+def _check_packages(recipe: Recipe) -> None:
+    """Look for optional packages now, not when a stage needs them. The GPUs may be on another machine."""
+    fixes = {
+        "ray": "pip install 'hypenet-megatron[ray]'",
+        "submitit": "pip install 'hypenet-megatron[slurm]'",
+        "transformer_engine": "pip install 'transformer-engine[pytorch]', or set transformer_impl: local",
+    }
+    backend = "submitit" if recipe.fan_out.backend == "slurm-array" else recipe.fan_out.backend
+    for key, package in (("fan_out.backend", backend), ("transformer_impl", recipe.transformer_impl)):
+        if package in fixes and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{key}: {package} is not installed here; {fixes[package]}")
 
 
 def _check_teacher_contexts(recipe: Recipe, shape: ModelShape) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,14 +30,6 @@ from halo_jobs.work import StageWork
 from halo_jobs.worker import run_in_processes
 from halo_reports.build import build_report
 from hypenet_megatron.runtime import ONE_PROCESS, model_parallel, reset_seeds
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Where things are: finished stage folders by name, and the report."""
-
-    stage_folders: Mapping[str, Path]
-    report: Path
 
 
 def _checked_sources(recipe: Recipe, run: RunFolder) -> SourceChecksums:
@@ -75,8 +65,8 @@ def _run_stage(work: StageWork, console: Console, device: torch.device, attempt:
     return STAGES[work.id.kind](context)
 
 
-def run_recipe(recipe: Recipe, runs: Path, console: Console) -> RunResult:
-    """Bring every stage of `recipe` to DONE in `runs`/<recipe name> and write report.html there.
+def run_recipe(recipe: Recipe, runs: Path, console: Console) -> Path:
+    """Bring every stage of `recipe` to DONE in `runs`/<recipe name>; returns its report.html.
 
     Stages that are done already, under this recipe or an earlier one, are kept.
     """
@@ -90,14 +80,13 @@ def run_recipe(recipe: Recipe, runs: Path, console: Console) -> RunResult:
                 run_here = partial(_run_stage, plan.work(stage, run), console, device)
                 planned.append(PlannedStage(stage.stage, stage.record(run), run_here, tuple(stage.stages)))
             run_stages(planned, console)
-        return _finished(run)
+        return _write_report(run)
 
 
-def _finished(run: RunFolder) -> RunResult:
+def _write_report(run: RunFolder) -> Path:
     folders = {record.stage: record.folder for record in run.planned()}
     with storage_errors(run.folder):
-        report = build_report(run.folder, folders, run.folder / "report.html")
-    return RunResult(folders, report)
+        return build_report(run.folder, folders, run.folder / "report.html")
 
 
 def _slurm(recipe: Recipe, retries_by_job: int = 0) -> Slurm:
@@ -121,7 +110,7 @@ def _stage_jobs(plan: Plan, run: RunFolder) -> list[StageJob]:
 
 def run_recipe_on_slurm(
     recipe: Recipe, runs: Path, console: Console, *, detach: bool = False
-) -> RunResult | None:
+) -> Path | None:
     """As `run_recipe`, every stage a job of Slurm. With `detach`, submit them all and return None."""
     run = RunFolder(runs / recipe.name)
     sources = _checked_sources(recipe, run)
@@ -134,7 +123,7 @@ def run_recipe_on_slurm(
         return None
     policy = RetryPolicy(recipe.cluster.retries, recipe.cluster.backoff_seconds)
     Reconciler(jobs, slurm, console, policy).run()
-    return _finished(run)
+    return _write_report(run)
 
 
 def print_batch_script(recipe: Recipe, runs: Path, console: Console) -> None:

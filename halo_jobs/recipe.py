@@ -15,13 +15,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from halo_cluster.slurm.settings import SlurmSettings
+from halo_evaluation.selection.scores import Method
 from halo_training.settings import OPERATION, SOURCE, PositiveInt, Section, TrainingSection
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = "embedded:"
 
-SelectionMethod = Literal["halo", "jet_nemotron", "kl", "uniform", "last_half", "all_rnn"]
 BaselineName = Literal["uniform", "last_half", "all_rnn"]
 
 
@@ -39,7 +39,7 @@ class CorpusSection(Section):
 class SelectSection(Section):
     """Which layers stay softmax attention."""
 
-    method: SelectionMethod = "halo"
+    method: Method = "halo"
     attention_layers: list[int] | None = None
     context_length: PositiveInt = 512
     items: PositiveInt = 64

@@ -111,16 +111,11 @@ def _best(run: RunFacts, values: Sequence[float | None], sign: int) -> frozenset
 
 def usage_snippet(model_folder: Path | str) -> str:
     """Python that loads an exported model and continues a prompt."""
-    return "\n".join(
-        (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"folder = {json.dumps(str(model_folder), ensure_ascii=False)}",
-            "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
-            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
-            'inputs = tokenizer("The state of the Union is", return_tensors="pt")',
-            "tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)",
-            "print(tokenizer.decode(tokens[0]))",
-        )
-    )
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = {json.dumps(str(model_folder), ensure_ascii=False)}
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("The state of the Union is", return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(tokens[0]))"""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from halo_cluster.children import process_pool
 from halo_evaluation.recall.episodes import EpisodeGenerator
@@ -93,13 +92,11 @@ def write_recall_store(
     seed: int,
     answer_weight: int = 4,
     workers: int = 1,
-    console: Console | None = None,
 ) -> TokenStore:
     """Write `episodes` documents of `context_length` tokens each as a store at `folder`.
 
     Prose comes from `haystack`, keys from `words.training`. Answer tokens have the loss weight `answer_weight`. At most
-    `workers` processes share the work, and the store is the same for any number of them. `console` (default: stderr)
-    shows a progress bar if it is a terminal.
+    `workers` processes share the work, and the store is the same for any number of them.
     """
     plan = _Plan(
         haystack.folder,
@@ -121,7 +118,7 @@ def write_recall_store(
         "answer_weight": answer_weight,
     }
     with (
-        ProgressBar("recall episodes", episodes, console) as bar,
+        ProgressBar("recall episodes", episodes) as bar,
         TokenStoreWriter(folder, haystack.tokenizer, provenance=provenance, loss_weights=True) as writer,
         closing(_generate(plan, tasks, useful_workers)) as generated,
     ):

@@ -84,16 +84,14 @@ def _run(
             print_batch_script(loaded, runs, console)
         return
     if executor is Executor.SLURM:
-        finished = run_recipe_on_slurm(loaded, runs, console, detach=detach)
-        if finished is None:
-            console.print("Look after them with `halo status`, end them with `halo cancel`.", highlight=False)
-            return
-        result = finished
+        report = run_recipe_on_slurm(loaded, runs, console, detach=detach)
     else:
-        result = run_recipe(loaded, runs, console)
-    run_folder = result.report.parent
-    usage = shlex.join([command_name(), "generate", str(run_folder), "The state of the Union is"])
-    console.print(f"\nReport: {result.report.resolve().as_uri()}", soft_wrap=True, highlight=False)
+        report = run_recipe(loaded, runs, console)
+    if report is None:
+        console.print("Look after them with `halo status`, end them with `halo cancel`.", highlight=False)
+        return
+    usage = shlex.join([command_name(), "generate", str(report.parent), "The state of the Union is"])
+    console.print(f"\nReport: {report.resolve().as_uri()}", soft_wrap=True, highlight=False)
     console.print(f"Use the model:\n  {usage}", soft_wrap=True, highlight=False, markup=False)
 
 

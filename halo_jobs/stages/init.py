@@ -18,8 +18,6 @@ from hypenet_tools.model_weights import read_weights, save_tensors
 def run_init(context: StageContext) -> StageResult:
     recipe = context.conversion
     teacher = read_model_folder(resolve_path(recipe.teacher))
-    if teacher.mixer_types is not None:
-        raise ValueError(f"{teacher.folder} is a HypeNet already; give a Qwen3 model as teacher")
     dtype = DTYPES[recipe.precision]
     outputs = [context.folder / TEACHER_WEIGHTS, context.folder / STUDENT_WEIGHTS]
     origin: dict[str, Any] = {

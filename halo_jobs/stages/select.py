@@ -128,12 +128,9 @@ def _measure(context: StageContext, num_layers: int) -> tuple[LayerSweep, list[T
 
 def run_select(context: StageContext) -> StageResult:
     section = context.conversion.select
-    builder = context.builder()
-    sweep, per_model = _measure(context, builder.shape.num_layers)
+    sweep, per_model = _measure(context, context.builder().shape.num_layers)
     importance = layer_importance(section.method, sweep)
     if section.attention_layers is not None:
-        # ValueError for layers that do not exist.
-        builder.shape.hybrid_mixers(section.attention_layers, context.conversion.student)
         chosen = tuple(sorted(section.attention_layers))
     else:
         chosen = choose_attention_layers(section.method, sweep)
