@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from halo_jobs.stages.context import HELD_OUT_STORE, TRAIN_STORE, StageContext
 from halo_jobs.stages.measure import logits_scaling_base_of
 from halo_jobs.stages.training import HYBRID_WEIGHTS, TEACHER_WEIGHTS
 from halo_reports.model_card import DataSource, model_card
-from halo_reports.run_facts import RunFacts, load_run
+from halo_reports.run_facts import load_run
 from halo_training.models import DTYPES
 from hypenet_megatron.mixers import mixer
 from hypenet_tools.hugging_face.aux_files import licence_of
 from hypenet_tools.hugging_face.config import hypenet_config, qwen3_config
 from hypenet_tools.model_weights import read_weights
-from hypenet_tools.release import write_hf_folder
+from hypenet_tools.release import SHARD_BYTES, write_hf_folder
 
 EXPORT_FOLDER = "hypenet"
 TEACHER_FOLDER = "teacher"
@@ -35,28 +35,20 @@ def _data_sources(context: StageContext) -> list[DataSource]:
     for source in context.recipe.corpus.train:
         facts_file = resolve_path(source) / CORPUS_FACTS
         if facts_file.is_file():
-            sources += packed_sources(read_json(facts_file), tokens)
+            facts = read_json(facts_file)
+            per_character = tokens / facts["characters"]  # divides the tokens among the packages
+            sources += [
+                DataSource(
+                    name,
+                    entry.get("licence", "see source"),
+                    round(entry["train"]["characters"] * per_character),
+                    f"version {entry['version']}" if "version" in entry else "",
+                )
+                for name, entry in facts["sources"].items()
+            ]
         else:
             sources.append(DataSource(source, "see source", tokens))
     return sources
-
-
-def packed_sources(facts: Mapping[str, Any], tokens: int) -> list[DataSource]:
-    """The sources that a corpus.json lists. `tokens` of the corpus are divided among them by characters."""
-    per_character = tokens / facts["characters"]
-    return [
-        DataSource(
-            name,
-            entry.get("licence", "see source"),
-            round(entry["train"]["characters"] * per_character),
-            f"version {entry['version']}" if "version" in entry else "",
-        )
-        for name, entry in facts["sources"].items()
-    ]
-
-
-def _run_facts(context: StageContext) -> RunFacts:
-    return load_run(context.folder, {str(stage): folder for stage, folder in context.folders.items()})
 
 
 def run_export(context: StageContext) -> StageResult:
@@ -67,67 +59,68 @@ def run_export(context: StageContext) -> StageResult:
 def _export_hybrid(context: StageContext) -> StageResult:
     """The main hybrid in the layout of HypeNet releases, with logits scaling and the modelling code."""
     recipe = context.conversion
-    shape = context.builder().shape
     attention_layers = Selection.read(context.before("select")).attention_layers
-    mixers = shape.hybrid_mixers(attention_layers, recipe.student)
     base = logits_scaling_base_of(context.before("calibrate", MAIN_VARIANT))
-    tensors = read_weights(context.before("finetune", MAIN_VARIANT) / HYBRID_WEIGHTS)
-    dtype = DTYPES[recipe.precision]
-    config = hypenet_config(shape, mixers, base, str(dtype).removeprefix("torch."))
-    card = model_card(
-        _run_facts(context),
-        title=f"HypeNet from {Path(recipe.teacher.rpartition(':')[2]).name}",
-        base_model=Path(recipe.teacher.rpartition(":")[2]).name,
-        config=config,
+    teacher = Path(recipe.teacher.rpartition(":")[2]).name
+    return _export(
+        context,
+        EXPORT_FOLDER,
+        context.before("finetune", MAIN_VARIANT) / HYBRID_WEIGHTS,
+        {"logits_scaling_base": base},
+        context.builder().shape.hybrid_mixers(attention_layers, recipe.student),
+        base,
+        recipe.export.max_shard_megabytes * 10**6,
+        title=f"HypeNet from {teacher}",
+        base_model=teacher,
         student=mixer(recipe.student).title,
-        parameters=tensors.elements,
         licence=licence_of(recipe.tokenizer_folder),
-        data=_data_sources(context),
-        command=f"halo run {recipe.name}",
     )
+
+
+def _export_teacher(context: StageContext) -> StageResult:
+    """A teacher trained from scratch, as a plain Qwen3 folder."""
+    return _export(
+        context,
+        TEACHER_FOLDER,
+        context.before("pretrain") / TEACHER_WEIGHTS,
+        {"held_out_tokens": context.store(HELD_OUT_STORE).num_tokens},
+        title=context.recipe.name,
+        licence="other",
+        ngram_perplexity=Evaluation.read(context.before("evaluate", TEACHER)).ngram_perplexity,
+    )
+
+
+def _export(
+    context: StageContext,
+    name: str,
+    weights: Path,
+    summary: Mapping[str, Any],
+    mixers: Sequence[str] | None = None,
+    base: float | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    **card: Any,
+) -> StageResult:
+    """Write `weights` to the folder `name`. `card` has the arguments of `model_card` that depend on the model."""
+    recipe, shape = context.recipe, context.builder().shape
+    tensors, dtype = read_weights(weights), DTYPES[recipe.precision]
+    dtype_name = str(dtype).removeprefix("torch.")
+    folders = {str(stage): folder for stage, folder in context.folders.items()}
     write_hf_folder(
-        context.folder / EXPORT_FOLDER,
+        context.folder / name,
         tensors,
         shape,
         mixers,
         logits_scaling_base=base,
         tokenizer_folder=recipe.tokenizer_folder,
         dtype=dtype,
-        model_card=card,
-        max_shard_bytes=recipe.export.max_shard_megabytes * 10**6,
+        model_card=model_card(
+            load_run(context.folder, folders),
+            config=hypenet_config(shape, mixers, base, dtype_name) if mixers else qwen3_config(shape, dtype_name),
+            parameters=tensors.elements,
+            data=_data_sources(context),
+            command=f"halo run {recipe.name}",
+            **card,
+        ),
+        max_shard_bytes=max_shard_bytes,
     )
-    return StageResult(
-        [context.folder / EXPORT_FOLDER], {"folder": EXPORT_FOLDER, "logits_scaling_base": base}
-    )
-
-
-def _export_teacher(context: StageContext) -> StageResult:
-    """A teacher trained from scratch, as a plain Qwen3 folder."""
-    recipe = context.pretraining
-    shape = context.builder().shape
-    tensors = read_weights(context.before("pretrain") / TEACHER_WEIGHTS)
-    dtype = DTYPES[recipe.precision]
-    evaluation = Evaluation.read(context.before("evaluate", TEACHER))
-    card = model_card(
-        _run_facts(context),
-        title=recipe.name,
-        config=qwen3_config(shape, str(dtype).removeprefix("torch.")),
-        parameters=tensors.elements,
-        licence="other",
-        data=_data_sources(context),
-        command=f"halo run {recipe.name}",
-        ngram_perplexity=evaluation.ngram_perplexity,
-    )
-    write_hf_folder(
-        context.folder / TEACHER_FOLDER,
-        tensors,
-        shape,
-        None,
-        tokenizer_folder=recipe.tokenizer_folder,
-        dtype=dtype,
-        model_card=card,
-    )
-    held_out = context.store(HELD_OUT_STORE).num_tokens
-    return StageResult(
-        [context.folder / TEACHER_FOLDER], {"folder": TEACHER_FOLDER, "held_out_tokens": held_out}
-    )
+    return StageResult([context.folder / name], {"folder": name, **summary})
