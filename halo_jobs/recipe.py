@@ -103,7 +103,7 @@ class LayoutSection(Section):
     recompute: Literal["attention", "layers"] | None = None
 
 
-class ClusterSection(Section, SlurmSettings):
+class ClusterSection(Section, SlurmSettings):  # type: ignore[misc]  # frozen by its configuration, not as a dataclass
     """What jobs request from Slurm (`--executor slurm`), and how failed jobs are retried."""
 
     sbatch: dict[str, str | int | bool] = {}
