@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -82,36 +81,32 @@ class ModelBuilder:
     student: str | None = None
     """The mixer of aligned models and hybrids; None where only teachers are built."""
 
-    def _config(self, mixers: tuple[str, ...], **options: Any) -> DecoderConfig:
-        return DecoderConfig.from_shape(
+    def _build(self, mixers: Sequence[str], *, beside: str | None = None, base: float | None = None) -> LocalModel:
+        """Random weights. `beside` is the mixer beside each attention, `base` that of logits scaling."""
+        config = DecoderConfig.from_shape(
             self.shape,
             mixers,
             dtype=self.dtype,
+            logits_scaling_base=base,
             transformer_impl=self.transformer_impl,
-            **options,
             **self.layout.megatron_options(),
         )
-
-    def _build(self, config: DecoderConfig, *, student: str | None = None) -> LocalModel:
-        return build_model(config, student=student).to(self.device)
-
-    def _teacher_config(self) -> DecoderConfig:
-        return self._config(self.shape.teacher_mixers())
+        return build_model(config, student=beside).to(self.device)
 
     def fresh_teacher(self, seed: int) -> LocalModel:
         """A randomly initialised Qwen3-architecture model (pretraining), the same in every layout."""
-        model = self._build(self._teacher_config())
+        model = self._build(self.shape.teacher_mixers())
         _initialise(model, seed)
         return model
 
     def teacher(self, weights: Path) -> LocalModel:
-        model = self._build(self._teacher_config())
+        model = self._build(self.shape.teacher_mixers())
         load_weights(weights, model)
         return model
 
     def aligned(self, teacher_weights: Path, student_weights: Path) -> LocalModel:
         """Teacher with a student mixer in every layer, from the two weights folders."""
-        model = self._build(self._teacher_config(), student=self.student)
+        model = self._build(self.shape.teacher_mixers(), beside=self.student)
         load_weights(teacher_weights, model, rename=_teacher_key)
         load_weights(student_weights, model, rename=_student_key)
         return model
@@ -123,8 +118,7 @@ class ModelBuilder:
     def hybrid(
         self, weights: Path, attention_layers: Collection[int], logits_scaling_base: float | None = None
     ) -> LocalModel:
-        mixers = self._mixers(attention_layers)
-        model = self._build(self._config(mixers, logits_scaling_base=logits_scaling_base))
+        model = self._build(self._mixers(attention_layers), base=logits_scaling_base)
         load_weights(weights, model)
         return model
 
@@ -133,7 +127,7 @@ class ModelBuilder:
     ) -> LocalModel:
         """The hybrid that distillation starts from: teacher, aligned students, fresh gates in attention layers."""
         mixers = self._mixers(attention_layers)
-        model = self._build(self._config(mixers))
+        model = self._build(mixers)
         teacher, students = read_weights(teacher_weights), read_weights(student_weights)
         load_weights(hybrid_of(teacher, students, self.shape, mixers, seed), model)
         return model

@@ -1,8 +1,8 @@
 """Training objectives: cross entropy of the next token, KL to a teacher, or alignment of mixers.
 
-Each objective runs Megatron's pipeline schedule over the micro-batches of a step, accumulates gradients in the model's
-gradient buffers, and returns the mean loss of the step. Sums over tokens are divided by the loss weight of the global
-batch, so the result does not depend on how the batch is split.
+`accumulate` of each objective runs Megatron's pipeline schedule over the micro-batches of a step, accumulates gradients
+in the buffers of the model's chunks, and returns the mean loss of the step, an fp32 scalar. Sums over tokens are
+divided by the loss weight of the global batch, so the result does not depend on how the batch is split.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,18 +29,6 @@ from hypenet_megatron.alignment import Route
 from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import DecoderModel, LocalModel, model_chunks
 from hypenet_megatron.runtime import ONE_PROCESS, ParallelLayout
-
-
-class Objective(Protocol):
-    """A trainable model together with its loss."""
-
-    model: LocalModel
-    chunks: list[DistributedDataParallel]
-    """The model chunks on this rank, each wrapped with its gradient buffers."""
-
-    def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
-        """Accumulate the gradients of one global batch. Returns the mean loss, an fp32 scalar."""
-        ...
 
 
 def wrap_for_gradients(
@@ -107,30 +95,6 @@ def _sum_over_data(value: Tensor) -> Tensor:
     return value
 
 
-def _total_loss_weight(batches: Sequence[TokenBatch]) -> Tensor:
-    """Loss weight of the global batch."""
-    return _sum_over_data(torch.stack([batch.loss_weights.sum() for batch in batches]).sum())
-
-
-class _LossMeter:
-    """Sums the loss of a step on the last pipeline stage, and shares it with all ranks."""
-
-    def __init__(self, device: torch.device):
-        self.value = torch.zeros((), device=device)
-
-    def add(self, loss: Tensor) -> None:
-        self.value += loss.detach()
-
-    def broadcast(self) -> Tensor:
-        """The sum over the step, on every rank."""
-        dist.broadcast(
-            _sum_over_data(self.value),
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-        return self.value
-
-
 def _by_token(x: Tensor) -> Tensor:
     """From [b, s] to [s * b], the token order of Megatron's hidden states."""
     return x.t().reshape(-1)
@@ -151,8 +115,8 @@ class _HiddenStateObjective:
         raise NotImplementedError
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
-        total_weight = _total_loss_weight(batches)
-        meter = _LossMeter(total_weight.device)
+        total_weight = _sum_over_data(torch.stack([batch.loss_weights.sum() for batch in batches]).sum())
+        total_loss = torch.zeros((), device=total_weight.device)
         # Megatron divides the loss by the number of micro-batches and averages gradients over data ranks; the scale
         # undoes both. It also averages over context ranks, which its schedule undoes.
         scale = len(batches) * parallel_state.get_data_parallel_world_size()
@@ -160,7 +124,7 @@ class _HiddenStateObjective:
         def loss_of(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
             rows = self.head.head_input(hidden).flatten(0, 1)
             loss = self._token_loss(rows, batch, _by_token(batch.loss_weights) / total_weight)
-            meter.add(loss)
+            total_loss.add_(loss.detach())
             return loss * scale, {}
 
         def forward_step(
@@ -170,7 +134,13 @@ class _HiddenStateObjective:
             return model(batch.input_ids), partial(loss_of, batch)
 
         _run_schedule(forward_step, self.chunks, batches, forward_only=False)
-        return meter.broadcast()
+        # Only the last pipeline stage has a loss.
+        dist.broadcast(
+            _sum_over_data(total_loss),
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return total_loss
 
 
 class NextTokenObjective(_HiddenStateObjective):
@@ -242,7 +212,7 @@ class AlignmentObjective:
         self.chunks = wrap_for_gradients(model, distributed_optimizer=layout.distributed_optimizer)
 
     def accumulate(self, batches: Sequence[TokenBatch]) -> Tensor:
-        meter = _LossMeter(batches[0].input_ids.device)
+        total = torch.zeros((), device=batches[0].input_ids.device)
         tensor_group = parallel_state.get_tensor_model_parallel_group()
         # The loss of a mixer is a mean over its tokens. With sequence parallelism these are the tokens of one tensor
         # rank, and the gradients of the tensor ranks add up.
@@ -258,7 +228,7 @@ class AlignmentObjective:
             losses = [mixer.loss for mixer in part.aligned_mixers()]
             loss = torch.stack([x for x in losses if x is not None]).sum() / parts
             loss.backward()
-            meter.add(loss)
+            total.add_(loss.detach())
             return hidden, lambda hidden, non_loss_data=False: (hidden.sum() * 0, {})
 
         with ExitStack() as without_reduction:
@@ -267,8 +237,12 @@ class AlignmentObjective:
             _run_schedule(forward_step, self.chunks, batches, forward_only=True)
         finalize_model_grads(self.chunks)
         data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        total = _sum_over_data(meter.value / data_group.size())
+        total = _sum_over_data(total / data_group.size())
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         if shares > 1:
             dist.all_reduce(total, group=tensor_group)
         return total
+
+
+Objective = NextTokenObjective | DistillationObjective | AlignmentObjective
+"""A trainable model (`model`, and its `chunks` with gradient buffers) together with its loss."""

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,22 +24,6 @@ WARM_UP_SECONDS = 1.0
 
 _log = logging.getLogger("halo_training.progress")
 _log.setLevel(logging.INFO)  # for the log of the attempt; a terminal shows the bar
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One line of metrics.jsonl. `step` counts finished steps. Memory is the peak of rank 0 so far, in bytes."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    tokens_per_second: float
-    elapsed_seconds: float
-    consumed_samples: int
-    consumed_tokens: int
-    host_memory_bytes: int
-    gpu_memory_bytes: int | None  # None without CUDA
 
 
 def peak_memory() -> tuple[int, int | None]:
@@ -77,12 +60,13 @@ class MetricsLog:
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, metrics: dict[str, float | None]) -> None:
+        """Add a line. `step` counts finished steps."""
         if not self._writes:
             return
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.write(json.dumps(metrics) + "\n")
         for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
-            self._events.add_scalar(name, getattr(metrics, name), metrics.step)
+            self._events.add_scalar(name, metrics[name], metrics["step"])
 
     def close(self) -> None:
         if self._writes:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
 from rich.console import Console
 from rich.text import Text
 
@@ -24,7 +23,7 @@ from halo_training.checkpointing.layout import current_layout
 from halo_training.guard import DivergenceGuard, TrainingDiverged
 from halo_training.objectives import Objective, gather_weights
 from halo_training.optimizer import build_optimizer, set_learning_rate
-from halo_training.progress import MetricsLog, ProgressReporter, StepMetrics, peak_memory
+from halo_training.progress import MetricsLog, ProgressReporter, peak_memory
 from halo_training.schedule import learning_rate
 from halo_training.settings import TrainingSection
 from halo_training.supervision import PeerLost, StopRequests, Watchdog, is_lost_peer
@@ -82,28 +81,21 @@ class Trainer:
         if the checkpoint belongs to another training.
         """
         # A scheduler that ends the rest when one rank is gone must not keep us from saying that it is.
-        with self.stop.accepted(), self._watched() as watchdog:
-            optimizer = build_optimizer(self.objective.chunks, self.section)
-            first_step = self._resume(optimizer)
+        with self.stop.accepted(), self._watched() as self.watchdog:
+            self.optimizer = build_optimizer(self.objective.chunks, self.section)
+            first_step = self._resume()
             log = MetricsLog(self.folder, resume_step=first_step, writes=self._is_first)
-            return self._run_from(first_step, optimizer, log, watchdog)
-
-    def _run_from(
-        self, first_step: int, optimizer: MegatronOptimizer, log: MetricsLog, watchdog: Watchdog
-    ) -> dict[str, Any]:
-        reporter = ProgressReporter(self.title, self.section.steps, self.console)
-        self.model.train()
-        try:
-            with reporter.live():
-                return self._loop(optimizer, first_step, log, reporter, watchdog)
-        except TrainingDiverged as problem:
-            self.saver.finish()
-            if self._is_first:
-                self._save_bad_batch(problem)
-            raise
-        finally:
-            log.close()
-            self.saver.wait_for_removal()  # the next trainer may start by cleaning up the same folder
+            self.model.train()
+            try:
+                return self._loop(first_step, log)
+            except TrainingDiverged as problem:
+                self.saver.finish()
+                if self._is_first:
+                    self._save_bad_batch(problem)
+                raise
+            finally:
+                log.close()
+                self.saver.wait_for_removal()  # the next trainer may start by cleaning up the same folder
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:
@@ -124,7 +116,7 @@ class Trainer:
                     "if memory ran out; the same command resumes from the last checkpoint"
                 ) from error
 
-    def _resume(self, optimizer: MegatronOptimizer) -> int:
+    def _resume(self) -> int:
         step, damage = self.checkpoints.newest_valid()
         for sentence in damage:
             warning = Text(f"{self.title}: skipping a damaged checkpoint: {sentence}", "yellow")
@@ -132,7 +124,7 @@ class Trainer:
         self.checkpoints.set_damaged_aside(step)
         if step is None:
             return 0
-        restored = self.checkpoints.load(step, self.model, optimizer, self.keep_keys)
+        restored = self.checkpoints.load(step, self.model, self.optimizer, self.keep_keys)
         self.saver.published = step
         self._check_same_training(step, restored)
         self.guard.recent = deque(restored["recent_losses"])
@@ -166,39 +158,35 @@ class Trainer:
     def _recipe_hash(self) -> str:
         return self.attempt.record.input_hash if self.attempt else ""
 
-    def _loop(
-        self,
-        optimizer: MegatronOptimizer,
-        first_step: int,
-        log: MetricsLog,
-        reporter: ProgressReporter,
-        watchdog: Watchdog,
-    ) -> dict[str, Any]:
+    def _loop(self, first_step: int, log: MetricsLog) -> dict[str, Any]:
         started = time.monotonic()
-        watchdog.progress(first_step)
+        self.watchdog.progress(first_step)
         loss = self.guard.recent[-1] if self.guard.recent else float("nan")
-        for step in range(first_step, self.section.steps):
-            loss, gradient_norm = self._step(optimizer, step)
-            elapsed = time.monotonic() - started
-            done = step + 1
-            host_memory, gpu_memory = peak_memory()
-            metrics = StepMetrics(
-                step=done,
-                loss=loss,
-                learning_rate=learning_rate(self.section, step),
-                gradient_norm=gradient_norm,
-                tokens_per_second=(done - first_step) * self.section.tokens_per_step / elapsed,
-                elapsed_seconds=log.elapsed_before + elapsed,
-                consumed_samples=done * self.section.global_batch,
-                consumed_tokens=done * self.section.tokens_per_step,
-                host_memory_bytes=host_memory,
-                gpu_memory_bytes=gpu_memory,
-            )
-            log.write(metrics)
-            reporter.update(done, f"loss {loss:.4g}  {metrics.tokens_per_second:,.0f} tokens/s")
-            watchdog.progress(done)
-            self._between_steps(done, optimizer, watchdog)
-        self.saver.finish(watchdog.progress)
+        with ProgressReporter(self.title, self.section.steps, self.console).live() as reporter:
+            for step in range(first_step, self.section.steps):
+                loss, gradient_norm = self._step(step)
+                elapsed = time.monotonic() - started
+                done = step + 1
+                speed = (done - first_step) * self.section.tokens_per_step / elapsed
+                host_memory, gpu_memory = peak_memory()
+                log.write(
+                    {
+                        "step": done,
+                        "loss": loss,
+                        "learning_rate": learning_rate(self.section, step),
+                        "gradient_norm": gradient_norm,
+                        "tokens_per_second": speed,
+                        "elapsed_seconds": log.elapsed_before + elapsed,
+                        "consumed_samples": done * self.section.global_batch,
+                        "consumed_tokens": done * self.section.tokens_per_step,
+                        "host_memory_bytes": host_memory,
+                        "gpu_memory_bytes": gpu_memory,
+                    }
+                )
+                reporter.update(done, f"loss {loss:.4g}  {speed:,.0f} tokens/s")
+                self.watchdog.progress(done)
+                self._between_steps(done)
+            self.saver.finish(self.watchdog.progress)
         gather_weights(self.objective.chunks)
         return {
             "steps": self.section.steps,
@@ -207,34 +195,34 @@ class Trainer:
             "train_seconds": log.elapsed_before + time.monotonic() - started,
         }
 
-    def _step(self, optimizer: MegatronOptimizer, step: int) -> tuple[float, float]:
+    def _step(self, step: int) -> tuple[float, float]:
         """One optimizer step; returns (loss, gradient norm before clipping)."""
         batches = self.cursor.batches(step)
         samples = tuple(self.cursor.global_samples(step))
-        set_learning_rate(optimizer, learning_rate(self.section, step))
+        set_learning_rate(self.optimizer, learning_rate(self.section, step))
         for chunk in self.objective.chunks:
             chunk.zero_grad_buffer()
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss = float(self.objective.accumulate(batches))
         self.guard.check_loss(loss, step=step, samples=samples)
         self.saver.before_update()
-        _, gradient_norm, _ = optimizer.step()
+        _, gradient_norm, _ = self.optimizer.step()
         self.guard.check_gradient(float(gradient_norm), step=step, samples=samples)
         return loss, float(gradient_norm)
 
-    def _between_steps(self, done: int, optimizer: MegatronOptimizer, watchdog: Watchdog) -> None:
+    def _between_steps(self, done: int) -> None:
         """After a step all ranks agree: publish a finished save, begin a new one, or stop."""
         stop, busy = highest([self.stop.code(), self.saver.busy])
         if self.saver.in_flight and not busy:
             self.saver.publish_written()
         if self._save_is_due(done) or stop:
-            self._wait_for_save(watchdog)
+            self._wait_for_save()
             gather_weights(self.objective.chunks)
-            self.saver.begin(done, self.model, optimizer, self._training_state(done))
+            self.saver.begin(done, self.model, self.optimizer, self._training_state(done))
         if done - self.saver.published >= self.section.checkpoint_every:
-            self._wait_for_save(watchdog)  # a kill in the next step would lose more than checkpoint_every
+            self._wait_for_save()  # a kill in the next step would lose more than checkpoint_every
         if stop:
-            self.saver.finish(watchdog.progress)
+            self.saver.finish(self.watchdog.progress)
             if self._is_first:
                 self.stop.remove_file()
             raise StopRequested(
@@ -249,9 +237,9 @@ class Trainer:
         interval, kept = -(-self.section.checkpoint_every // 2), self.section.keep_checkpoint_every
         return done < self.section.steps and (done % interval == 0 or bool(kept and done % kept == 0))
 
-    def _wait_for_save(self, watchdog: Watchdog) -> None:
+    def _wait_for_save(self) -> None:
         started = time.monotonic()
-        self.saver.finish(watchdog.progress)
+        self.saver.finish(self.watchdog.progress)
         waited = time.monotonic() - started
         if waited > _REPORTED_WAIT_SECONDS:
             self.console.print(
@@ -275,15 +263,9 @@ class Trainer:
         }
 
     def _save_bad_batch(self, problem: TrainingDiverged) -> None:
-        windows = [self.cursor.sampler.window(sample) for sample in problem.samples]
-        write_json(
-            self.folder / "bad_batch.json",
-            {
-                "step": problem.step + 1,
-                "problem": str(problem),
-                "windows": [
-                    {"sample": sample, "source": window.source, "position": window.position}
-                    for sample, window in zip(problem.samples, windows, strict=True)
-                ],
-            },
-        )
+        windows = []
+        for sample in problem.samples:
+            window = self.cursor.sampler.window(sample)
+            windows.append({"sample": sample, "source": window.source, "position": window.position})
+        content = {"step": problem.step + 1, "problem": str(problem), "windows": windows}
+        write_json(self.folder / "bad_batch.json", content)

@@ -28,7 +28,6 @@ from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.mixers import mixer
 from hypenet_megatron.mixers.softmax_layer import SoftmaxAttentionCore, scale_queries
 from hypenet_megatron.norms import RMSNorm
-from hypenet_megatron.presets import TEACHER
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,10 @@ class Backend:
     softmax_core: Any
 
 
-LOCAL_BACKEND = Backend(RMSNorm, ColumnParallelLinear, RowParallelLinear, SoftmaxAttentionCore)
-
-
 def backend_for(config: DecoderConfig) -> Backend:
     """Modules for `config.transformer_impl`: "local" or "transformer_engine" (which must be installed)."""
     if config.transformer_impl == "local":
-        return LOCAL_BACKEND
+        return Backend(RMSNorm, ColumnParallelLinear, RowParallelLinear, SoftmaxAttentionCore)
     # Megatron's TE module can be imported without TE; its mocks fail when a layer is built.
     from megatron.core.extensions import transformer_engine as te
 
@@ -85,15 +81,6 @@ def self_attention_spec(backend: Backend, module: type, core: Any) -> ModuleSpec
     )
 
 
-def aligned_spec(student: str, backend: Backend) -> ModuleSpec:
-    """The teacher's attention and the mixer `student` side by side (HALO stage 1)."""
-    return ModuleSpec(
-        module=AlignedSelfAttention,
-        params={"student": student},
-        submodules={"teacher": mixer(TEACHER).layer(backend), "student": mixer(student).layer(backend)},
-    )
-
-
 def _layer_spec(self_attention: ModuleSpec, backend: Backend) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
@@ -123,10 +110,16 @@ def block_spec(
         first = get_transformer_layer_offset(config, vp_stage, pp_rank)
         layers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     backend = backend_for(config)
-    mixers = [
-        aligned_spec(student, backend) if student else mixer(config.mixer_types[layer]).layer(backend)
-        for layer in layers
-    ]
+    mixers = [mixer(config.mixer_types[layer]).layer(backend) for layer in layers]
+    if student is not None:  # HALO stage 1: the student's mixer beside the teacher's
+        mixers = [
+            ModuleSpec(
+                module=AlignedSelfAttention,
+                params={"student": student},
+                submodules={"teacher": teacher, "student": mixer(student).layer(backend)},
+            )
+            for teacher in mixers
+        ]
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(mixer, backend) for mixer in mixers], layer_norm=backend.norm
+        layer_specs=[_layer_spec(attention, backend) for attention in mixers], layer_norm=backend.norm
     )

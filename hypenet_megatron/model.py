@@ -126,9 +126,7 @@ class DecoderModel(LanguageModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state.pop(
-            f"{prefix}output_layer._extra_state", None
-        )  # empty; kept out so that keys equal the local path's
+        state.pop(f"{prefix}output_layer._extra_state", None)  # empty, and the local path has none
         return state
 
 
@@ -138,15 +136,12 @@ class ModelChunks(torch.nn.ModuleList):
     Names of parameters begin with the chunk's number; the keys of checkpoints do not.
     """
 
-    def chunks(self) -> list[DecoderModel]:
-        return cast("list[DecoderModel]", list(self))
-
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         return {
             f"{prefix}{number}.{name}": entry
-            for number, chunk in enumerate(self.chunks())
+            for number, chunk in enumerate(model_chunks(self))
             for name, entry in chunk.sharded_state_dict("", sharded_offsets, metadata).items()
         }
 
@@ -165,8 +160,4 @@ def build_model(config: DecoderConfig, *, student: str | None = None) -> LocalMo
 
 def model_chunks(model: LocalModel) -> list[DecoderModel]:
     """The one or several parts that `model` consists of on this rank."""
-    return [model] if isinstance(model, DecoderModel) else model.chunks()
-
-
-def count_parameters(model: torch.nn.Module, *, trainable_only: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+    return [model] if isinstance(model, DecoderModel) else cast("list[DecoderModel]", list(model))

@@ -52,10 +52,6 @@ class ModelShape:
                 f"{self.expert_ffn_size} make no mixture; correct the experts"
             )
 
-    @property
-    def queries_per_group(self) -> int:
-        return self.query_heads // self.kv_groups
-
     def teacher_mixers(self) -> tuple[str, ...]:
         """Names of the teacher's mixers, one per layer."""
         return (TEACHER,) * self.num_layers

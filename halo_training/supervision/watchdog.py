@@ -62,9 +62,9 @@ class Watchdog:
         self._step = self._step if step is None else step
         self._idle = 0.0
 
-    def lost_peers(self, seconds: float = _ERROR_PROPAGATION_SECONDS) -> str:
-        """Names of the ranks that are gone; waits up to `seconds` for one to be known, then returns ""."""
-        end = time.monotonic() + seconds
+    def lost_peers(self) -> str:
+        """Names of the ranks that are gone. Waits a few seconds for one to be known, then returns ""."""
+        end = time.monotonic() + _ERROR_PROPAGATION_SECONDS
         while self._board is not None and time.monotonic() < end:
             if lost := self._board.lost():
                 return ", ".join(map(str, lost))

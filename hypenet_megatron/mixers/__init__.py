@@ -9,17 +9,9 @@ from hypenet_megatron.mixers.lightning import LIGHTNING
 from hypenet_megatron.mixers.softmax_attention import HYBRID_ATTENTION, QWEN3_ATTENTION
 from hypenet_megatron.mixers.spec import MixerSpec
 
-MIXERS: dict[str, MixerSpec] = {}
+MIXERS: dict[str, MixerSpec] = {spec.name: spec for spec in (QWEN3_ATTENTION, HYBRID_ATTENTION, LIGHTNING)}
 DEFAULT_STUDENT = LIGHTNING.name
 """The student of the published conversions."""
-
-
-def register(spec: MixerSpec) -> None:
-    MIXERS[spec.name] = spec
-
-
-for _spec in (QWEN3_ATTENTION, HYBRID_ATTENTION, LIGHTNING):
-    register(_spec)
 
 
 def mixer(name: str) -> MixerSpec:
@@ -35,7 +27,7 @@ def mixer(name: str) -> MixerSpec:
             raise ValueError(f"mixer {name} cannot be imported ({error}); put its folder on PYTHONPATH") from None
         if not isinstance(spec, MixerSpec) or spec.name != name:
             raise ValueError(f"{name} is not a MixerSpec with the name {name!r}; correct one of the two")
-        register(spec)
+        MIXERS[name] = spec
     if name not in MIXERS:
         near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
         fix = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(MIXERS)}, or give module:VARIABLE"
@@ -52,4 +44,4 @@ def student_mixer(name: str) -> MixerSpec:
     return spec
 
 
-__all__ = ["DEFAULT_STUDENT", "MIXERS", "MixerSpec", "mixer", "register", "student_mixer"]
+__all__ = ["DEFAULT_STUDENT", "MIXERS", "MixerSpec", "mixer", "student_mixer"]

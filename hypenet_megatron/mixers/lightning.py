@@ -7,7 +7,6 @@ The Megatron module is in `lightning_layer.py`, the arithmetic of training in `h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hypenet_kernels.lightning import decay_slopes
+from hypenet_kernels.warm_up import lightning_calls
 from hypenet_megatron.mixers.modeling import HypeNetMixer, HypeNetRMSNorm, rotate
 from hypenet_megatron.mixers.spec import (
     ONES,
@@ -70,7 +70,7 @@ def lightning_attention(
 
 
 class HypeNetLightningAttention(HypeNetMixer):
-    """Linear attention with a fixed decay per head, RoPE, and one output norm over all heads."""
+    """Projections, RoPE, `lightning_attention`, output norm over all heads, and the output gate."""
 
     block = 256
 
@@ -99,14 +99,6 @@ def _layer(backend: Backend) -> ModuleSpec:
     from hypenet_megatron.mixers.lightning_layer import LightningCore, LightningSelfAttention
 
     return self_attention_spec(backend, LightningSelfAttention, LightningCore)
-
-
-def _warm_up(
-    heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Callable[[], None]]]:
-    from hypenet_kernels.warm_up import lightning_calls
-
-    return lightning_calls(heads, head_dim, dtype, device)
 
 
 _OUTPUT_NORM = HuggingFaceTensor("self_attn.o_norm.weight", "queries", ONES)
@@ -138,5 +130,5 @@ LIGHTNING = MixerSpec(
     },
     hf_optional={"lightning_use_short_conv": False, "lightning_rope_scaling": None},
     modeling=(decay_slopes, slopes_on, lightning_attention, HypeNetLightningAttention),
-    warm_up=_warm_up,
+    warm_up=lightning_calls,
 )

@@ -25,7 +25,6 @@ from torch import Tensor
 from hypenet_kernels import (
     decay_slopes,
     gated_norm,
-    gated_norm_with_sum,
     heads_sum_of_squares,
     lightning_attention,
     norm_rope,
@@ -86,7 +85,7 @@ class LightningCore(MegatronModule):
         # Tensor parallelism splits the heads, so the sum of squares is summed over ranks, forward and backward.
         squares = reduce_from_tensor_model_parallel_region(heads_sum_of_squares(o), self.tp_group)
         squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
-        return gated_norm_with_sum(o, gate, weight, squares, weight.numel() * self.tp_group.size(), epsilon)
+        return gated_norm(o, gate, weight, epsilon, squares, weight.numel() * self.tp_group.size())
 
 
 class LightningSelfAttention(SelfAttention):

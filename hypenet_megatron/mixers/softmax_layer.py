@@ -19,17 +19,13 @@ from hypenet_megatron.context_parallel import (
 )
 
 
-def logits_scale(length: int, base: float, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """s_t = log(t + a) / log(a) for t = 0 .. length - 1, [length]."""
-    position = torch.arange(length, device=device, dtype=torch.float32)
-    return (torch.log(position + base) / math.log(base)).to(dtype)
-
-
 def scale_queries(query: Tensor, config: DecoderConfig, *, training: bool) -> Tensor:
-    """q_t <- s_t q_t for query [s, b, heads, dh] at inference; unchanged in training or without a base."""
-    if training or config.logits_scaling_base is None:
+    """q_t log(t + a) / log(a) for query [s, b, heads, dh] at inference; unchanged in training or without a base."""
+    base = config.logits_scaling_base
+    if training or base is None:
         return query
-    scale = logits_scale(query.shape[0], config.logits_scaling_base, device=query.device, dtype=query.dtype)
+    position = torch.arange(query.shape[0], device=query.device, dtype=torch.float32)
+    scale = (torch.log(position + base) / math.log(base)).to(query.dtype)
     return query * scale[:, None, None, None]
 
 

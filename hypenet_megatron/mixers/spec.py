@@ -128,53 +128,26 @@ def self_attention_tensors(
 
 @dataclass(frozen=True, kw_only=True)
 class MixerSpec:
-    """One kind of mixer. docs/add-a-mixer.md explains the fields by an example."""
+    """One kind of mixer. docs/add-a-mixer.md explains every field, with an example.
+
+    `layer` and `warm_up` are called when a model is built or its kernels are compiled, so they may import Megatron.
+    Shapes are written in the symbols of `symbol_sizes`.
+    """
 
     name: str
-    """In recipes, weights folders and code. A mixer outside this package is named `module:VARIABLE`."""
-
     title: str
-    """In model cards."""
-
     layer: Callable[[Backend], ModuleSpec]
-    """The `self_attention` of Megatron's TransformerLayer: (hidden states [s, b, d], ..., rotary_pos_emb) to (output
-    [s, b, d], bias or None). Called when a model is built, so it may import Megatron."""
-
     tensors: tuple[MegatronTensor, ...]
-    """Of one layer, named below `decoder.layers.N.` and `model.layers.N.`."""
-
     rope: bool
-    """Whether Megatron's SelfAttention rotates queries and keys."""
-
     gated: bool
-    """Whether the fused projection holds an output gate."""
-
     state: str | None = None
-    """Recurrent state per sequence and layer in the symbols of `symbol_sizes`, fp32. None where keys and values of all
-    tokens are kept."""
-
     context_parallel: Literal["heads", "state"] | None = None
-    """What ranks exchange that share a sequence: heads, so that each sees the whole sequence, or the state before
-    their slice. None refuses such layouts."""
-
     hf_names: tuple[str, ...] = ()
-    """In `mixer_types` of config.json: the first is written, all are read."""
-
     hf_settings: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of config.json and the only value that this implementation supports."""
-
     hf_sizes: Mapping[str, str] = field(default_factory=dict)
-    """Keys of config.json that repeat another key."""
-
     hf_optional: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that config.json may lack, and the only value that is supported."""
-
     modeling: tuple[Any, ...] = ()
-    """Functions and classes whose source the export copies, the `HypeNetMixer` last. They may use torch, nn, F, Tensor,
-    math, lru_cache and what `mixers/modeling.py` defines."""
-
     warm_up: Callable[[int, int, torch.dtype, torch.device], Iterator[tuple[str, Callable[[], None]]]] | None = None
-    """(heads of a rank, head_dim, dtype, device) to (what, call) pairs that compile the kernels of this mixer."""
 
     @property
     def clones_heads(self) -> bool:

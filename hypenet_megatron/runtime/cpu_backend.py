@@ -51,56 +51,51 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Stream:
-    """A stream on which everything has already happened."""
+class _Finished:
+    """A stream or an event on which everything has already happened."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
     def wait_stream(self, *_: Any) -> None: ...
     def wait_event(self, *_: Any) -> None: ...
     def synchronize(self) -> None: ...
 
-    def record_event(self, *_: Any) -> _Event:
-        return _Event()
+    def record_event(self, *_: Any) -> _Finished:
+        return self
 
     def query(self) -> bool:
         return True
 
 
-class _Event:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def record(self, *_: Any) -> None: ...
-    def wait(self, *_: Any) -> None: ...
-    def synchronize(self) -> None: ...
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
 
-    def query(self) -> bool:
-        return True
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _set_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(int(seed))
 
 
 def _replace_cuda_functions() -> None:
-    def set_seed(seed: int) -> None:
-        torch.default_generator.manual_seed(int(seed))
-
-    def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
-        torch.set_rng_state(state)
-
     stand_ins: dict[str, Any] = {
         "current_device": lambda: _CPU,
         "set_device": lambda *_: None,
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,
-        "current_stream": lambda *_: _Stream(),
-        "default_stream": lambda *_: _Stream(),
+        "current_stream": _Finished,
+        "default_stream": _Finished,
         "stream": lambda _: contextlib.nullcontext(),
-        "Stream": _Stream,
-        "Event": _Event,
-        "manual_seed": set_seed,
-        "manual_seed_all": set_seed,
-        "get_rng_state": get_rng_state,
-        "set_rng_state": set_rng_state,
+        "Stream": _Finished,
+        "Event": _Finished,
+        "manual_seed": _set_seed,
+        "manual_seed_all": _set_seed,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
@@ -113,8 +108,8 @@ def _replace_cuda_functions() -> None:
 def _point_rng_tracker_at_cpu() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
 
     @contextlib.contextmanager
     def fork(self: Any, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:

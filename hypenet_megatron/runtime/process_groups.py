@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -59,13 +59,6 @@ def reset_seeds(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _leave_groups(groups: Sequence[dist.ProcessGroup | None]) -> None:
-    """End groups, whose threads Megatron would leave running; None stands for the whole world."""
-    for group in groups:
-        if group is not None:
-            dist.destroy_process_group(group)
-
-
 @contextmanager
 def model_parallel(
     layout: ParallelLayout = ONE_PROCESS, *, seed: int = 0, rendezvous_timeout: float = RENDEZVOUS_SECONDS
@@ -87,11 +80,11 @@ def model_parallel(
                 context_parallel_size=layout.context,
             )
             reset_seeds(seed)
-            yield (
-                torch.device("cuda", torch.cuda.current_device())
-                if torch.cuda.is_available()
-                else torch.device("cpu")
-            )
+            has_cuda = torch.cuda.is_available()
+            yield torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
         finally:
-            _leave_groups(parallel_state._global_process_group_list or [])
+            # Megatron would leave the threads of its groups running. None stands for the whole world.
+            for group in parallel_state._global_process_group_list or []:
+                if group is not None:
+                    dist.destroy_process_group(group)
             parallel_state.destroy_model_parallel()

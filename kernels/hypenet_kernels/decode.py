@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypenet_kernels.arguments import check_slopes
+from hypenet_kernels.arguments import check_dtypes, check_last_dimensions, check_shape, check_slopes
 from hypenet_kernels.operators import Operator
 from hypenet_kernels.segments import log2_gammas
 
@@ -190,23 +190,16 @@ def lightning_decode_deferred(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, out: Tensor, slopes: Sequence[float]) -> None:
     _batch, heads, head_dim = q.shape
-    if not q.shape == k.shape == v.shape == out.shape:
-        raise ValueError(
-            f"q, k, v and out must have one shape, got {[tuple(x.shape) for x in (q, k, v, out)]}"
-        )
-    if q.dtype == torch.float16:
-        raise ValueError("Lightning Attention takes bfloat16 or float32, not float16; convert the inputs")
-    if (
-        state.shape[1:] != (heads, head_dim, head_dim)
-        or state.dtype != torch.float32
-        or not state.is_contiguous()
-    ):
+    check_dtypes(q=q)
+    check_last_dimensions(q=q, k=k, v=v)
+    for name, x in {"k": k, "v": v, "out": out}.items():
+        check_shape(name, x, tuple(q.shape))
+    check_slopes(slopes, heads)
+    shape = (len(state), heads, head_dim, head_dim)
+    if state.shape != shape or state.dtype != torch.float32 or not state.is_contiguous():
         raise ValueError(
             f"state must be contiguous float32 [slots, {heads}, {head_dim}, {head_dim}], got {state.dtype} "
             f"{tuple(state.shape)}"
         )
-    check_slopes(slopes, heads)
-    if any(x.stride(-1) != 1 for x in (q, k, v)) or not out.is_contiguous():
-        raise ValueError(
-            "q, k, v need a contiguous last dimension and out must be contiguous; call .contiguous()"
-        )
+    if not out.is_contiguous():
+        raise ValueError("out must be contiguous; call .contiguous()")

@@ -30,26 +30,6 @@ def decay_slopes(num_heads: int) -> list[float]:
     return slopes + doubled[0::2][: num_heads - power]
 
 
-def recurrent_lightning_attention(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The definition, one token at a time. Every faster form is tested against it.
-
-    slopes [heads]. Returns o in q's dtype and the state after the last token. Differentiable by autograd.
-    """
-    dtype = reference_dtype(q)
-    batch, time, heads, head_dim = q.shape
-    gamma = torch.exp(-slopes.to(dtype)).view(1, heads, 1, 1)
-    state = q.new_zeros(batch, heads, head_dim, v.shape[-1], dtype=dtype)
-    if initial_state is not None:
-        state = initial_state.to(dtype)
-    outputs = []
-    for t in range(time):
-        state = gamma * state + k[:, t, :, :, None].to(dtype) * v[:, t, :, None, :].to(dtype)
-        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t].to(dtype), state))
-    return torch.stack(outputs, 1).to(q.dtype), state
-
-
 def _chunk_weights(slopes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """gamma^(i - m) for q and gamma^(m - i) for k at position i of a chunk with middle m: each [heads, 1, CHUNK, 1]."""
     offset = torch.arange(CHUNK, device=slopes.device, dtype=dtype) - CHUNK // 2

@@ -6,7 +6,7 @@ Shapes: o [batch, time, heads, head_dim], contiguous; gate the same, with any ba
 [heads * head_dim]; y [batch, time, heads * head_dim]. o and gate are bf16 or fp32. Arithmetic is fp32, rounded once.
 
 When heads are split over ranks, the caller sums `heads_sum_of_squares` over the ranks, and passes the sum and the total
-number of channels to `gated_norm_with_sum`.
+number of channels.
 """
 
 from __future__ import annotations
@@ -21,30 +21,34 @@ from hypenet_kernels.operators import Operator
 from hypenet_kernels.tiles import device_limits
 
 
-def gated_norm(o: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """y [batch, time, heads * head_dim], contiguous, in o's dtype, on a rank that has all heads."""
-    _check(o, gate, weight)
-    op = fused_gated_norm if o.is_cuda else _plain
-    return op(o, gate, weight, None, weight.shape[0], epsilon)
+def gated_norm(
+    o: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    sum_squares: Tensor | None = None,
+    channels: int | None = None,
+) -> Tensor:
+    """y [batch, time, heads * head_dim], contiguous, in o's dtype.
+
+    A rank that has a part of the heads passes sum_squares fp32 [batch, time] over the `channels` channels of all ranks.
+    It is an independent variable: it has its own gradient, and o's gradient holds it fixed.
+    """
+    _check_o(o)
+    check_dtypes(gate=gate)
+    check_last_dimensions(gate=gate, weight=weight)
+    check_shape("gate", gate, tuple(o.shape))
+    check_shape("weight", weight, (o.shape[2] * o.shape[3],))
+    if sum_squares is not None:
+        check_shape("sum_squares", sum_squares, tuple(o.shape[:2]))
+    op = fused_gated_norm if o.is_cuda else plain_gated_norm
+    return op(o, gate, weight, sum_squares, channels or weight.shape[0], epsilon)
 
 
 def heads_sum_of_squares(o: Tensor) -> Tensor:
     """Sum over heads and head_dim of o^2, fp32 [batch, time]; o contiguous [batch, time, heads, head_dim]."""
     _check_o(o)
     return (fused_heads_sum_of_squares if o.is_cuda else plain_heads_sum_of_squares)(o)
-
-
-def gated_norm_with_sum(
-    o: Tensor, gate: Tensor, weight: Tensor, sum_squares: Tensor, channels: int, epsilon: float
-) -> Tensor:
-    """y for this rank's heads, given sum_squares fp32 [batch, time] over the `channels` channels of all ranks.
-
-    sum_squares is an independent variable: it has its own gradient, and o's gradient holds it fixed.
-    """
-    _check(o, gate, weight)
-    check_shape("sum_squares", sum_squares, tuple(o.shape[:2]))
-    op = fused_gated_norm if o.is_cuda else _plain
-    return op(o, gate, weight, sum_squares, channels, epsilon)
 
 
 def _check_o(o: Tensor) -> None:
@@ -55,41 +59,21 @@ def _check_o(o: Tensor) -> None:
         )
 
 
-def _check(o: Tensor, gate: Tensor, weight: Tensor) -> None:
-    _check_o(o)
-    check_dtypes(gate=gate)
-    check_last_dimensions(gate=gate, weight=weight)
-    check_shape("gate", gate, tuple(o.shape))
-    check_shape("weight", weight, (o.shape[2] * o.shape[3],))
-
-
-def plain_gated_norm(o: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Reference in PyTorch, differentiable by autograd. Computes in fp64 for fp64 inputs, else in fp32."""
-    return plain_gated_norm_with_sum(o, gate, weight, plain_heads_sum_of_squares(o), weight.shape[0], epsilon)
-
-
 def plain_heads_sum_of_squares(o: Tensor) -> Tensor:
     """Reference in PyTorch, differentiable by autograd. fp64 for fp64 inputs, else fp32."""
     return o.to(reference_dtype(o)).square().sum((-2, -1))
 
 
-def plain_gated_norm_with_sum(
-    o: Tensor, gate: Tensor, weight: Tensor, sum_squares: Tensor, channels: int, epsilon: float
+def plain_gated_norm(
+    o: Tensor, gate: Tensor, weight: Tensor, sum_squares: Tensor | None, channels: int, epsilon: float
 ) -> Tensor:
     """Reference in PyTorch, differentiable by autograd. Computes in fp64 for fp64 inputs, else in fp32."""
+    if sum_squares is None:
+        sum_squares = plain_heads_sum_of_squares(o)
     dtype = reference_dtype(o)
     scale = torch.rsqrt(sum_squares.to(dtype) / channels + epsilon)[..., None, None]
     y = weight.to(dtype).view(o.shape[-2:]) * (o.to(dtype) * scale) * gate.to(dtype).sigmoid()
     return y.flatten(-2).to(o.dtype)
-
-
-def _plain(
-    o: Tensor, gate: Tensor, weight: Tensor, sum_squares: Tensor | None, channels: int, epsilon: float
-) -> Tensor:
-    """Both references behind the signature of the operator."""
-    if sum_squares is None:
-        sum_squares = plain_heads_sum_of_squares(o)
-    return plain_gated_norm_with_sum(o, gate, weight, sum_squares, channels, epsilon)
 
 
 def _constants(o: Tensor) -> dict[str, Any]:

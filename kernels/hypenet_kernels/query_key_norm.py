@@ -61,18 +61,12 @@ def norm_rope(
 
 
 def plain_norm_rope(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    epsilon: float,
+    query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, *rotation_and_epsilon: Any
 ) -> tuple[Tensor, Tensor]:
     """Reference in PyTorch, differentiable by autograd. Computes in fp64 for fp64 inputs, else in fp32."""
     return (
-        _plain_one(query, query_weight, cos, sin, epsilon),
-        _plain_one(key, key_weight, cos, sin, epsilon),
+        _plain_one(query, query_weight, *rotation_and_epsilon),
+        _plain_one(key, key_weight, *rotation_and_epsilon),
     )
 
 

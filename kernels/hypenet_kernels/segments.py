@@ -20,14 +20,13 @@ HALO_BITS = 25
 HALO_COST = 0.45
 
 
-def halo_tokens(slope: float) -> float:
-    """Distance in tokens at which exp(-slope * distance) falls to 2^-HALO_BITS."""
-    return math.inf if slope <= 0 else HALO_BITS * math.log(2) / slope
-
-
 def halo_chunks(slopes: tuple[float, ...], chunk: int) -> list[int]:
-    """Halo of every head in chunks: one more than its tokens fill, because a sequence's last chunk may be short."""
-    return [min(2**30, math.ceil(halo_tokens(slope) / chunk) + 1) if slope > 0 else 2**30 for slope in slopes]
+    """Halo of every head in chunks: one more than its tokens fill, because a sequence's last chunk may be short.
+
+    Its tokens are those up to the distance at which exp(-slope * distance) falls to 2^-HALO_BITS.
+    """
+    tokens = HALO_BITS * math.log(2)
+    return [min(2**30, math.ceil(tokens / slope / chunk) + 1) if slope > 0 else 2**30 for slope in slopes]
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hypenet_kernels.decode import WINDOW, lightning_decode, lightning_decode_deferred
 from hypenet_kernels.lightning import decay_slopes
 from hypenet_kernels.lightning_ops import lightning_attention
-from hypenet_kernels.output_norm import gated_norm, gated_norm_with_sum, heads_sum_of_squares
+from hypenet_kernels.output_norm import gated_norm, heads_sum_of_squares
 from hypenet_kernels.query_key_norm import norm_rope
 from hypenet_kernels.vocabulary_losses import chunked_cross_entropy, chunked_kl_divergence
 
@@ -39,15 +39,13 @@ def lightning_calls(heads: int, head_dim: int, dtype: torch.dtype, device: torch
     fused = zeros(1, TOKENS, heads, 4, head_dim)
     angles = torch.zeros(TOKENS, head_dim // 2, device=device)
 
-    def attention(fused: Tensor) -> Tensor:
+    def attention(fused: Tensor, *state: Tensor) -> Tensor:
         q, k, v, _ = fused.unbind(3)
-        return lightning_attention(q, k, v, slopes, scale)[0]
-
-    def attention_with_states(fused: Tensor, state: Tensor) -> Tensor:
-        q, k, v, _ = fused.unbind(3)
-        o, final = lightning_attention(q, k, v, slopes, scale, initial_state=state, output_final_state=True)
-        assert final is not None
-        return o.float().sum() + final.sum()
+        initial = state[0] if state else None
+        o, final = lightning_attention(
+            q, k, v, slopes, scale, initial_state=initial, output_final_state=bool(state)
+        )
+        return o if final is None else o.float().sum() + final.sum()
 
     def normed(fused: Tensor, weight: Tensor) -> Tensor:
         query, _, key, _ = fused.unbind(3)
@@ -58,13 +56,13 @@ def lightning_calls(heads: int, head_dim: int, dtype: torch.dtype, device: torch
 
     def gated_under_tensor_parallelism(fused: Tensor, o: Tensor, weight: Tensor) -> Tensor:
         sums = heads_sum_of_squares(o)
-        return gated_norm_with_sum(o, fused.unbind(3)[1], weight, sums, weight.numel(), EPSILON)
+        return gated_norm(o, fused.unbind(3)[1], weight, EPSILON, sums)
 
     weights = zeros(heads * head_dim)
     o = zeros(1, TOKENS, heads, head_dim)
     state = zeros(1, heads, head_dim, head_dim, of=torch.float32)
     yield "Lightning Attention", partial(_train, attention, fused)
-    yield "Lightning Attention with states", partial(_train, attention_with_states, fused, state)
+    yield "Lightning Attention with states", partial(_train, attention, fused, state)
     yield "q/k norm and RoPE", partial(_train, normed, fused, zeros(head_dim))
     yield "output norm and gate", partial(_train, gated, fused, o, weights)
     yield "output norm over ranks", partial(_train, gated_under_tensor_parallelism, fused, o, weights)

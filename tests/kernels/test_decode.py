@@ -35,7 +35,7 @@ def _judge(tokens, state, slots):
 
 
 def test_the_plain_step_is_the_recurrence():
-    from hypenet_kernels import recurrent_lightning_attention
+    from tests.support.recurrent_attention import recurrent_lightning_attention
 
     tokens = _tokens("cpu", 6, 1).double()
     initial = torch.randn(1, HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float64)

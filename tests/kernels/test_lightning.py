@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hypenet_kernels import chunked_lightning_attention, decay_slopes, recurrent_lightning_attention
+from hypenet_kernels import chunked_lightning_attention, decay_slopes
+from tests.support.recurrent_attention import recurrent_lightning_attention
 
 
 def _inputs(time: int, heads: int = 3, head_dim: int = 8, dtype: torch.dtype = torch.float64):

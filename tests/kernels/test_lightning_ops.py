@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import hypenet_kernels.lightning_ops as ops
-from hypenet_kernels import decay_slopes, recurrent_lightning_attention
+from hypenet_kernels import decay_slopes
 from hypenet_kernels.segments import batch_items, packed_items
 from hypenet_kernels.tiles import TILES, DeviceLimits
+from tests.support.recurrent_attention import recurrent_lightning_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -17,10 +17,8 @@ from hypenet_kernels.output_norm import (
     fused_gated_norm,
     fused_heads_sum_of_squares,
     gated_norm,
-    gated_norm_with_sum,
     heads_sum_of_squares,
     plain_gated_norm,
-    plain_gated_norm_with_sum,
     plain_heads_sum_of_squares,
 )
 from hypenet_kernels.query_key_norm import fused_norm_rope, norm_rope, plain_norm_rope
@@ -114,6 +112,10 @@ def test_norm_rope(poisoned, ops, monkeypatch, time, query_heads, key_heads, hea
     _assert_agree(ops.norm_rope, plain_norm_rope, inputs, constants)
 
 
+def _plain_on_one_rank(o, gate, weight, epsilon):
+    return plain_gated_norm(o, gate, weight, None, weight.shape[0], epsilon)
+
+
 @kernels
 @both_ways
 @pytest.mark.parametrize(("time", "heads", "head_dim"), [(1, 3, 64), (5, 3, 128), (9, 8, 64)])
@@ -124,7 +126,7 @@ def test_gated_norm(poisoned, ops, time, heads, head_dim):
     def op(o, gate, weight, epsilon):
         return ops.gated_norm(o, gate, weight, None, heads * head_dim, epsilon)
 
-    _assert_agree(op, plain_gated_norm, inputs)
+    _assert_agree(op, _plain_on_one_rank, inputs)
 
 
 @kernels
@@ -134,7 +136,7 @@ def test_gated_norm_with_sum(poisoned, ops):
     gate = _fused(2, 5, 3, 64)[3]
     o, sum_squares = _normal(2, 5, 3, 64, seed=1), 400 + _normal(2, 5, seed=3)
     inputs = o, gate, _normal(192, seed=2), sum_squares
-    _assert_agree(ops.gated_norm, plain_gated_norm_with_sum, inputs, (384,))
+    _assert_agree(ops.gated_norm, plain_gated_norm, inputs, (384,))
     _assert_agree(lambda o, _: ops.heads_sum_of_squares(o), lambda o, _: plain_heads_sum_of_squares(o), [o])
 
 
@@ -157,13 +159,17 @@ def _split(sum_of_squares, with_sum, o, gate, weight, epsilon):
 @both_ways
 def test_ranks_together_equal_the_whole(poisoned, ops):
     inputs = _normal(2, 5, 3, 64, seed=1), _fused(2, 5, 3, 64)[3], _normal(192, seed=2)
-    _assert_agree(partial(_split, ops.heads_sum_of_squares, ops.gated_norm), plain_gated_norm, inputs)
+    _assert_agree(partial(_split, ops.heads_sum_of_squares, ops.gated_norm), _plain_on_one_rank, inputs)
 
 
 def test_ranks_together_equal_the_whole_on_the_plain_path():
     inputs = _normal(2, 5, 3, 8, seed=1), _fused(2, 5, 3, 8)[3], _normal(24, seed=2)
-    _assert_agree(partial(_split, heads_sum_of_squares, gated_norm_with_sum), plain_gated_norm, inputs)
-    _assert_agree(gated_norm, plain_gated_norm, inputs)
+
+    def with_sum(o, gate, weight, sum_squares, channels, epsilon):
+        return gated_norm(o, gate, weight, epsilon, sum_squares, channels)
+
+    _assert_agree(partial(_split, heads_sum_of_squares, with_sum), _plain_on_one_rank, inputs)
+    _assert_agree(gated_norm, _plain_on_one_rank, inputs)
 
 
 @kernels
@@ -274,7 +280,7 @@ def test_cuda_tensors_go_to_the_operators():
         x = torch.empty(5, 2, 3, 64, dtype=torch.bfloat16, device="cuda").transpose(0, 1)
         weight, weights = torch.empty(64, device="cuda"), torch.empty(192, device="cuda")
         query, key = norm_rope(x, x, weight, weight, None, None, EPSILON)
-        y = gated_norm_with_sum(query, x, weights, heads_sum_of_squares(query), 384, EPSILON)
+        y = gated_norm(query, x, weights, EPSILON, heads_sum_of_squares(query), 384)
         assert query.is_contiguous() and key.is_contiguous() and y.is_cuda
         assert y.shape == (2, 5, 192) and y.dtype == torch.bfloat16
         with pytest.raises(ValueError, match=r"o\.contiguous\(\)"):
@@ -320,8 +326,8 @@ def test_plain_references_pass_gradcheck():
     check = torch.autograd.gradcheck
     assert check(lambda *x: plain_norm_rope(*x, cos, sin, EPSILON), (query, key, weight, weight))
     assert check(lambda *x: plain_norm_rope(*x, None, None, EPSILON), (query, key, weight, weight))
-    assert check(lambda *x: plain_gated_norm(*x, EPSILON), (o, gate, weights))
-    assert check(lambda *x: plain_gated_norm_with_sum(*x, 20, EPSILON), (o, gate, weights, sums))
+    assert check(lambda *x: _plain_on_one_rank(*x, EPSILON), (o, gate, weights))
+    assert check(lambda *x: plain_gated_norm(*x, 20, EPSILON), (o, gate, weights, sums))
     assert check(plain_heads_sum_of_squares, (o,))
 
 
@@ -348,7 +354,7 @@ def test_refusals_say_what_to_do():
     with pytest.raises(ValueError, match="use bfloat16"):
         norm_rope(x.half(), x.half(), weight, weight, cos, sin, EPSILON)
     with pytest.raises(ValueError, match="use bfloat16"):
-        gated_norm_with_sum(x.half(), x.half(), weights, torch.ones(1, 2), 12, EPSILON)
+        gated_norm(x.half(), x.half(), weights, EPSILON, torch.ones(1, 2), 12)
     with pytest.raises(ValueError, match="pass both"):
         norm_rope(x, x, weight, weight, cos, None, EPSILON)
     with pytest.raises(ValueError, match=r"cos has shape \(2, 2\), expected \(1, 2\)"):

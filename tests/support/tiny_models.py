@@ -17,7 +17,7 @@ def tiny(shape: ModelShape) -> ModelShape:
         num_layers=4,
         hidden_size=32,
         ffn_hidden_size=48,
-        query_heads=2 * shape.queries_per_group,
+        query_heads=2 * shape.query_heads // shape.kv_groups,
         kv_groups=2,
         head_dim=8,
         vocab_size=96,
