@@ -7,6 +7,7 @@ import importlib.util
 import re
 import runpy
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ def test_paths_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("snippet", _fenced("python"), ids=lambda text: text.splitlines()[0][:40])
 def test_snippet_compiles_and_its_imports_exist(snippet: str) -> None:
+    snippet = textwrap.dedent(snippet)  # part of a function, perhaps
     compile(snippet, "snippet", "exec")
     for line in snippet.splitlines():
         if line.startswith(("from ", "import ")):
