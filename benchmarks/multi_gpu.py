@@ -9,8 +9,9 @@ speed        tokens per second and GPU, memory, exposed communication, and the s
 long         finetuning on one window of 131,072 and of 524,288 tokens, split over the GPUs.
 faults       a recipe with `halo run` in several processes: once undisturbed, once with a rank killed.
 
-Runs on any number of GPUs, or with gloo on CPU (`--device cpu`) in tiny shapes. Results go to multi_gpu.json after
-every row; a later call with the same --out adds to them. Rows that fail are rows too.
+Runs on 1, 2, 4 or 8 GPUs, or with gloo on CPU (`--device cpu`) in tiny shapes. One set of processes does the rows of a
+world one after the other; `run_ranks` starts them, as it starts those of a training stage. Results go to multi_gpu.json
+after every row; a later call with the same --out adds to them. Rows that fail are rows too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from typing import Any
 os.environ["NCCL_NVLS_ENABLE"] = "0"
 os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "4")
+os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron speaks of absent Apex and Transformer Engine
 # What is started here imports the tree that this file is in.
 ROOT = Path(__file__).resolve().parent.parent
 _PATHS = [str(ROOT / name) for name in ("", "kernels", "cluster", "tools")]
@@ -37,16 +40,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, *filter(None, [os.environ.g
 sys.path[:0] = _PATHS
 
 import multi_gpu_plan as plan  # noqa: E402
-from multi_gpu_faults import KILLED, WHOLE, HaloRun, compare_weights  # noqa: E402
+from multi_gpu_faults import halo_runs  # noqa: E402
 from multi_gpu_plan import Row, WorldPlan  # noqa: E402
 from multi_gpu_table import tables  # noqa: E402
-from multi_gpu_worlds import Job, run_jobs, worlds  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from durable_files import read_json, write_json  # noqa: E402
+from halo_cluster.ranks import RankFailed, run_ranks  # noqa: E402
 
 PARTS = ("correctness", "faults", "long", "speed")
 RESULTS = "multi_gpu.json"
+RANK_PROGRAM = Path(__file__).with_name("multi_gpu_ranks.py")
 
 
 class Results:
@@ -58,18 +62,13 @@ class Results:
         self.planned: dict[str, Row] = {}
         self.done: set[str] = set()
         """Rows of this call that went well."""
-        self.over: set[str] = set()
-        """Rows of this call that ended, well or not."""
 
     def report(self, name: str, result: dict[str, Any]) -> None:
-        if name == "environment":
-            if "environment" not in self.content:
-                self.content["environment"] = {**result, **_environment()}
-            return
         row = self.planned.get(name)
+        if environment := result.pop("environment", None):
+            self.content.setdefault("environment", {**environment, **_environment()})
         result = {**(row.to_json() | {"place": row.place} if row else {"work": "faults"}), **result}
         self.content["rows"][name] = result
-        self.over.add(name)
         if "error" not in result:
             self.done.add(name)
             if row and row.work == "check":
@@ -97,6 +96,80 @@ class Results:
             bound = plan.bound(row)
             result |= {"largest_difference": max(differences), "bound": bound}
             result["verdict"] = "within" if max(differences) <= bound else "beyond the bound"
+
+
+class World:
+    """One set of processes at work on rows. They leave what came of row n in `folder`/n.<rank>.json."""
+
+    def __init__(self, rows: list[Row], folder: Path, results: Results):
+        self.left, self.folder, self._results = list(rows), folder, results
+        self._next = 0
+        self._ended = threading.Event()
+
+    def run(self, ranks: int, device: str, end: float) -> None:
+        """Do the rows until one fails; `left` are then the rows after it."""
+        self.folder.mkdir(parents=True)
+        write_json(self.folder / "rows.json", {"rows": [row.to_json() for row in self.left], "end": end})
+        reporter = threading.Thread(target=self._report_until_ended)
+        reporter.start()
+        reason = "the processes ended without a word"
+        try:
+            run_ranks([sys.executable, str(RANK_PROGRAM), str(self.folder), device], ranks, self.folder)
+        except RankFailed as failure:
+            reason = str(failure)
+        finally:
+            self._ended.set()
+            reporter.join()
+        if self.left:
+            failed = self.left.pop(0)
+            said = [answer["error"] for answer in self._answers(failed.ranks) if "error" in answer]
+            self._results.report(failed.name, {"error": said[0] if said else reason})
+
+    def _answers(self, ranks: int) -> list[dict[str, Any]]:
+        paths = [self.folder / f"{self._next}.{rank}.json" for rank in range(ranks)]
+        return [read_json(path) for path in paths if path.exists()]
+
+    def _report_until_ended(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(0.2)
+            while self.left:
+                answers = self._answers(self.left[0].ranks)
+                if len(answers) < self.left[0].ranks or any("error" in answer for answer in answers):
+                    break
+                self._results.report(self.left.pop(0).name, _together(answers))
+                self._next += 1
+
+
+def _together(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of what all ranks say: the first one's, of memory the most, of shares of time the mean."""
+    result = dict(answers[0])
+    for key in result:
+        values = [answer[key] for answer in answers]
+        if key.startswith("peak"):
+            result[key] = max(values)
+        elif key.endswith("share"):
+            result[key] = sum(values) / len(values)
+    return result
+
+
+def run_world(plan: WorldPlan, scratch: Path, device: str, results: Results, end: float) -> None:
+    """All rows of `plan`; after one that failed new processes do the rest. None begins after `end` (time.time())."""
+    left = list(plan.rows)
+    while left:
+        runnable = []
+        for row in left:
+            if time.time() > end:
+                results.report(row.name, {"error": "not run: the time given was up"})
+            elif row.continues and row.continues not in results.done:
+                results.report(row.name, {"error": f"not run: it continues {row.continues}"})
+            else:
+                runnable.append(row)
+        if not runnable:
+            return
+        world = World(runnable, scratch / "worlds" / f"{plan.name} {len(left)}".replace(" ", "_"), results)
+        world.run(plan.ranks, device, end)
+        left = world.left
 
 
 def _environment() -> dict[str, Any]:
@@ -166,25 +239,16 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out, console)
     results.planned = {row.name: row for one in plans for row in one.rows}
-    end = results.started + options.seconds
+    end = time.time() + options.seconds
     with tempfile.TemporaryDirectory(dir=options.disk, ignore_cleanup_errors=True) as name:
-        scratch = Path(name)
-        jobs: list[Job] = []
-        runs: list[HaloRun] = []
+        for one in plans:
+            if not one.timed:
+                run_world(one, Path(name), device, results, end)
         if "faults" in parts and gpus > 1:
-            several = min(4, gpus)
-            runs = [
-                HaloRun(KILLED, several, scratch, device, results.report, kill=True),
-                HaloRun(WHOLE, several, scratch, device, results.report, kill=False),
-            ]
-        # The runs take minutes, most of them for starting processes, so the checks do not wait for them.
-        jobs += worlds([one for one in plans if not one.alone], scratch, device, results.report, results.done)
-        jobs += runs
-        jobs += worlds([one for one in plans if one.alone], scratch, device, results.report, results.done)
-        run_jobs(jobs, gpus, end, results.over)
-        if {WHOLE, KILLED} <= results.done:
-            killed, whole = runs
-            results.report("weights of the two runs", compare_weights(whole, killed))
+            halo_runs(min(4, gpus), Path(name), device, results.report)
+        for one in plans:
+            if one.timed:
+                run_world(one, Path(name), device, results, end)
     for table in tables(results.content):
         console.print(table)
     failed = [name for name, row in results.content["rows"].items() if "error" in row]

@@ -1,14 +1,10 @@
-"""What `multi_gpu.py` runs: rows, each one training in one layout, dealt out to worlds of so many processes.
-
-Processes of a world are started once and go through its rows one after the other; worlds run side by side where there
-are GPUs enough.
-"""
+"""What `multi_gpu.py` runs: rows, each one training in one layout, by the number of ranks that do them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 STAGES = ("align", "distill", "finetune")
@@ -89,14 +85,12 @@ class Row:
 
 @dataclass
 class WorldPlan:
-    """Rows for one set of `ranks` processes. `alone`: nothing else runs on its GPUs, for it is timed."""
+    """Rows for one set of `ranks` processes. Those that are timed come after everything else."""
 
     name: str
     ranks: int
     rows: list[Row]
-    alone: bool = False
-    after: set[str] = field(default_factory=set)
-    """Rows of other worlds that have to be over before, well or not."""
+    timed: bool = False
 
 
 def layout_words(layout: Layout, ranks: int) -> str:
@@ -152,12 +146,7 @@ def correctness(gpus: int, model: str) -> list[WorldPlan]:
         ]
 
     plans = [WorldPlan("one GPU", 1, rows(1))]
-    for ranks in (ranks for ranks in CHECKED_LAYOUTS if ranks <= gpus):
-        worlds = max(1, min(3, gpus // ranks))
-        plans += [
-            WorldPlan(f"{ranks} GPUs, {number + 1}", ranks, rows(ranks)[number::worlds])
-            for number in range(worlds)
-        ]
+    plans += [WorldPlan(f"{ranks} GPUs", ranks, rows(ranks)) for ranks in CHECKED_LAYOUTS if ranks <= gpus]
     return plans + (_resumes(gpus, model) if gpus > 1 else [])
 
 
@@ -184,7 +173,7 @@ def _resumes(gpus: int, model: str) -> list[WorldPlan]:
             )
             for row in saved
         ]
-        plans.append(WorldPlan(f"resume on {ranks}", ranks, resumed, after={row.name for row in saved}))
+        plans.append(WorldPlan(f"resume on {ranks}", ranks, resumed))
     return plans
 
 
@@ -226,7 +215,7 @@ def speed(gpus: int) -> list[WorldPlan]:
         return [speed_row(model, stage, layout, ranks) for stage in STAGES]
 
     def world(ranks: int, rows: list[Row]) -> WorldPlan:
-        return WorldPlan(f"{rows[0].place}, {rows[0].model}", ranks, rows, alone=True)
+        return WorldPlan(f"{rows[0].place}, {rows[0].model}", ranks, rows, timed=True)
 
     two, nine = "hypenet-2b", "hypenet-9b"
     # What may run out of memory comes last: the processes of a failed row have to be started anew.
@@ -249,7 +238,7 @@ def speed(gpus: int) -> list[WorldPlan]:
         work="stall",
         limit_seconds=300.0,  # three saves of 27 GB
     )
-    plans.append(WorldPlan("stall", most, [stall], alone=True))
+    plans.append(WorldPlan("stall", most, [stall], timed=True))
     if gpus >= 8:
         rows = [
             *stages(two, _OVERLAPPED, 8),
@@ -274,7 +263,7 @@ def speed_on_cpu(processes: int) -> list[WorldPlan]:
     several.append(row("stall", "finetune", _SHARDED, processes))
     alone = [row("speed", stage, ONE, 1) for stage in STAGES]
     return [
-        WorldPlan(f"{TINY}, {rows[0].ranks}", rows[0].ranks, rows, alone=True) for rows in (alone, several)
+        WorldPlan(f"{TINY}, {rows[0].ranks}", rows[0].ranks, rows, timed=True) for rows in (alone, several)
     ]
 
 
@@ -295,8 +284,8 @@ def long_contexts(gpus: int) -> list[WorldPlan]:
             # On two GPUs its residual stream alone would fill them; on one it shows what runs out.
             if not (context_length == LONG_CONTEXTS[1] and ranks == 2)
         ]  # fmt: skip
-        plans.append(WorldPlan(f"long on {ranks}", ranks, rows, alone=True))
-    return plans[::-1]  # the widest first: it needs all GPUs at once
+        plans.append(WorldPlan(f"long on {ranks}", ranks, rows, timed=True))
+    return plans
 
 
 def only(plans: Iterable[WorldPlan], pattern: str) -> list[WorldPlan]:
@@ -305,7 +294,7 @@ def only(plans: Iterable[WorldPlan], pattern: str) -> list[WorldPlan]:
     wanted = {row.name for plan in plans for row in plan.rows if re.search(pattern, row.name)}
     wanted |= {row.continues for plan in plans for row in plan.rows if row.continues and row.name in wanted}
     kept = [replace(plan, rows=[row for row in plan.rows if row.name in wanted]) for plan in plans]
-    return [replace(plan, after=plan.after & wanted) for plan in kept if plan.rows]
+    return [plan for plan in kept if plan.rows]
 
 
 def baselines(rows: Sequence[Row]) -> dict[str, Row]:

@@ -1,20 +1,20 @@
-"""One process of a world of `multi_gpu.py`: reads rows from stdin, says what came of each on a pipe.
+"""One rank of a world of `multi_gpu.py`: does the rows of rows.json, and leaves what came of each beside it.
 
-multi_gpu_ranks.py <file descriptor of the pipe> <scratch folder> <device>
+multi_gpu_ranks.py <folder of rows.json> <device>
 """
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import hashlib
 import json
 import os
-import queue
 import shutil
 import statistics
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from multi_gpu_plan import CHECKED_STEPS, SAVED_STEP, SMALL, TINY, Row
 from rich.console import Console
 
+from durable_files import read_json, write_json
+from halo_cluster.children import end_with_parent
+from halo_cluster.ranks import rank_log
 from halo_jobs.recipe import TrainingSection
 from halo_training.batches import BatchCursor, TokenBatch
 from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
@@ -97,16 +99,8 @@ class Setting:
         self.preset = PRESETS[row.model]
         self.layout.check_model(self.preset.shape)
         self.layout.check_batch(row.context_length, row.global_batch, row.micro_batch, dist.get_world_size())
-        self.cursor = BatchCursor(
-            RandomWindows(self.preset.shape.vocab_size, row.context_length),
-            row.global_batch,
-            row.micro_batch,
-            device,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-            parallel_state.get_context_parallel_rank(),
-            parallel_state.get_context_parallel_world_size(),
-        )
+        windows = RandomWindows(self.preset.shape.vocab_size, row.context_length)
+        self.cursor = BatchCursor.of_this_rank(windows, row.global_batch, row.micro_batch, device)
 
     def _model(self, part: str) -> LocalModel:
         """part: "teacher", "hybrid" or "aligned"."""
@@ -311,24 +305,29 @@ def stall(row: Row, device: torch.device, scratch: Path) -> dict[str, Any]:
 WORKS = {"check": check, "speed": speed, "stall": stall}
 
 
-def perform(row: Row, scratch: Path, fail: Any) -> dict[str, Any]:
-    """The row in groups of its own layout. It fails inside them: leaving them would wait for the other ranks."""
+def perform(row: Row, scratch: Path, answer: Path, end: float) -> None:
+    """Do the row in groups of its own layout and write `answer`. An error ends this process inside of the groups:
+    leaving them would wait for the other ranks. So does a row that takes longer than it may."""
     started = time.monotonic()
+    faulthandler.dump_traceback_later(max(1.0, min(row.limit_seconds, end - time.time())), exit=True)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with model_parallel(ParallelLayout(**row.layout), seed=7) as device:
         try:
             result = WORKS[row.work](row, device, scratch)
         except BaseException as problem:
-            fail(problem)
-            raise
+            sentence = " ".join(str(problem).split())[:400]
+            write_json(answer, {"error": f"{type(problem).__name__}: {sentence}"})
+            traceback.print_exc()
+            os._exit(1)
         if torch.cuda.is_available():
             result["peak_memory"] = torch.cuda.max_memory_allocated()
             result["peak_reserved"] = torch.cuda.max_memory_reserved()
         torch.cuda.synchronize()  # nothing is under way in groups that are about to end
     gc.collect()  # models refer to themselves by their hooks
     torch.cuda.empty_cache()
-    return {**result, "row_seconds": time.monotonic() - started}
+    faulthandler.cancel_dump_traceback_later()
+    write_json(answer, {**result, "row_seconds": time.monotonic() - started, "environment": environment()})
 
 
 def environment() -> dict[str, Any]:
@@ -342,49 +341,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _messages() -> queue.Queue[dict[str, Any] | None]:
-    """Lines of stdin. When the parent closes it, the last message is None, and soon after the process ends anyway."""
-    messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            messages.put(json.loads(line))
-        messages.put(None)
-        time.sleep(15.0)
-        os._exit(1)
-
-    threading.Thread(target=read, daemon=True).start()
-    return messages
-
-
-def main(replies: int, scratch: Path, device: str) -> None:
-    messages = _messages()
-
-    def reply(content: dict[str, Any]) -> None:
-        os.write(replies, json.dumps(content).encode() + b"\n")
-
-    def fail(problem: BaseException) -> None:
-        sentence = " ".join(str(problem).split())[:400]
-        reply({"error": f"{type(problem).__name__}: {sentence}"})
-        sys.excepthook(type(problem), problem, problem.__traceback__)
-        sys.stderr.flush()
-        os._exit(1)
-
-    first = messages.get()
-    if first is None:
-        return
-    os.environ |= first
+def main(folder: Path, device: str) -> None:
+    end_with_parent()
+    rank = int(os.environ["RANK"])
+    log = os.open(rank_log(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):  # rank 0 has the terminal otherwise
+        os.dup2(log, descriptor)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no tensor has been made yet
         torch.set_num_threads(1)
-    try:
-        with joined_world():
-            reply(environment())
-            while (content := messages.get()) is not None:
-                reply(perform(Row.from_json(content), scratch, fail))
-    except BaseException as problem:
-        fail(problem)
+    plan = read_json(folder / "rows.json")
+    with joined_world():
+        for number, content in enumerate(plan["rows"]):
+            row = Row.from_json(content)
+            perform(row, folder.parent.parent, folder / f"{number}.{rank}.json", plan["end"])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), sys.argv[2])

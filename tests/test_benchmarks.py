@@ -1,10 +1,14 @@
 """Benchmarks that run without a GPU are run small; what they print of time is not looked at."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+
+from rich.console import Console
 
 from halo_cluster.slurm.queue import live_jobs
 
@@ -62,58 +66,69 @@ def test_reconcile_benchmark(slurm, tmp_path):
     assert not live_jobs()
 
 
-def test_multi_gpu_benchmark(tmp_path):
-    """Two gloo processes, three layouts. Its rows compare themselves with one process."""
+def _multi_gpu(tmp_path, *options):
+    """The rows of multi_gpu.json, after two gloo processes on this machine."""
     script = [sys.executable, str(BENCHMARKS / "multi_gpu.py"), "--out", str(tmp_path), "--device", "cpu"]
-    rows = r"check fp32 align (one GPU|TP2|DP2 \+ distributed optimizer)$"
     done = subprocess.run(
-        [*script, "--only", "correctness", "--rows", rows, "--disk", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
+        [*script, "--disk", str(tmp_path), *options], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "multi_gpu.json").read_text())
-    assert [row["verdict"] for row in results["rows"].values()] == ["within"] * 3
-    assert results["environment"]["torch"]
+    return json.loads((tmp_path / "multi_gpu.json").read_text())["rows"]
+
+
+def test_multi_gpu_benchmark(tmp_path):
+    """Three layouts, which compare themselves with one process."""
+    names = r"check fp32 align (one GPU|TP2|DP2 \+ distributed optimizer)$"
+    rows = _multi_gpu(tmp_path, "--only", "correctness", "--rows", names)
+    assert [row["verdict"] for row in rows.values()] == ["within"] * 3
+    assert json.loads((tmp_path / "multi_gpu.json").read_text())["environment"]["torch"]
     assert [path.name for path in tmp_path.iterdir()] == ["multi_gpu.json"], "its checkpoints are gone"
 
 
-def test_multi_gpu_jobs(monkeypatch, tmp_path):
-    """What waits for a row that nobody will do is ended with that reason; an ended `halo run` is not started again."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from multi_gpu_faults import HaloRun
-    from multi_gpu_worlds import run_jobs
+RANK_THAT_FAILS_AT_A_ROW = """
+import json, os, sys, time
+from pathlib import Path
+from halo_cluster.children import end_with_parent
 
-    said, over = {}, set()
+end_with_parent()
+folder = Path(sys.argv[1])
+for number, row in enumerate(json.loads((folder / "rows.json").read_text())["rows"]):
+    fails = row["name"] == "second"
+    answer = {"error": "ValueError: no"} if fails else {"peak_memory": int(os.environ["RANK"])}
+    (folder / f"part.{os.getpid()}").write_text(json.dumps(answer))
+    (folder / f"part.{os.getpid()}").rename(folder / f"{number}.{os.environ['RANK']}.json")
+    if fails:
+        while len(list(folder.glob("0.*.json"))) < 2:  # ranks do their rows together
+            time.sleep(0.05)
+        sys.exit(1)
+"""
 
-    class Fake:
-        gpus, shares = 1, 1
 
-        def __init__(self, name, after):
-            self.name, self.after = name, after
+def test_multi_gpu_rows_after_one_that_failed_are_done_by_new_processes(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    import multi_gpu
+    from multi_gpu_plan import Row, WorldPlan
 
-        def prepare(self):
-            pass
+    program = tmp_path / "rank.py"
+    program.write_text(RANK_THAT_FAILS_AT_A_ROW)
+    monkeypatch.setattr(multi_gpu, "RANK_PROGRAM", program)
+    row = Row("first", "speed", 2, {}, "align", "tiny", "fp32", 32, 8, 2)
+    names = ["second", "third", "fourth"]
+    rows = [row, *(replace(row, name=name, continues="second" if name == "third" else None) for name in names)]
+    results = multi_gpu.Results(tmp_path, Console(quiet=True))
+    results.planned = {row.name: row for row in rows}
+    multi_gpu.run_world(WorldPlan("two", 2, rows), tmp_path, "cpu", results, time.time() + 100)
+    assert {name: row.get("error") for name, row in results.content["rows"].items()} == {
+        "first": None,
+        "second": "ValueError: no",
+        "third": "not run: it continues second",
+        "fourth": None,
+    }
+    assert results.content["rows"]["fourth"]["peak_memory"] == 1, "the most of all ranks"
 
-        def begin(self, gpus):
-            said[self.name] = "begun"
 
-        def advance(self):
-            over.add(self.name)
-            return False
-
-        def abandon(self, reason):
-            said[self.name] = reason
-
-    jobs = [Fake("second", {"first"}), Fake("third", {"missing"}), Fake("first", set())]
-    run_jobs(jobs, 1, time.monotonic() + 60, over)
-    assert said == {"first": "begun", "second": "begun", "third": "not run: it waits for missing"}
-
-    run = HaloRun("halo run", 2, tmp_path, "cpu", said.__setitem__, kill=True)
-    run.abandon("given up")
-    monkeypatch.setattr(run, "_killed", lambda visible: run._start(visible, tmp_path / "log.txt"))
-    run._run("")
-    assert not list(tmp_path.iterdir())
-    assert not run.advance()
-    assert said["halo run"] == {"error": "RuntimeError: given up before it started"}
+def test_multi_gpu_runs_nothing_after_the_time_given(tmp_path):
+    rows = _multi_gpu(tmp_path, "--only", "correctness", "--rows", "check fp32 align", "--seconds", "0")
+    assert {row["error"] for row in rows.values()} == {"not run: the time given was up"}
+    assert len(rows) > 3
