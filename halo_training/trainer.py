@@ -26,7 +26,7 @@ from halo_training.optimizer import build_optimizer, set_learning_rate
 from halo_training.progress import MetricsLog, ProgressReporter, peak_memory
 from halo_training.schedule import learning_rate
 from halo_training.settings import TrainingSection
-from halo_training.supervision import PeerLost, StopRequests, Watchdog, is_lost_peer
+from halo_training.supervision import BY_FILE, PeerLost, StopRequests, Watchdog, is_lost_peer
 from sharded_tensors.ranks import highest
 from sharded_tensors.reader import NameFilter
 
@@ -224,11 +224,11 @@ class Trainer:
         if stop:
             self.saver.finish(self.watchdog.progress)
             if self._is_first:
-                self.stop.remove_file()
+                self.stop.file.unlink(missing_ok=True)  # it must not stop the next attempt as well
             raise StopRequested(
                 f"{self.title}: stopped by {self.stop.reason(stop)} after step {done} of {self.section.steps}, "
                 f"which is saved in {self.checkpoints.path(done)}",
-                by_user=self.stop.is_by_file(stop),
+                by_user=stop == BY_FILE,
             )
 
     def _save_is_due(self, done: int) -> bool:

@@ -51,13 +51,12 @@ def published_in_ray(read: Callable[[], Iterable[Sample]]) -> Iterator[None]:
     """While the block runs, a thread publishes what `read` returns every PUBLISH_SECONDS, and once more at the end."""
     gauges, ended = RayGauges(), threading.Event()
 
-    def publish() -> None:
-        with suppress(Exception):  # an error of the monitoring must not end the work
-            gauges.publish(read())
-
     def publish_until_ended() -> None:
-        while not ended.wait(PUBLISH_SECONDS):
-            publish()
+        is_last = False
+        while not is_last:
+            is_last = ended.wait(PUBLISH_SECONDS)
+            with suppress(Exception):  # an error of the monitoring must not end the work
+                gauges.publish(read())
 
     thread = threading.Thread(target=publish_until_ended, name="ray-metrics", daemon=True)
     thread.start()
@@ -66,4 +65,3 @@ def published_in_ray(read: Callable[[], Iterable[Sample]]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        publish()

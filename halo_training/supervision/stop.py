@@ -10,6 +10,7 @@ from pathlib import Path
 from halo_cluster.signals import on_stop_request
 
 STOP_FILE = "stop"
+BY_FILE = 1
 
 
 class StopRequests:
@@ -30,16 +31,8 @@ class StopRequests:
             yield
 
     def code(self) -> int:
-        """0: continue; 1: the file exists; else the number of the signal."""
+        """0: continue; BY_FILE: the file exists; else the number of the signal."""
         return self._signal or int(self.file.exists())
 
-    def remove_file(self) -> None:
-        """Remove the file of a request that was met, so that it does not stop the next attempt as well."""
-        self.file.unlink(missing_ok=True)
-
-    @staticmethod
-    def is_by_file(code: int) -> bool:
-        return code == 1
-
     def reason(self, code: int) -> str:
-        return f"the file {self.file}" if self.is_by_file(code) else signal.Signals(code).name
+        return f"the file {self.file}" if code == BY_FILE else signal.Signals(code).name

@@ -23,7 +23,6 @@ POLL_SECONDS = 1.0
 # If C code holds Python's lock this thread cannot run; then faulthandler's own thread ends the process, so much later.
 _LOCKED_SECONDS = 30.0
 _ERROR_PROPAGATION_SECONDS = 3.0
-EXIT_CODE = 1
 
 
 class Watchdog:
@@ -134,4 +133,4 @@ class Watchdog:
         if self._rank == 0:
             # The others read the verdict from the store, which may live in this process.
             time.sleep(_ERROR_PROPAGATION_SECONDS)
-        os._exit(EXIT_CODE)
+        os._exit(1)

@@ -63,8 +63,7 @@ class Plan:
     @classmethod
     def read(cls, path: Path) -> Plan:
         content = read_json(path)
-        tasks = tuple(Task(task["name"], task["arguments"]) for task in content["tasks"])
-        return cls(content["worker"], content["setup"], tasks, content["retries"])
+        return cls(**{**content, "tasks": tuple(Task(**task) for task in content["tasks"])})
 
     def make_worker(self) -> WorkerFunction:
         """Import the function that `worker` names, and let it load what it needs."""
