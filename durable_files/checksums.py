@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +24,16 @@ class FolderManifest:
     FILE_NAME = "MANIFEST.json"
 
     @classmethod
-    def write(cls, folder: Path) -> FolderManifest:
-        """Hash every file below `folder` and store the manifest in it."""
-        files = {
+    def write(cls, folder: Path, known: Mapping[str, tuple[int, str]] = {}) -> FolderManifest:
+        """Store the manifest in `folder`. Hashes every file below it but those whose entries are `known`."""
+        others = {
             str(path.relative_to(folder)): (path.stat().st_size, sha256_file(path))
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != cls.FILE_NAME
+            if path.is_file() and path.name not in known and path.name != cls.FILE_NAME
         }
-        manifest = cls(files)
-        manifest.save(folder)
+        manifest = cls({**known, **others})
+        write_json(folder / cls.FILE_NAME, manifest.files)
         return manifest
-
-    def save(self, folder: Path) -> None:
-        """Store the manifest of files that were hashed while they were written."""
-        write_json(folder / self.FILE_NAME, {name: list(entry) for name, entry in self.files.items()})
 
     @classmethod
     def read(cls, folder: Path) -> FolderManifest:
@@ -55,13 +51,17 @@ class FolderManifest:
             raise ValueError(f"{path} is damaged: it names {outside[0]!r}, which is not in its folder")
         return manifest
 
-    def problems(self, folder: Path) -> Iterator[str]:
-        """One sentence per file that is missing or has another size or content."""
+    def share(self, part: int, parts: int) -> FolderManifest:
+        """Every `parts`-th file, in the order of names, from number `part` on."""
+        return FolderManifest({name: self.files[name] for name in sorted(self.files)[part::parts]})
+
+    def problems(self, folder: Path, *, contents: bool = True) -> Iterator[str]:
+        """One sentence per file that is missing, or has another size or (if `contents`) content."""
         for name, (size, digest) in self.files.items():
             path = folder / name
             if not path.is_file():
                 yield f"{path} is missing"
             elif path.stat().st_size != size:
                 yield f"{path} has {path.stat().st_size} bytes instead of {size}"
-            elif sha256_file(path) != digest:
+            elif contents and sha256_file(path) != digest:
                 yield f"{path} does not match its checksum"

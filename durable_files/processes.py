@@ -15,22 +15,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def _birth(pid: int) -> str | None:
     """A value that no other process with the number `pid` has; None when the process has ended (or is a zombie).
 
-    On Linux: the boot id and the start time in clock ticks since that boot, which setting the clock does not change.
+    It is the boot id and the start time in clock ticks since that boot, which setting the clock does not change.
     """
-    if _BOOT_ID.exists():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        state, start_ticks = fields[0], fields[19]
-        return None if state in "ZX" else f"{_BOOT_ID.read_text().strip()}:{start_ticks}"
-    import psutil
-
     try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.0f}"
-    except psutil.NoSuchProcess:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
         return None
+    state, start_ticks = fields[0], fields[19]
+    return None if state in "ZX" else f"{_BOOT_ID.read_text().strip()}:{start_ticks}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from durable_files import FolderManifest, read_json, sha256_file, write_text
+from durable_files import FolderManifest, read_json, write_text
 from sharded_tensors.rectangles import Rectangle, TensorInfo
 from sharded_tensors.safetensors_format import DTYPE_CODES, DTYPES
 
@@ -128,12 +128,7 @@ def require_current_format(folder: Path) -> None:
         )
 
 
-def finish_folder(folder: Path, index: Index, sums: Sums) -> None:
-    """Add index and manifest to a folder whose safetensors files are written already; `sums` are theirs."""
-    index.write(folder)
-    others = {
-        str(path.relative_to(folder)): (path.stat().st_size, sha256_file(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in sums and path.name != FolderManifest.FILE_NAME
-    }
-    FolderManifest({**sums, **others}).save(folder)
+def finish_folder(folder: Path, written: Sequence[tuple[Index, Sums]], metadata: Mapping[str, Any]) -> None:
+    """Add index and manifest to a folder whose safetensors files are written already, by one or several ranks."""
+    Index.merged((index for index, _ in written), metadata).write(folder)
+    FolderManifest.write(folder, {name: entry for _, sums in written for name, entry in sums.items()})

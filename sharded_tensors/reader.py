@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from durable_files import FolderManifest, sha256_file
+from durable_files import FolderManifest
 from sharded_tensors.index import INDEX_FILE, Index, StoredRectangle, stored_name
 from sharded_tensors.rectangles import Rectangle
 from sharded_tensors.safetensors_format import DTYPE_CODES, SafetensorsFiles, read_header
@@ -54,17 +54,9 @@ class StoredTensors(TensorView):
         self._files = SafetensorsFiles()
         self._checked: set[str] = set()
 
-    def restricted(self, keep: NameFilter) -> StoredTensors:
-        """The same folder, other tensors of it."""
-        return StoredTensors(self.folder, keep)
-
     def _require_files(self) -> None:
-        for name, (size, _) in self.manifest.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise ValueError(f"{path} is missing; copy the folder again")
-            if path.stat().st_size != size:
-                raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}; copy it again")
+        for problem in self.manifest.problems(self.folder, contents=False):
+            raise ValueError(f"{problem}; copy the folder again")
         named = {stored.file for of_tensor in self.index.rectangles.values() for stored in of_tensor}
         unlisted = named - self.manifest.files.keys()
         if unlisted:
@@ -145,11 +137,8 @@ class StoredTensors(TensorView):
 
     def require_intact(self, part: int = 0, parts: int = 1) -> None:
         """Hash every `parts`-th file from number `part` on; ValueError names one that differs from its checksum."""
-        for name, (_, digest) in list(self.manifest.files.items())[part::parts]:
-            if sha256_file(self.folder / name) != digest:
-                raise ValueError(
-                    f"{self.folder / name} does not match its checksum; copy it again, or write the folder again"
-                )
+        for problem in self.manifest.share(part, parts).problems(self.folder):
+            raise ValueError(f"{problem}; copy it again, or write the folder again")
 
 
 def _side_by_side(parts: list[Tensor]) -> Iterator[Tensor]:

@@ -35,7 +35,7 @@ def read_header(path: Path) -> Header:
 
 
 class SafetensorsFiles:
-    """Memory-mapped safetensors files, opened on first use. Another process that receives it opens them again."""
+    """Memory-mapped safetensors files, opened on first use."""
 
     def __init__(self) -> None:
         self._handles: dict[Path, Any] = {}
@@ -45,6 +45,3 @@ class SafetensorsFiles:
         if path not in self._handles:
             self._handles[path] = safe_open(path, framework="pt", device="cpu")
         return self._handles[path].get_tensor(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_handles": {}}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from durable_files import temporary_sibling
 from sharded_tensors.direct_file import DirectFile
-from sharded_tensors.index import Index, StoredRectangle, stored_name
+from sharded_tensors.index import Index, StoredRectangle, Sums, stored_name
 from sharded_tensors.rectangles import Rectangle, TensorInfo
 from sharded_tensors.safetensors_format import DTYPE_CODES
 from sharded_tensors.views import TensorView
@@ -121,6 +121,11 @@ def index_of(files: Iterable[TensorFile]) -> Index:
             stored = StoredRectangle(file.name, tensor.rectangle)
             rectangles.setdefault(tensor.name, []).append(stored)
     return Index(tensors, rectangles)
+
+
+def write_files(folder: Path, files: Sequence[TensorFile]) -> tuple[Index, Sums]:
+    """Write files one after another; returns their index, and size and SHA-256 of each."""
+    return index_of(files), {file.name: file.write(folder) for file in files}
 
 
 def fill_files(tensors: Iterable[FileTensor], max_bytes: int) -> list[tuple[FileTensor, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,7 @@ TensorOption = Annotated[int, typer.Option("--tp", min=1, help=f"{_SIZES} heads,
 PipelineOption = Annotated[int, typer.Option("--pp", min=1, help=f"{_SIZES} the layers.")]
 ExpertOption = Annotated[int, typer.Option("--ep", min=1, help=f"{_SIZES} the experts.")]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Processes on this machine. Default: one per core.")
+    int | None, typer.Option("--workers", min=1, help="Files written at a time on this machine. Default: one per core.")
 ]
 PartOption = Annotated[
     str,
@@ -81,7 +82,7 @@ def convert(
 
     Reads every dense Qwen3 (0.6B to 32B) and the mixtures 30B-A3B and 235B-A22B, base and instruct, in bf16, fp16 or
     fp32. Quantised weights (GPTQ, AWQ, fp8) are refused. Tensors are copied from memory-mapped files a block at a
-    time, so a worker needs about half a gigabyte whatever the model's size.
+    time, so memory stays near half a gigabyte whatever the model's size.
 
     OUT appears when it is complete. Until then the work is in OUT.unfinished. The same command resumes it and keeps
     finished files whose checksums match.
@@ -257,7 +258,6 @@ def _parse_part(text: str) -> JobPart:
 
 def _run(job: FolderJob, workers: int | None, part_text: str, dry_run: bool) -> None:
     from hypenet_tools.folder_job import run_job
-    from hypenet_tools.workers import default_workers
 
     part = _parse_part(part_text)
     nbytes = sum(file.nbytes for file in job.tensor_files[part.index :: part.count])
@@ -271,7 +271,8 @@ def _run(job: FolderJob, workers: int | None, part_text: str, dry_run: bool) -> 
         )
         return
     with ProgressBar(job.out.name, nbytes, errors, in_bytes=True) as bar:
-        complete = run_job(job, workers=workers or default_workers(nbytes), part=part, advance=bar.advance)
+        threads = workers or len(os.sched_getaffinity(0))
+        complete = run_job(job, workers=threads, part=part, advance=bar.advance)
     if complete:
         _print(f"{job.out}: complete")
     else:

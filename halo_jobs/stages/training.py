@@ -41,7 +41,7 @@ def _train_and_publish(
     """
     summary: dict[str, Any] = context.train(section, objective, keep_keys).run()
     folder = context.folder / weights
-    earlier = open_model(began_from).provenance if began_from else []
+    earlier = open_model(began_from).metadata.provenance if began_from else []
     step = {"step": context.name, "run": context.recipe.name, "inputs": context.folder.name}
     save_weights(folder, objective.model, keep_keys, provenance=[*earlier, step])
     if dist.get_rank() == 0:

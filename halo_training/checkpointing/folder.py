@@ -32,6 +32,7 @@ from sharded_tensors.index import (
     RANDOM_PREFIX,
     TRAINING_FILE,
     Index,
+    Sums,
     finish_folder,
     require_current_format,
 )
@@ -41,16 +42,6 @@ from sharded_tensors.reader import NameFilter, StoredTensors
 
 _STEP_PREFIX = "step-"
 _DAMAGED = ".damaged"
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """What one rank wrote: index, size in bytes and SHA-256 of its file."""
-
-    name: str
-    index: Index
-    size: int
-    digest: str
 
 
 def random_prefix(rank: int) -> str:
@@ -107,8 +98,7 @@ class TrainingCheckpoints:
         files = on_first_rank(lambda: _listed_files(folder))
         if isinstance(files, str):
             return [files]
-        names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
-        share = FolderManifest({name: files[name] for name in names})
+        share = FolderManifest(files).share(dist.get_rank(), dist.get_world_size())
         try:
             found = list(share.problems(folder))
         except OSError as problem:
@@ -164,7 +154,7 @@ class TrainingCheckpoints:
         self,
         temporary: Path,
         step: int,
-        written: Sequence[WrittenFile],
+        written: Sequence[tuple[Index, Sums]],
         metadata: Mapping[str, Any],
         training: Mapping[str, Any],
     ) -> list[Path]:
@@ -173,8 +163,7 @@ class TrainingCheckpoints:
         Returns the folders of the retired ones for the caller to remove; a later save or run would remove them too.
         """
         write_json(temporary / TRAINING_FILE, dict(training))
-        index = Index.merged((file.index for file in written), metadata)
-        finish_folder(temporary, index, {file.name: (file.size, file.digest) for file in written})
+        finish_folder(temporary, written, metadata)
         publish_folder(temporary, self.path(step))
         return self._retire_old(step)
 

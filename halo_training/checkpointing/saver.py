@@ -19,17 +19,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from halo_training.checkpointing.copies import HeldCopies
-from halo_training.checkpointing.folder import TrainingCheckpoints, WrittenFile, random_prefix
+from halo_training.checkpointing.folder import TrainingCheckpoints, random_prefix
 from halo_training.checkpointing.random_states import random_states
 from halo_training.checkpointing.state import training_shards
 from hypenet_megatron.model import LocalModel
 from hypenet_tools.model_weights import describe
+from sharded_tensors.index import Index, Sums
 from sharded_tensors.megatron import owned_tensors
 from sharded_tensors.ranks import highest, on_first_rank, results_of_all_ranks
 from sharded_tensors.reader import NameFilter
 from sharded_tensors.rectangles import Rectangle, TensorInfo
 from sharded_tensors.views import LocalRectangles
-from sharded_tensors.writer import FileTensor, TensorFile, aligned, index_of
+from sharded_tensors.writer import FileTensor, TensorFile, aligned, write_files
 
 _POLL_SECONDS = 0.5
 
@@ -53,14 +54,14 @@ def _owned_state(
 
 @dataclass
 class _Save:
-    """A save in flight. `outcome` is the file that this rank wrote, or why it could not."""
+    """A save in flight. `outcome` is what this rank wrote, or why it could not."""
 
     step: int
     temporary: Path
     metadata: Mapping[str, Any]
     training: Mapping[str, Any]
     thread: threading.Thread
-    outcome: WrittenFile | BaseException | None = None
+    outcome: tuple[Index, Sums] | BaseException | None = None
 
 
 class BackgroundSaver:
@@ -116,8 +117,7 @@ class BackgroundSaver:
                 view = LocalRectangles(infos, tensors)
                 content = aligned(FileTensor(view, *key, infos[key[0]].dtype) for key in tensors)
                 file = TensorFile(f"rank-{rank:05d}.safetensors", content)
-                size, digest = file.write(folder)
-            save.outcome = WrittenFile(file.name, index_of([file]), size, digest)
+                save.outcome = write_files(folder, [file])
         except BaseException as problem:
             save.outcome = problem
 

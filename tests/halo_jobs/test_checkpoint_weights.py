@@ -64,7 +64,7 @@ def test_slim_copy_of_a_checkpoint(trained, tmp_path):
     slim = StoredTensors(tmp_path / "slim")
     assert slim.keys() == expected.keys()
     assert all(slim[name].equal(expected[name]) for name in expected)
-    assert [step["step"] for step in open_model(slim.folder).provenance] == ["training", "reshard"]
+    assert [step["step"] for step in open_model(slim.folder).metadata.provenance] == ["training", "reshard"]
     stored = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
     assert slim.nbytes * 6 < stored, "masters and moments stay behind"
 

@@ -16,7 +16,7 @@ from sharded_tensors.index import Index, finish_folder
 from sharded_tensors.reader import StoredTensors
 from sharded_tensors.rectangles import Rectangle, TensorInfo
 from sharded_tensors.views import LocalRectangles, TensorsInMemory, copy_blocks
-from sharded_tensors.writer import FileTensor, TensorFile, index_of
+from sharded_tensors.writer import FileTensor, TensorFile, write_files
 
 NAME = "weight"
 
@@ -50,9 +50,9 @@ def write(folder: Path, tensor: torch.Tensor, rectangles: list[Rectangle]) -> In
         view = LocalRectangles({NAME: info}, own)
         content = [FileTensor(view, *key, tensor.dtype) for key in own]
         files.append(TensorFile(f"rank-{rank}.safetensors", content))
-    index = Index.merged((index_of([file]) for file in files), {"by": "a test"})
-    finish_folder(folder, index, {file.name: file.write(folder) for file in files})
-    return index
+    written = [write_files(folder, [file]) for file in files]
+    finish_folder(folder, written, {"by": "a test"})
+    return Index.read(folder)
 
 
 @settings(deadline=None, max_examples=60)
@@ -98,7 +98,7 @@ def test_rectangles_that_are_not_the_tensor_are_refused(tmp_path: Path, change: 
         "overlap": [first, replace(second, rectangle=Rectangle((0, 2), (4, 3)))],
         "beyond": [first, replace(second, rectangle=Rectangle((1, 3), (4, 3)))],
     }[change]
-    finish_folder(tmp_path, replace(index, rectangles={NAME: other}), {})
+    finish_folder(tmp_path, [(replace(index, rectangles={NAME: other}), {})], {})
     with pytest.raises(ValueError, match="the rectangles of weight leave a gap or overlap"):
         StoredTensors(tmp_path)
 
@@ -113,7 +113,7 @@ def test_dtypes_and_empty_tensors_keep_every_bit(tmp_path: Path) -> None:
         }
     )
     file = TensorFile("a.safetensors", [FileTensor.entire(tensors, name) for name in tensors])
-    finish_folder(tmp_path, index_of([file]), {file.name: file.write(tmp_path)})
+    finish_folder(tmp_path, [write_files(tmp_path, [file])], {})
     stored = StoredTensors(tmp_path)
     assert stored.keys() == tensors.keys()
     assert all(stored[name].equal(tensors[name]) for name in tensors)

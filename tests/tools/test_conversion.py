@@ -70,7 +70,7 @@ def test_every_layout_to_every_other(hf_folder, tmp_path):
             found = StoredTensors(tmp_path / "end")
             found.require_intact()
             assert same(found, expected), (begin, end)
-            assert [step["step"] for step in open_model(found.folder).provenance] == ["convert", "reshard"]
+            assert [step["step"] for step in open_model(found.folder).metadata.provenance] == ["convert", "reshard"]
             shutil.rmtree(tmp_path / "end")
         shutil.rmtree(tmp_path / "begin")
 
@@ -96,7 +96,7 @@ def test_hybrid_is_stage_0(hf_folder, tmp_path):
     students = student_tensors(teacher, TINY, 5)
     assert same(weights, hybrid_tensors(teacher, students, TINY, (1, 3), 5))
     assert open_model(weights.folder).model.mixer_types == HYBRID
-    (step,) = open_model(weights.folder).provenance
+    (step,) = open_model(weights.folder).metadata.provenance
     assert (step["hybrid"], step["seed"]) == ([1, 3], 5)
 
 
@@ -147,7 +147,7 @@ def test_slim_copy_in_another_dtype(hf_folder, tmp_path):
     assert run_job(job)
     slim = StoredTensors(tmp_path / "slim")
     assert all(slim[name].equal(exact[name].bfloat16()) for name in exact)
-    assert open_model(slim.folder).provenance[-1]["dtype"] == "BF16"
+    assert open_model(slim.folder).metadata.provenance[-1]["dtype"] == "BF16"
 
 
 def stage_1(tensors):
@@ -191,8 +191,8 @@ def test_checkpoints_of_the_references_stage_1_get_gates(hf_folder, tmp_path):
     hybrid = found.hugging_face()
     gates = {f"model.layers.{layer}.self_attn.o_gate.weight" for layer in (1, 3)}
     assert all(hybrid[name].equal(expected[name]) for name in expected.keys() - gates)
-    assert {step["seed"] for step in found.provenance} == {4}
-    assert found.provenance[0]["new_gates"] == [1, 3]
+    assert {step["seed"] for step in found.metadata.provenance} == {4}
+    assert found.metadata.provenance[0]["new_gates"] == [1, 3]
     for name in gates:
         assert 0.01 < hybrid[name].float().std() < 0.03
     del expected, hybrid
@@ -261,7 +261,7 @@ def test_parts_together_publish(hf_folder, tmp_path):
         run_job(convert_job(source, tmp_path / "other", FolderLayout()), part=JobPart(0, 99))
 
 
-def test_progress_adds_up_with_worker_processes(hf_folder, tmp_path):
+def test_progress_adds_up_with_several_threads(hf_folder, tmp_path):
     source = hf_folder("source", TINY)
     job = convert_job(source, tmp_path / "out", FolderLayout(2), max_shard_bytes=20_000)
     counts = []

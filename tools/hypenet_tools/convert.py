@@ -73,7 +73,6 @@ def weights_job(
         TensorFile(f"t{rank.tensor}-p{rank.pipeline}-e{rank.expert}-{number:05d}.safetensors", tensors)
         for rank, number, tensors in numbered
     ]
-    index = replace(index_of(files), metadata=metadata.to_json())
 
     def finish(folder: Path, sums: Sums) -> None:
         if aux_folder is not None:
@@ -83,7 +82,7 @@ def weights_job(
             for problem in FolderManifest.read(source).problems(source):
                 raise ValueError(f"{problem}; reshard another checkpoint of the run")
             write_json(folder / TRAINING_FILE, training)
-        finish_folder(folder, index, sums)
+        finish_folder(folder, [(index_of(files), sums)], metadata.to_json())
 
     identity = {
         "source": None if source is None else str(source.absolute()),
@@ -191,7 +190,7 @@ def reshard_job(
     return weights_job(
         out,
         source.stored,
-        replace(source.metadata, layout=layout, provenance=[*source.provenance, step]),
+        replace(source.metadata, layout=layout, provenance=[*source.metadata.provenance, step]),
         source=source.folder,
         aux_folder=source.aux_folder,
         dtype=dtype,

@@ -67,7 +67,7 @@ def _card(source: OpenedModel, model: ModelDescription, aux_folder: Path) -> str
     card = source.aux_folder / MODEL_CARD
     changed = [
         step
-        for step in source.provenance
+        for step in source.metadata.provenance
         if step["step"] not in _UNCHANGED_BY or "hybrid" in step or "new_gates" in step
     ]
     if card.is_file() and not changed:
@@ -76,7 +76,7 @@ def _card(source: OpenedModel, model: ModelDescription, aux_folder: Path) -> str
 
 
 def _new_card(source: OpenedModel, model: ModelDescription, licence: str) -> str:
-    origin = next((str(step["from"]) for step in source.provenance if "from" in step), model.shape.name)
+    origin = next((str(step["from"]) for step in source.metadata.provenance if "from" in step), model.shape.name)
     kind = "Qwen3 model" if model.mixer_types is None else "HypeNet hybrid"
     lines = [
         "---",
@@ -99,10 +99,10 @@ def _new_card(source: OpenedModel, model: ModelDescription, licence: str) -> str
             f"{', '.join(others) or 'none'}. The folder contains its own modelling code (hypenet-megatron, Apache "
             "License 2.0), so loading it needs `trust_remote_code=True`.",
         ]
-    if any("hybrid" in step for step in source.provenance):
+    if any("hybrid" in step for step in source.metadata.provenance):
         lines += ["", "**Not trained**: mixers are copies of the teacher's, output gates are random."]
     lines += ["", "## How it was made", ""]
-    lines += [f"- {_sentence(step)}" for step in source.provenance] or ["- not recorded"]
+    lines += [f"- {_sentence(step)}" for step in source.metadata.provenance] or ["- not recorded"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Folders of large files that several processes write. A job can be resumed; its folder appears when it is complete.
+"""Folders of large files that threads and nodes write. A job can be resumed; its folder appears when it is complete.
 
 While a job is running, everything is in OUT.unfinished/:
 
@@ -16,19 +16,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import torch
+
 from durable_files import exclusive, publish_folder, publish_once, read_json, sha256_file, write_json
-from hypenet_tools.workers import run_in_workers
 from sharded_tensors.index import Sums
-from sharded_tensors.writer import Advance, TensorFile
+from sharded_tensors.writer import Advance, TensorFile, write_files
 
 UNFINISHED, JOB_FILE = ".unfinished", "job.json"
-LOCK_TIMEOUT_SECONDS = 15.0  # the workers of a killed process end within moments
+LOCK_TIMEOUT_SECONDS = 15.0  # a killed process may take moments to end
 _SPARE_BYTES = 16 * 2**20
 
 
@@ -144,6 +146,30 @@ def keep_or_write(unfinished: Path, file: TensorFile, advance: Advance) -> None:
     write_json(sum_file, {"bytes": size, "sha256": digest})
 
 
+def _write_in_threads(unfinished: Path, files: Sequence[TensorFile], threads: int, advance: Advance) -> None:
+    """Write every file, `threads` at a time. At the first error, or Ctrl-C, all stop and it is raised.
+
+    Hashing, copying and writing release Python's lock, so threads are as fast as processes would be.
+    """
+    stop = Event()
+
+    def advance_or_stop(count: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+        advance(count)
+
+    threads_per_operation = torch.get_num_threads()
+    torch.set_num_threads(1)  # in the threads that start now
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for done in as_completed([pool.submit(keep_or_write, unfinished, f, advance_or_stop) for f in files]):
+            done.result()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads_per_operation)
+
+
 def run_job(
     job: FolderJob, *, workers: int = 1, part: JobPart = JobPart(), advance: Advance = lambda count: None
 ) -> bool:
@@ -162,7 +188,7 @@ def run_job(
     with exclusive(job.unfinished, f"part-{part.index}.lock", timeout=LOCK_TIMEOUT_SECONDS):
         mine = job.tensor_files[part.index :: part.count]
         _require_space(job, mine)
-        run_in_workers(partial(keep_or_write, job.unfinished), mine, workers, advance)
+        _write_in_threads(job.unfinished, mine, workers, advance)
         return _publish_if_complete(job)
 
 
@@ -174,7 +200,7 @@ def run_from_scratch(job: FolderJob) -> None:
     shutil.rmtree(job.unfinished, ignore_errors=True)
     try:
         job.files_folder.mkdir(parents=True)
-        job.finish(job.files_folder, {file.name: file.write(job.files_folder) for file in job.tensor_files})
+        job.finish(job.files_folder, write_files(job.files_folder, job.tensor_files)[1])
         publish_folder(job.files_folder, job.out)
     finally:
         shutil.rmtree(job.unfinished, ignore_errors=True)

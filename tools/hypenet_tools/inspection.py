@@ -45,5 +45,5 @@ def inspect_model(opened: OpenedModel, *, advance: Advance = lambda count: None)
         "inf": sum(entry["inf"] for entry in not_finite.values()),
         "tensors_not_finite": dict(list(not_finite.items())[:LISTED]),
         "files_not_matching_their_checksum": opened.damaged_files(),
-        "provenance": list(opened.provenance),
+        "provenance": list(opened.metadata.provenance),
     }

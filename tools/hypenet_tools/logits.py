@@ -6,10 +6,9 @@ A HypeNet is run by the modelling code of this package, never by code from its f
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -30,36 +29,29 @@ PROMPTS, PROMPT_LENGTH = 4, 48
 _MEMORY_FACTOR = 1.3  # for activations and temporary copies during loading
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Differences of logits over all positions of all prompts. `largest` is the largest magnitude of any logit."""
-
-    max_difference: float
-    largest: float
-    cosine: float
-    top_1_agreement: float
-    positions: int
-
-
 def prompts(vocab_size: int) -> Tensor:
     """Token ids [4, 48] that depend only on the size of the vocabulary; there may be no tokenizer."""
     return torch.randint(vocab_size, (PROMPTS, PROMPT_LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def compare_logits(a: OpenedModel, b: OpenedModel) -> Comparison | str:
-    """Run both models on the same prompts, one after the other. Returns a reason if one does not fit into memory."""
+def compare_logits(a: OpenedModel, b: OpenedModel) -> dict[str, Any]:
+    """Differences of the logits (JSON) over all positions of the same prompts; `largest` is the largest magnitude.
+
+    If a model does not fit into memory, only "skipped", the reason.
+    """
     needed = max(model.stored.elements for model in (a, b)) * 4 * _MEMORY_FACTOR
     available = psutil.virtual_memory().available
     if needed > available:
-        return f"not computed: takes {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are available"
+        reason = f"takes {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are available"
+        return {"skipped": f"not computed: {reason}"}
     one, other = logits(a), logits(b)
-    return Comparison(
-        max_difference=float((one - other).abs().max()),
-        largest=float(one.abs().max()),
-        cosine=float(torch.nn.functional.cosine_similarity(one, other, dim=-1).mean()),
-        top_1_agreement=float((one.argmax(-1) == other.argmax(-1)).float().mean()),
-        positions=one.shape[0] * one.shape[1],
-    )
+    return {
+        "max_difference": float((one - other).abs().max()),
+        "largest": float(one.abs().max()),
+        "cosine": float(torch.nn.functional.cosine_similarity(one, other, dim=-1).mean()),
+        "top_1_agreement": float((one.argmax(-1) == other.argmax(-1)).float().mean()),
+        "positions": one.shape[0] * one.shape[1],
+    }
 
 
 @torch.no_grad()
@@ -72,7 +64,8 @@ def logits(opened: OpenedModel) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
             _write_plain(Path(folder), opened)
             return _by_transformers(Path(folder), opened, ids)
-    with _one_process() as device:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with nullcontext(device) if dist.is_initialized() else model_parallel() as device:
         return _by_megatron(opened, ids, device)
 
 
@@ -89,12 +82,8 @@ def _by_transformers(folder: Path, opened: OpenedModel, ids: Tensor) -> Tensor:
 
 
 def _by_megatron(opened: OpenedModel, ids: Tensor, device: torch.device) -> Tensor:
-    shape = opened.model.shape
-    config = DecoderConfig.from_shape(
-        shape,
-        opened.model.mixers,
-        logits_scaling_base=opened.model.logits_scaling_base,
-    )
+    base = opened.model.logits_scaling_base
+    config = DecoderConfig.from_shape(opened.model.shape, opened.model.mixers, logits_scaling_base=base)
     model = DecoderModel(config).to(device).eval()
     load_weights(opened.stored, model)
     return model.logits(model(ids.to(device))).transpose(0, 1).float().cpu()
@@ -105,12 +94,3 @@ def _write_plain(folder: Path, opened: OpenedModel) -> None:
     view = opened.hugging_face()
     TensorFile(SINGLE_FILE, [FileTensor.entire(view, name) for name in view]).write(folder)
     write_json(folder / "config.json", qwen3_config(opened.model.shape, "float32"))
-
-
-@contextmanager
-def _one_process() -> Iterator[torch.device]:
-    if dist.is_initialized():
-        yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return
-    with model_parallel() as device:
-        yield device

@@ -21,12 +21,12 @@ from hypenet_tools.folder_job import run_from_scratch
 from hypenet_tools.hugging_face.config import ModelDescription
 from hypenet_tools.layout import FolderLayout
 from hypenet_tools.open_model import FolderMetadata
-from sharded_tensors.index import Index, finish_folder, is_weight
+from sharded_tensors.index import Index, Sums, finish_folder, is_weight
 from sharded_tensors.megatron import fill_pieces, model_pieces, owned_tensors
 from sharded_tensors.ranks import on_all_ranks, on_first_rank
 from sharded_tensors.reader import NameFilter, StoredTensors
 from sharded_tensors.views import LocalRectangles, as_view
-from sharded_tensors.writer import FileTensor, TensorFile, fill_files, index_of
+from sharded_tensors.writer import FileTensor, TensorFile, fill_files, write_files
 
 
 def load_weights(
@@ -95,9 +95,8 @@ def save_weights(
     temporary = on_first_rank(lambda: _new_temporary(folder))
     metadata = describe(model, keep, provenance).to_json()
 
-    def publish(written: list[tuple[Index, dict[str, tuple[int, str]]]]) -> None:
-        index = Index.merged((part for part, _ in written), metadata)
-        finish_folder(temporary, index, {name: sum_ for _, sums in written for name, sum_ in sums.items()})
+    def publish(written: list[tuple[Index, Sums]]) -> None:
+        finish_folder(temporary, written, metadata)
         publish_folder(temporary, folder)
 
     try:
@@ -108,10 +107,8 @@ def save_weights(
         raise
 
 
-def _write_own(
-    folder: Path, model: LocalModel, keep: NameFilter | None
-) -> tuple[Index, dict[str, tuple[int, str]]]:
-    """Write the rectangles of which this rank holds the main replica; returns their index and the files' sums."""
+def _write_own(folder: Path, model: LocalModel, keep: NameFilter | None) -> tuple[Index, Sums]:
+    """Write the rectangles of which this rank holds the main replica."""
     infos, tensors = owned_tensors(model_pieces(model, keep))
     view = LocalRectangles(infos, tensors)
     groups = fill_files([FileTensor(view, *key, infos[key[0]].dtype) for key in tensors], SHARD_BYTES)
@@ -119,7 +116,7 @@ def _write_own(
         TensorFile(f"rank-{dist.get_rank():05d}-{number:05d}.safetensors", group)
         for number, group in enumerate(groups, start=1)
     ]
-    return index_of(files), {file.name: file.write(folder) for file in files}
+    return write_files(folder, files)
 
 
 def describe(

@@ -17,7 +17,6 @@ from hypenet_tools.layout import FolderLayout
 from sharded_tensors.index import INDEX_FILE, RANDOM_PREFIX, TRAINING_FILE, has_index, is_weight
 from sharded_tensors.reader import StoredTensors
 from sharded_tensors.views import TensorView
-from sharded_tensors.writer import Advance
 
 HUGGING_FACE, WEIGHTS, TRAINING = "Hugging Face folder", "weights folder", "training checkpoint"
 SOURCE_FOLDER = "source"  # of a weights folder: tokenizer and other files of the model that it was made from
@@ -68,18 +67,14 @@ class OpenedModel:
         return self.metadata.model
 
     @property
-    def provenance(self) -> Sequence[Mapping[str, Any]]:
-        return self.metadata.provenance
-
-    @property
     def aux_folder(self) -> Path:
         """The folder with tokenizer, model card and the like."""
         return self.folder if self.kind == HUGGING_FACE else self.folder / SOURCE_FOLDER
 
     def with_optimizer(self) -> OpenedModel:
         """A training checkpoint with its optimizer state. Random states belong to the ranks that saved them."""
-        assert isinstance(self.stored, StoredTensors)
-        return replace(self, stored=self.stored.restricted(lambda name: not name.startswith(RANDOM_PREFIX)))
+        stored = StoredTensors(self.folder, lambda name: not name.startswith(RANDOM_PREFIX))
+        return replace(self, stored=stored)
 
     def hugging_face(self) -> TensorView:
         """All weights under Hugging Face names; ValueError for a part of a model."""
@@ -93,15 +88,14 @@ class OpenedModel:
             return megatron_view(self.stored, self.model.plan, f"the weights of {self.folder}")
         return self.stored
 
-    def damaged_files(self, advance: Advance = lambda count: None) -> list[str]:
+    def damaged_files(self) -> list[str]:
         """Names of files that do not match the folder's checksums. Reads all of them."""
-        damaged = []
-        for name, digest in self.checksums.items():
-            path = self.folder / name
-            if not path.is_file() or sha256_file(path) != digest:
-                damaged.append(name)
-            advance(path.stat().st_size if path.is_file() else 0)
-        return damaged
+        paths = {name: self.folder / name for name in self.checksums}
+        return [
+            name
+            for name, path in paths.items()
+            if not path.is_file() or sha256_file(path) != self.checksums[name]
+        ]
 
 
 def open_model(folder: Path) -> OpenedModel:

@@ -23,6 +23,25 @@ DECODER_SETTINGS: dict[str, Any] = {"attention_bias": False, "hidden_act": "silu
 # Every layer has experts, and the weights of the chosen ones are made to add up to one, as in published Qwen3.
 MOE_SETTINGS: dict[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 OPTIONAL_SETTINGS: dict[str, Any] = {"use_sliding_window": False}
+# Keys of the sizes in a ModelShape.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "query_heads": "num_attention_heads",
+    "kv_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_positions": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+FLOATS = ("norm_epsilon", "rope_theta")
+EXPERT_SIZES = {
+    "experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_ffn_size": "moe_intermediate_size",
+}
 
 
 @dataclass(frozen=True)
@@ -68,9 +87,7 @@ def qwen3_config(shape: ModelShape, dtype: str) -> dict[str, Any]:
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": QWEN3_MOE,
         **_decoder_keys(shape, dtype),
-        "num_experts": shape.experts,
-        "num_experts_per_tok": shape.experts_per_token,
-        "moe_intermediate_size": shape.expert_ffn_size,
+        **{key: getattr(shape, field) for field, key in EXPERT_SIZES.items()},
         **MOE_SETTINGS,
     }
 
@@ -103,16 +120,7 @@ def hypenet_config(
 
 def _decoder_keys(shape: ModelShape, dtype: str) -> dict[str, Any]:
     return {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.query_heads,
-        "num_key_value_heads": shape.kv_groups,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": shape.max_positions,
-        "rms_norm_eps": shape.norm_epsilon,
-        "rope_theta": shape.rope_theta,
+        **{key: getattr(shape, field) for field, key in SIZES.items()},
         "tie_word_embeddings": shape.tied_embeddings,
         **DECODER_SETTINGS,
         "attention_dropout": 0.0,
@@ -127,148 +135,122 @@ def read_config(path: Path) -> ModelDescription:
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object; restore the config.json of the model")
+    try:
+        return _description(config, path.absolute().parent.name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _description(config: Mapping[str, Any], name: str) -> ModelDescription:
     model_type = config.get("model_type")
     if model_type not in (QWEN3, QWEN3_MOE, HYPENET):
         raise ValueError(
-            f"{path}: model_type is {model_type!r}, but only {QWEN3!r}, {QWEN3_MOE!r} and {HYPENET!r} can be read"
+            f"model_type is {model_type!r}, but only {QWEN3!r}, {QWEN3_MOE!r} and {HYPENET!r} can be read"
         )
-    reader = _Reader(path, config)
-    reader.refuse_quantised()
-    reader.refuse_sliding_windows()
-    reader.require_optional_settings({**OPTIONAL_SETTINGS, **DECODER_SETTINGS})
+    _refuse_quantised(config)
+    _refuse_sliding_windows(config)
+    optional = {**OPTIONAL_SETTINGS, **DECODER_SETTINGS}
+    _require({**optional, **config}, optional)
     if model_type == QWEN3_MOE:
-        reader.require_settings(
-            config | {"mlp_only_layers": config.get("mlp_only_layers") or []}, MOE_SETTINGS
-        )
-    shape = reader.shape()
+        _require({**config, "mlp_only_layers": config.get("mlp_only_layers") or []}, MOE_SETTINGS)
+    shape = _shape(config, name)
     if model_type != HYPENET:
         return ModelDescription(shape, None, None)
-    mixers = reader.mixer_types(shape.num_layers)
+    mixers = _mixer_types(config, shape.num_layers)
     for spec in mixers_in_use(mixers):
-        reader.require_settings(config, {**spec.hf_settings, **{k: config[v] for k, v in spec.hf_sizes.items()}})
-        reader.require_optional_settings(spec.hf_optional)
-    return ModelDescription(shape, mixers, reader.logits_scaling_base())
+        _require(config, {**spec.hf_settings, **{key: config[other] for key, other in spec.hf_sizes.items()}})
+        _require({**spec.hf_optional, **config}, spec.hf_optional)
+    return ModelDescription(shape, mixers, _logits_scaling_base(config))
 
 
-@dataclass(frozen=True)
-class _Reader:
-    path: Path
-    config: dict[str, Any]
+def _require(config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+    for key, value in supported.items():
+        if config.get(key) != value:
+            raise ValueError(f"{key} is {config.get(key)!r}, but only {value!r} is supported")
 
-    def require_optional_settings(self, supported: Mapping[str, Any]) -> None:
-        self.require_settings({key: self.config.get(key, value) for key, value in supported.items()}, supported)
 
-    def require_settings(self, found: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-        for key, value in supported.items():
-            if found.get(key) != value:
-                raise ValueError(f"{self.path}: {key} is {found.get(key)!r}, but only {value!r} is supported")
-
-    def refuse_quantised(self) -> None:
-        quantisation = self.config.get("quantization_config")
-        if quantisation is not None:
-            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-            raise ValueError(
-                f"{self.path}: quantization_config says that the weights are quantised ({method}); only float32, "
-                "bfloat16 and float16 weights can be read, use those of the unquantised model"
-            )
-
-    def refuse_sliding_windows(self) -> None:
-        kinds = self.config.get("layer_types") or []
-        for kind in kinds if isinstance(kinds, list) else [kinds]:
-            if kind != "full_attention":
-                raise ValueError(
-                    f"{self.path}: layer_types holds {kind!r}, but only 'full_attention' is supported; use a Qwen3 "
-                    "without sliding windows"
-                )
-
-    def expert_sizes(self) -> dict[str, int]:
-        if self.config.get("model_type") != QWEN3_MOE:
-            return {}
-        experts = "num_experts" if "num_experts" in self.config else "num_local_experts"
-        return {
-            "experts": self.number(experts, int),
-            "experts_per_token": self.number("num_experts_per_tok", int),
-            "expert_ffn_size": self.number("moe_intermediate_size", int),
-        }
-
-    def number(self, key: str, kind: type[int] | type[float]) -> Any:
-        value = self.config.get(key)
-        if kind is float and isinstance(value, int):
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
-            raise ValueError(
-                f"{self.path}: {key} is {value!r} instead of a positive number; restore the config"
-            )
-        return value
-
-    def shape(self) -> ModelShape:
-        tied = self.config.get("tie_word_embeddings")
-        if not isinstance(tied, bool):
-            raise ValueError(
-                f"{self.path}: tie_word_embeddings is {tied!r} instead of true or false; restore the config"
-            )
-        try:
-            return ModelShape(
-                name=self.path.absolute().parent.name,
-                num_layers=self.number("num_hidden_layers", int),
-                hidden_size=self.number("hidden_size", int),
-                ffn_hidden_size=self.number("intermediate_size", int),
-                query_heads=self.number("num_attention_heads", int),
-                kv_groups=self.number("num_key_value_heads", int),
-                head_dim=self.number("head_dim", int),
-                vocab_size=self.number("vocab_size", int),
-                tied_embeddings=tied,
-                rope_theta=self.rope_theta(),
-                norm_epsilon=self.number("rms_norm_eps", float),
-                max_positions=self.number("max_position_embeddings", int),
-                **self.expert_sizes(),
-            )
-        except ValueError as error:
-            message = str(error)
-            raise ValueError(message if str(self.path) in message else f"{self.path}: {message}") from None
-
-    def rope_theta(self) -> float:
-        """RoPE's base; transformers 5 keeps it in `rope_parameters`, earlier ones beside the other keys."""
-        holder = self
-        for key in ("rope_scaling", "rope_parameters"):
-            scaling = self.config.get(key)
-            if scaling is None:
-                continue
-            if not isinstance(scaling, dict):
-                raise ValueError(
-                    f"{self.path}: {key} is {scaling!r} instead of an object; restore the config"
-                )
-            kind = scaling.get("rope_type", scaling.get("type", "default"))
-            if kind != "default":
-                raise ValueError(f"{self.path}: RoPE scaling of type {kind!r} is not supported; remove {key}")
-            if "rope_theta" in scaling:
-                holder = _Reader(self.path, scaling)
-        return holder.number("rope_theta", float)
-
-    def mixer_types(self, num_layers: int) -> tuple[str, ...]:
-        names = self.config.get("mixer_types")
-        if not isinstance(names, list) or len(names) != num_layers:
-            raise ValueError(
-                f"{self.path}: mixer_types must list one mixer for each of the {num_layers} layers"
-            )
-        known = {hf_name: name for name, spec in MIXERS.items() for hf_name in spec.hf_names}
-        unknown = sorted({str(name) for name in names if name not in known})
-        if unknown:
-            raise ValueError(
-                f"{self.path}: mixer_types holds {', '.join(unknown)}, but only {', '.join(known)} are supported"
-            )
-        return tuple(known[name] for name in names)
-
-    def logits_scaling_base(self) -> float | None:
-        value = self.config.get("attn_logits_scaling")
-        if value is None:
-            return None
-        try:
-            method, base = str(value).split()
-            if method == "hype" and 1 < float(base) < math.inf:
-                return float(base)
-        except ValueError:
-            pass
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    quantisation = config.get("quantization_config")
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise ValueError(
-            f'{self.path}: attn_logits_scaling is {value!r}; write null or "hype <a>" with a number a above 1'
+            f"quantization_config says that the weights are quantised ({method}); only float32, bfloat16 and "
+            "float16 weights can be read, use those of the unquantised model"
         )
+
+
+def _refuse_sliding_windows(config: Mapping[str, Any]) -> None:
+    kinds = config.get("layer_types") or []
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind != "full_attention":
+            raise ValueError(
+                f"layer_types holds {kind!r}, but only 'full_attention' is supported; use a Qwen3 without sliding "
+                "windows"
+            )
+
+
+def _shape(config: Mapping[str, Any], name: str) -> ModelShape:
+    tied = config.get("tie_word_embeddings")
+    if not isinstance(tied, bool):
+        raise ValueError(f"tie_word_embeddings is {tied!r} instead of true or false; restore the config")
+    keys = dict(SIZES)
+    if config["model_type"] == QWEN3_MOE:
+        keys |= EXPERT_SIZES
+        if "num_experts" not in config:
+            keys["experts"] = "num_local_experts"
+    holder = {**config, "rope_theta": _rope_theta(config)}
+    sizes = {field: _number(holder, key, float if field in FLOATS else int) for field, key in keys.items()}
+    return ModelShape(name=name, tied_embeddings=tied, **sizes)
+
+
+def _number(config: Mapping[str, Any], key: str, kind: type[int] | type[float]) -> Any:
+    value = config.get(key)
+    if kind is float and isinstance(value, int):
+        value = float(value)
+    if isinstance(config.get(key), bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {value!r} instead of a positive number; restore the config")
+    return value
+
+
+def _rope_theta(config: Mapping[str, Any]) -> Any:
+    """RoPE's base; transformers 5 keeps it in `rope_parameters`, earlier ones beside the other keys."""
+    base = config.get("rope_theta")
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = config.get(key)
+        if scaling is None:
+            continue
+        if not isinstance(scaling, dict):
+            raise ValueError(f"{key} is {scaling!r} instead of an object; restore the config")
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"RoPE scaling of type {kind!r} is not supported; remove {key}")
+        base = scaling.get("rope_theta", base)
+    return base
+
+
+def _mixer_types(config: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
+    names = config.get("mixer_types")
+    if not isinstance(names, list) or len(names) != num_layers:
+        raise ValueError(f"mixer_types must list one mixer for each of the {num_layers} layers")
+    known = {hf_name: name for name, spec in MIXERS.items() for hf_name in spec.hf_names}
+    unknown = sorted({str(name) for name in names if name not in known})
+    if unknown:
+        raise ValueError(
+            f"mixer_types holds {', '.join(unknown)}, but only {', '.join(known)} are supported"
+        )
+    return tuple(known[name] for name in names)
+
+
+def _logits_scaling_base(config: Mapping[str, Any]) -> float | None:
+    value = config.get("attn_logits_scaling")
+    if value is None:
+        return None
+    try:
+        method, base = str(value).split()
+        if method == "hype" and 1 < float(base) < math.inf:
+            return float(base)
+    except ValueError:
+        pass
+    raise ValueError(
+        f'attn_logits_scaling is {value!r}; write null or "hype <a>" with a number a above 1'
+    )

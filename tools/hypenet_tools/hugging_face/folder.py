@@ -7,9 +7,9 @@ from pathlib import Path
 
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.hugging_face.config import ModelDescription, read_config
-from hypenet_tools.hugging_face.mapping import hugging_face_shapes, require_names
-from hypenet_tools.hugging_face.mapping_views import megatron_view
-from hypenet_tools.hugging_face.weights import SafetensorsWeights
+from hypenet_tools.hugging_face.mapping import hugging_face_shapes
+from hypenet_tools.hugging_face.mapping_views import megatron_view, require_shapes
+from hypenet_tools.hugging_face.weights import EMBEDDING, HEAD, SafetensorsWeights
 from sharded_tensors.views import TensorView
 
 
@@ -44,29 +44,10 @@ def read_model_folder(folder: Path, *, check_finite: bool = True) -> HFModel:
     ValueError, one sentence with the fix, when something is missing, truncated, pickled, unsupported or
     contradictory; with `check_finite` also when a tensor that is read holds NaN or infinity.
     """
-    config_path = folder / "config.json"
-    description = read_config(config_path)
+    description = read_config(folder / "config.json")
     weights = SafetensorsWeights(folder, check_finite=check_finite)
-    _drop_tied_head(weights, config_path, description.shape)
-    expected = hugging_face_shapes(description.plan)
-    require_names(weights, expected, f"the weights of {folder}")
-    for name, wanted in expected.items():
-        if weights.infos[name].shape != wanted:
-            raise ValueError(
-                f"{weights.files[name]}: tensor {name} has shape {list(weights.infos[name].shape)} but "
-                f"{config_path.name} calls for {list(wanted)}; put the config.json of these weights back"
-            )
+    if description.shape.tied_embeddings and HEAD in weights:  # stored by some published tied models (Qwen3-1.7B)
+        weights.require_tied(HEAD, EMBEDDING)
+        weights.drop(HEAD)
+    require_shapes(weights, hugging_face_shapes(description.plan), f"the weights of {folder}")
     return HFModel(folder, description, weights)
-
-
-def _drop_tied_head(weights: SafetensorsWeights, config_path: Path, shape: ModelShape) -> None:
-    """Some published tied models (Qwen3-1.7B) store the head although it equals the embedding."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not shape.tied_embeddings or head not in weights:
-        return
-    if embedding in weights and not weights.same_content(head, embedding):
-        raise ValueError(
-            f"{weights.files[head]}: {head} differs from {embedding} although {config_path.name} ties "
-            "them; set tie_word_embeddings to false to keep the head"
-        )
-    weights.drop(head)

@@ -7,6 +7,7 @@ cloned, or fresh values.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -22,22 +23,20 @@ STUDENT = "self_attention.student."
 
 
 class FreshTensors(TensorView):
-    """Tensors of `Fresh` values by Hugging Face name (model.layers.N.*). One tensor at a time is in memory."""
+    """Tensors of `Fresh` values by Hugging Face name (model.layers.N.*). Each thread keeps its latest."""
 
     def __init__(self, seed: int, starts: Mapping[str, Fresh], infos: Mapping[str, TensorInfo]) -> None:
         self.seed, self.starts, self.infos = seed, starts, infos
-        self._latest: tuple[str, Tensor] | None = None
+        self._latest = threading.local()
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        if self._latest is None or self._latest[0] != name:
+        if getattr(self._latest, "name", None) != name:
             fresh, info, layer = self.starts[name], self.infos[name], name.split(".")[2]
             digest = hashlib.sha256(f"{fresh.stream} {self.seed} {layer}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            self._latest = name, fresh.draw(info.shape, generator).to(info.dtype).view(-1, info.columns)
-        yield from blocks(self._latest[1][start:stop])
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_latest": None}
+            drawn = fresh.draw(info.shape, generator).to(info.dtype)
+            self._latest.name, self._latest.matrix = name, drawn.view(-1, info.columns)
+        yield from blocks(self._latest.matrix[start:stop])
 
 
 def initial_hybrid(teacher: TensorView, shape: ModelShape, mixers: Sequence[str], seed: int) -> TensorView:

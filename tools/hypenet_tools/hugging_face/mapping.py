@@ -11,8 +11,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from hypenet_megatron.mixers import MIXERS, mixer
 from hypenet_megatron.mixers.spec import HuggingFaceTensor, MegatronTensor, symbol_sizes
 from hypenet_megatron.presets import ModelShape
@@ -93,15 +91,6 @@ def table_entry(megatron_name: str) -> tuple[int | None, MegatronTensor]:
 
 
 @dataclass(frozen=True)
-class PartRows:
-    """Rows start:stop of a Hugging Face tensor, seen as a matrix."""
-
-    part: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class TensorPlan:
     """A MegatronTensor of one layer of one model: its Hugging Face parts (name -> shape), and the groups they
     interleave in.
@@ -124,29 +113,21 @@ class TensorPlan:
             return (self.experts, rows // self.experts, *shapes[0][1:])
         return (rows, *shapes[0][1:])
 
-    def rows(self) -> Iterator[PartRows]:
-        """Where the rows of the Megatron tensor (as a matrix) come from, in their order."""
+    def rows(self) -> Iterator[tuple[str, int, int]]:
+        """(part, start, stop): the rows of parts that make up the Megatron tensor (as matrices), in its order."""
         for group in range(self.groups):
             for name, shape in self.parts.items():
                 size = shape[0] // self.groups
-                yield PartRows(name, group * size, (group + 1) * size)
+                yield name, group * size, (group + 1) * size
 
     def rows_of_parts(self) -> dict[str, list[tuple[int, int]]]:
         """The inverse: for each part, the runs (start, stop) of Megatron rows that make it up, in its order."""
         runs: dict[str, list[tuple[int, int]]] = {name: [] for name in self.parts}
         at = 0
-        for rows in self.rows():
-            runs[rows.part].append((at, at + rows.stop - rows.start))
-            at = runs[rows.part][-1][1]
+        for part, start, stop in self.rows():
+            runs[part].append((at, at + stop - start))
+            at += stop - start
         return runs
-
-    def require_one_dtype(self, dtypes: Sequence[torch.dtype]) -> None:
-        """ValueError unless all parts, in the order of `parts`, have the same dtype."""
-        if len(set(dtypes)) > 1:
-            found = ", ".join(f"{name} {dtype}" for name, dtype in zip(self.parts, dtypes, strict=True))
-            raise ValueError(
-                f"{self.megatron} is made of tensors of different dtypes ({found}); save them in one dtype"
-            )
 
 
 def conversion_plan(shape: ModelShape, mixer_types: Sequence[str]) -> tuple[TensorPlan, ...]:

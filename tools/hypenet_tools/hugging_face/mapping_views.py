@@ -14,8 +14,8 @@ def require_shapes(view: TensorView, expected: Mapping[str, tuple[int, ...]], ho
     for name, shape in expected.items():
         if view.infos[name].shape != shape:
             raise ValueError(
-                f"{holder}: tensor {name} has shape {list(view.infos[name].shape)} where the model config calls "
-                f"for {list(shape)}; use the weights and the config of the same model"
+                f"{holder}: tensor {name} has shape {list(view.infos[name].shape)} but the model config calls for "
+                f"{list(shape)}; use the weights and the config of the same model"
             )
 
 
@@ -24,10 +24,14 @@ def megatron_view(hugging_face: TensorView, plan: Sequence[TensorPlan], holder: 
     require_shapes(hugging_face, hugging_face_shapes(plan), holder)
     view = AssembledTensors()
     for entry in plan:
-        dtypes = [hugging_face.infos[part].dtype for part in entry.parts]
-        entry.require_one_dtype(dtypes)
-        runs = [Run(hugging_face, rows.part, rows.start, rows.stop) for rows in entry.rows()]
-        view.add(entry.megatron, TensorInfo(entry.megatron_shape, dtypes[0]), runs)
+        dtypes = {part: hugging_face.infos[part].dtype for part in entry.parts}
+        if len(set(dtypes.values())) > 1:
+            found = ", ".join(f"{part} {dtype}" for part, dtype in dtypes.items())
+            raise ValueError(
+                f"{entry.megatron} is made of tensors of different dtypes ({found}); save them in one dtype"
+            )
+        runs = [Run(hugging_face, part, start, stop) for part, start, stop in entry.rows()]
+        view.add(entry.megatron, TensorInfo(entry.megatron_shape, next(iter(dtypes.values()))), runs)
     return view
 
 

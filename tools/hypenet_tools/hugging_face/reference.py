@@ -21,7 +21,7 @@ from hypenet_tools.hugging_face.config import ModelDescription, read_config
 from hypenet_tools.hugging_face.initialise import FreshTensors
 from hypenet_tools.hugging_face.mapping import HF_LAYER
 from hypenet_tools.hugging_face.mapping_views import megatron_view
-from hypenet_tools.hugging_face.weights import SafetensorsWeights
+from hypenet_tools.hugging_face.weights import EMBEDDING, HEAD, SafetensorsWeights
 from sharded_tensors.views import AssembledTensors, TensorView
 
 _TEACHER, _STUDENT = "teacher_layer.", "student_layer."
@@ -46,10 +46,10 @@ def read_reference_folder(folder: Path, seed: int) -> ReferenceModel:
         )
     weights = SafetensorsWeights(folder)
     view = AssembledTensors()
-    for stored in weights:
-        name = released_name(stored, mixers)
-        if name == "lm_head.weight" and description.shape.tied_embeddings:
-            _require_tied(weights, stored, mixers, folder)
+    released = {stored: released_name(stored, mixers) for stored in weights}
+    for stored, name in released.items():
+        if name == HEAD and description.shape.tied_embeddings:  # the reference stores it even then
+            weights.require_tied(stored, next((s for s, n in released.items() if n == EMBEDDING), EMBEDDING))
         elif name is not None:
             if name in view:
                 raise ValueError(f"{weights.files[stored]}: {stored} and another tensor are both {name}")
@@ -79,16 +79,12 @@ def released_name(stored: str, mixers: Sequence[str]) -> str | None:
         if name.startswith(wrapped):
             name = bare + name.removeprefix(wrapped)
     if _TEACHER in name or _STUDENT in name:
-        layer = name.split(".")[2]
-        kept = _TEACHER if layer.isdigit() and _mixer(mixers, int(layer)) == ATTENTION else _STUDENT
+        attention = {str(layer) for layer, mixer in enumerate(mixers) if mixer == ATTENTION}
+        kept = _TEACHER if name.split(".")[2] in attention else _STUDENT
         if kept not in name:
             return None
         name = name.replace(kept, "", 1)
     return name
-
-
-def _mixer(mixers: Sequence[str], layer: int) -> str | None:
-    return mixers[layer] if layer < len(mixers) else None
 
 
 def _gate(layer: int) -> str:
@@ -97,13 +93,3 @@ def _gate(layer: int) -> str:
 
 def _query(layer: int) -> str:
     return HF_LAYER.format(layer=layer) + "self_attn.q_proj.weight"
-
-
-def _require_tied(weights: SafetensorsWeights, head: str, mixers: Sequence[str], folder: Path) -> None:
-    """The reference stores a head even where it is tied. Leave it out only if it equals the embedding."""
-    embeddings = [name for name in weights if released_name(name, mixers) == "model.embed_tokens.weight"]
-    if embeddings and not weights.same_content(head, embeddings[0]):
-        raise ValueError(
-            f"{weights.files[head]}: {head} differs from {embeddings[0]} although config.json ties them; set "
-            "tie_word_embeddings to false to keep the head"
-        )

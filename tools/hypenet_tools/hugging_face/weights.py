@@ -15,6 +15,7 @@ from sharded_tensors.views import TensorView, blocks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 # Per dtype of weights: the integers of its bits, the bits of magnitude, and the magnitude of infinity (above it: NaN).
 _BITS = {
@@ -75,15 +76,19 @@ class SafetensorsWeights(TensorView):
         """Leave a tensor out of the view."""
         del self.infos[name], self.files[name]
 
-    def same_content(self, first: str, second: str) -> bool:
-        """Whether two tensors are equal bit for bit. Compares blocks, because the tensors may be huge."""
-        info = self.infos[first]
-        return info == self.infos[second] and all(
-            one.equal(other)
-            for one, other in zip(
-                self.rows(first, 0, info.rows), self.rows(second, 0, info.rows), strict=True
-            )
+    def require_tied(self, head: str, embedding: str) -> None:
+        """ValueError if a head is stored that differs from the embedding to which the config ties it."""
+        if embedding not in self:
+            return
+        info = self.infos[head]
+        blocks_of_both = zip(
+            self.rows(head, 0, info.rows), self.rows(embedding, 0, info.rows), strict=True
         )
+        if info != self.infos[embedding] or not all(one.equal(other) for one, other in blocks_of_both):
+            raise ValueError(
+                f"{self.files[head]}: {head} differs from {embedding} although config.json ties them; set "
+                "tie_word_embeddings to false to keep the head"
+            )
 
 
 def _read_shards(folder: Path) -> tuple[Header, dict[str, Path]]:
