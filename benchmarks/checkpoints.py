@@ -27,8 +27,7 @@ from rich.table import Table
 
 from halo_jobs.recipe import TrainingSection
 from halo_training.batches import TokenBatch
-from halo_training.checkpointing.folder import TrainingCheckpoints
-from halo_training.checkpointing.layout import current_layout
+from halo_training.checkpointing.folder import TrainingCheckpoints, current_layout
 from halo_training.checkpointing.saver import BackgroundSaver
 from halo_training.objectives import NextTokenObjective
 from halo_training.optimizer import build_optimizer

@@ -32,7 +32,7 @@ from halo_cluster.ranks import rank_log
 from halo_jobs.recipe import TrainingSection
 from halo_training.batches import BatchCursor, TokenBatch
 from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
-from halo_training.checkpointing.layout import current_layout
+from halo_training.checkpointing.folder import current_layout
 from halo_training.models import is_student_key
 from halo_training.objectives import (
     AlignmentObjective,

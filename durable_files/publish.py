@@ -21,6 +21,15 @@ def temporary_sibling(target: Path) -> Path:
     return target.with_name(f"{target.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
 
 
+def temporary_folder(target: Path) -> Path:
+    """A new, empty sibling of `target`, to be published under its name. Removes what killed writers left there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    discard_leftovers(target.parent)
+    temporary = temporary_sibling(target)
+    temporary.mkdir()
+    return temporary
+
+
 def _fsync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

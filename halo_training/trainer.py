@@ -19,7 +19,7 @@ from halo_cluster import StageRecord, StopRequested
 from halo_training.batches import BatchCursor
 from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
 from halo_training.checkpointing.code_version import code_version
-from halo_training.checkpointing.layout import current_layout
+from halo_training.checkpointing.folder import current_layout
 from halo_training.guard import DivergenceGuard, TrainingDiverged
 from halo_training.objectives import Objective, gather_weights
 from halo_training.optimizer import build_optimizer, set_learning_rate

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from durable_files import FolderManifest
 from sharded_tensors.index import INDEX_FILE, Index, StoredRectangle, stored_name
 from sharded_tensors.rectangles import Rectangle
-from sharded_tensors.safetensors_format import DTYPE_CODES, SafetensorsFiles, read_header
+from sharded_tensors.safetensors_format import DTYPE_CODES, open_mapped, read_header
 from sharded_tensors.views import BLOCK_BYTES, TensorView, blocks
 
 NameFilter = Callable[[str], bool]
@@ -30,11 +31,8 @@ class _Tile(NamedTuple):
     row: int
 
 
-class _Bands(NamedTuple):
-    """A tensor cut into bands of rows: band i has rows cuts[i]:cuts[i + 1], and its tiles side by side."""
-
-    cuts: list[int]
-    tiles: list[list[_Tile]]
+# A tensor cut into bands of rows: the cuts, and the tiles, side by side, of rows cuts[i]:cuts[i + 1].
+_Bands = tuple[list[int], list[list[_Tile]]]
 
 
 class StoredTensors(TensorView):
@@ -51,8 +49,7 @@ class StoredTensors(TensorView):
         self._require_files()
         self.infos = {name: i for name, i in self.index.tensors.items() if keep is None or keep(name)}
         self._bands = {name: self._cut(name) for name in self.infos}
-        self._files = SafetensorsFiles()
-        self._checked: set[str] = set()
+        self._open = cache(self._open_checked)
 
     def _require_files(self) -> None:
         for problem in self.manifest.problems(self.folder, contents=False):
@@ -87,7 +84,7 @@ class StoredTensors(TensorView):
                 break
         else:
             if (cuts[0], cuts[-1]) == (0, info.rows):
-                return _Bands(cuts, bands)
+                return cuts, bands
         raise ValueError(
             f"{self.folder / INDEX_FILE}: the rectangles of {name} leave a gap or overlap; write the folder again"
         )
@@ -117,13 +114,10 @@ class StoredTensors(TensorView):
             start, index = end, index + 1
 
     def _matrix(self, name: str, tile: _Tile) -> Tensor:
-        path, info = self.folder / tile.stored.file, self.infos[name]
-        if tile.stored.file not in self._checked:
-            self._require_header(tile.stored.file)
-        stored = self._files.tensor(path, stored_name(name, tile.stored.rectangle, info))
-        return stored.view(-1, tile.last - tile.first)
+        stored = stored_name(name, tile.stored.rectangle, self.infos[name])
+        return self._open(tile.stored.file).get_tensor(stored).view(-1, tile.last - tile.first)
 
-    def _require_header(self, file: str) -> None:
+    def _open_checked(self, file: str) -> Any:
         found = read_header(self.folder / file)
         for name, info in self.infos.items():
             for stored in self.index.rectangles[name]:
@@ -133,7 +127,7 @@ class StoredTensors(TensorView):
                         f"{self.folder / file} and {INDEX_FILE} disagree about the tensor {name}; copy the folder "
                         "again"
                     )
-        self._checked.add(file)
+        return open_mapped(self.folder / file)
 
     def require_intact(self, part: int = 0, parts: int = 1) -> None:
         """Hash every `parts`-th file from number `part` on; ValueError names one that differs from its checksum."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 DTYPES = {  # by their names in safetensors headers
     "F32": torch.float32,
@@ -22,26 +21,18 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 Header = dict[str, tuple[str, tuple[int, ...]]]
 
 
+def open_mapped(path: Path) -> Any:
+    """An open file. The elements of its `get_tensor(name)` are pages of the file: nothing is read before it is used."""
+    return safe_open(path, framework="pt", device="cpu")
+
+
 def read_header(path: Path) -> Header:
     """Name -> (dtype code, shape). ValueError if the file is truncated or its tensors overlap or leave a gap."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
+        with open_mapped(path) as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
             return {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}); fetch or copy it again"
         ) from None
-
-
-class SafetensorsFiles:
-    """Memory-mapped safetensors files, opened on first use."""
-
-    def __init__(self) -> None:
-        self._handles: dict[Path, Any] = {}
-
-    def tensor(self, path: Path, name: str) -> Tensor:
-        """A tensor whose elements are the pages of the file: nothing is read before it is used."""
-        if path not in self._handles:
-            self._handles[path] = safe_open(path, framework="pt", device="cpu")
-        return self._handles[path].get_tensor(name)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -51,10 +51,6 @@ def _shard_index(path: Path, inner_chunks: int, plain_bytes: int) -> np.ndarray:
     return entries
 
 
-class _Readable(Protocol):
-    def read(self, start: int, length: int) -> np.ndarray: ...
-
-
 class _MappedShards:
     """A sharded 1-D array whose shard files begin with the values, without gaps."""
 
@@ -86,6 +82,9 @@ class _ZarrArray:
 
     def read(self, start: int, length: int) -> np.ndarray:
         return np.asarray(self.array[start : start + length])
+
+
+_Readable = _MappedShards | _ZarrArray
 
 
 def _indexed_sharding(codecs: Sequence[Any]) -> ShardingCodec | None:
@@ -168,7 +167,9 @@ class TokenStore:
             if name in arrays
         }
         if verify_content:
-            _check_content(folder, checksums)
+            for name, checksum in checksums.items():
+                if sha256_file(folder / name) != checksum:
+                    raise ValueError(f"{folder / name} does not match its checksum; {_FIX}")
         identified = json.dumps([tokenizer.sha256, checksums], sort_keys=True)
         return cls(
             folder,
@@ -222,9 +223,3 @@ def _are_offsets(offsets: np.ndarray, num_tokens: int) -> bool:
     return bool(
         len(offsets) and offsets[0] == 0 and offsets[-1] == num_tokens and (np.diff(offsets) >= 0).all()
     )
-
-
-def _check_content(folder: Path, checksums: dict[str, str]) -> None:
-    for name, checksum in checksums.items():
-        if sha256_file(folder / name) != checksum:
-            raise ValueError(f"{folder / name} does not match its checksum; {_FIX}")

@@ -263,7 +263,7 @@ def _run(job: FolderJob, workers: int | None, part_text: str, dry_run: bool) -> 
     nbytes = sum(file.nbytes for file in job.tensor_files[part.index :: part.count])
     if dry_run:
         job.require_free(part)
-        free = shutil.disk_usage(_existing_parent(job.out)).free
+        free = shutil.disk_usage(next(p for p in job.out.absolute().parents if p.exists())).free
         tensors = sum(len(file.tensors) for file in job.tensor_files)
         _print(
             f"{job.out}: {len(job.tensor_files)} files with {tensors:,} tensors or rectangles of them, "
@@ -281,10 +281,6 @@ def _run(job: FolderJob, workers: int | None, part_text: str, dry_run: bool) -> 
 
 def _print(sentence: str) -> None:
     console.print(sentence, soft_wrap=True, highlight=False)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def _report(report: dict[str, Any], as_json: bool) -> None:

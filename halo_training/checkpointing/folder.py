@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
 from durable_files import (
@@ -23,7 +24,6 @@ from durable_files import (
     temporary_sibling,
     write_json,
 )
-from halo_training.checkpointing.layout import current_layout
 from halo_training.checkpointing.random_states import restore_random_states
 from halo_training.checkpointing.state import set_optimizer_step, training_shards
 from hypenet_megatron.model import LocalModel
@@ -42,6 +42,18 @@ from sharded_tensors.reader import NameFilter, StoredTensors
 
 _STEP_PREFIX = "step-"
 _DAMAGED = ".damaged"
+
+
+def current_layout() -> dict[str, int]:
+    """Ranks along every axis of parallelism. Resume is bit-exact at an equal layout, within float noise at others."""
+    return {
+        "world": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
 
 
 def random_prefix(rank: int) -> str:
@@ -141,14 +153,6 @@ class TrainingCheckpoints:
             names = [name for name in stored if name.startswith(prefix)]
             restore_random_states({name.removeprefix(prefix): stored[name] for name in names})
         return training
-
-    def new_temporary(self, step: int) -> Path:
-        """An empty folder to write `step` into. Removes what killed saves left. First rank only."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        discard_leftovers(self.folder)
-        temporary = temporary_sibling(self.path(step))
-        temporary.mkdir()
-        return temporary
 
     def publish(
         self,

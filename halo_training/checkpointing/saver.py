@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from durable_files import temporary_folder
 from halo_training.checkpointing.copies import HeldCopies
 from halo_training.checkpointing.folder import TrainingCheckpoints, random_prefix
 from halo_training.checkpointing.random_states import random_states
@@ -100,7 +101,7 @@ class BackgroundSaver:
         self.finish()
         infos, sources = _owned_state(model, optimizer, self.keep)
         self.wait_for_removal()  # the disk need not hold both the old checkpoint and the new one
-        temporary = on_first_rank(lambda: self.checkpoints.new_temporary(step))
+        temporary = on_first_rank(lambda: temporary_folder(self.checkpoints.path(step)))
         self._copies.take(sources)
         metadata = describe(model, self.keep).to_json()
         thread = threading.Thread(

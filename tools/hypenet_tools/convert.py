@@ -51,6 +51,8 @@ def weights_job(
 ) -> FolderJob:
     """The job that writes a view's tensors (Megatron names) as a weights folder in the layout of `metadata`.
 
+    ValueError if the layout does not divide the model.
+
     Args:
         source: the folder that the view reads; a job resumes only while it is unchanged.
         aux_folder: where tokenizer, model card and the like are copied from.
@@ -58,7 +60,10 @@ def weights_job(
         training: content of TRAINING.json, which makes the folder a training checkpoint.
     """
     by_rank: dict[Rank, list[FileTensor]] = {}
-    num_layers = metadata.model.shape.num_layers if metadata.model else 1
+    num_layers = 1
+    if metadata.model:
+        metadata.layout.require_divides(metadata.model.shape, metadata.model.mixers)
+        num_layers = metadata.model.shape.num_layers
     for name, info in view.infos.items():
         for rank, rectangle in metadata.layout.rectangles(name, info, num_layers):
             by_rank.setdefault(rank, []).append(FileTensor(view, name, rectangle, dtype or info.dtype))
@@ -122,38 +127,20 @@ def convert_job(
         view = initial_hybrid(view, shape, mixers, seed)
         model = ModelDescription(shape, mixers, base)
         step |= {"hybrid": list(layers), "seed": seed}
-    return _from_folder(source, out, view, model, layout, step, max_shard_bytes)
+    metadata = FolderMetadata(model, True, layout, [step])
+    return weights_job(out, view, metadata, source=source, aux_folder=source, max_shard_bytes=max_shard_bytes)
 
 
 def import_job(
     source: Path, out: Path, layout: FolderLayout, *, seed: int = 0, max_shard_bytes: int = SHARD_BYTES
 ) -> FolderJob:
     """A HypeNet folder, released or from the reference's training (see `reference.py`), as a weights folder."""
-    hybrid = read_reference_folder(source, seed)
-    step: dict[str, Any] = {
-        "step": "import",
-        "from": hybrid.description.shape.name,
-        "digest": source_digest(source),
-    }
-    if hybrid.new_gates:
-        step |= {"new_gates": hybrid.new_gates, "seed": seed}
-    return _from_folder(source, out, hybrid.megatron_view, hybrid.description, layout, step, max_shard_bytes)
-
-
-def _from_folder(
-    source: Path,
-    out: Path,
-    view: TensorView,
-    model: ModelDescription,
-    layout: FolderLayout,
-    step: Mapping[str, Any],
-    max_shard_bytes: int,
-) -> FolderJob:
-    layout.require_divides(model.shape, model.mixers)
+    model, view, new_gates = read_reference_folder(source, seed)
+    step: dict[str, Any] = {"step": "import", "from": model.shape.name, "digest": source_digest(source)}
+    if new_gates:
+        step |= {"new_gates": new_gates, "seed": seed}
     metadata = FolderMetadata(model, True, layout, [step])
-    return weights_job(
-        out, view, metadata, source=source, aux_folder=source, max_shard_bytes=max_shard_bytes
-    )
+    return weights_job(out, view, metadata, source=source, aux_folder=source, max_shard_bytes=max_shard_bytes)
 
 
 def reshard_job(
@@ -170,12 +157,10 @@ def reshard_job(
     without the random states, which belong to the ranks that saved them; training draws no random number. The job
     raises ValueError before it publishes anything if a file of that checkpoint does not match its checksum.
     """
-    model = source.metadata.model
     if source.kind == HUGGING_FACE:
         raise ValueError(f"{source.folder} is a Hugging Face folder; use halo convert, which takes a layout too")
-    if model is None:
+    if source.metadata.model is None:
         raise ValueError(f"{source.folder} does not say which model it is a part of; reshard the entire model")
-    layout.require_divides(model.shape, model.mixers)
     origin = {"name": source.folder.absolute().name, "digest": manifest_digest(source.folder)}
     step = {"step": "reshard", "from": origin["name"], "digest": origin["digest"]}
     training = None

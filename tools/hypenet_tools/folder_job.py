@@ -13,7 +13,6 @@ processes of several nodes divide the files by part number, without communicatin
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
@@ -46,8 +45,8 @@ class JobPart:
 class FolderJob:
     """What has to be written as folder `out`.
 
-    `identity` (JSON) is everything that the result depends on; a rerun with an equal one resumes. `finish` adds the
-    small files to the folder that it is given, and gets size and SHA-256 of every tensor file.
+    `identity` (plain JSON, no tuples) is everything that the result depends on; a rerun with an equal one resumes.
+    `finish` adds the small files to the folder that it is given, and gets size and SHA-256 of every tensor file.
     """
 
     out: Path
@@ -75,10 +74,7 @@ class FolderJob:
 
     def _is_ours(self) -> bool:
         path = self.unfinished / JOB_FILE
-        return path.is_file() and read_json(path) == self._plain_identity()
-
-    def _plain_identity(self) -> Any:
-        return json.loads(json.dumps(self.identity))
+        return path.is_file() and read_json(path) == self.identity
 
     def require_free(self, part: JobPart = JobPart()) -> None:
         """ValueError unless `out` is free, or this same job was begun there."""
@@ -88,7 +84,7 @@ class FolderJob:
             raise ValueError(f"{self.out} exists already; remove it or choose another name")
         path = self.unfinished / JOB_FILE
         if path.is_file() and not self._is_ours():
-            asked, begun = self._plain_identity(), read_json(path)
+            asked, begun = self.identity, read_json(path)
             changed = sorted(key for key in {*asked, *begun} if asked.get(key) != begun.get(key))
             raise ValueError(
                 f"{self.unfinished} was begun by another job (it differs in: {', '.join(changed)}); remove it, give "
@@ -104,7 +100,7 @@ class FolderJob:
         self.require_free(part)
         for path in (self.files_folder, self.unfinished / "sums"):
             path.mkdir(parents=True, exist_ok=True)
-        publish_once(self.unfinished / JOB_FILE, self._plain_identity())
+        publish_once(self.unfinished / JOB_FILE, self.identity)
         self.require_free(part)  # two different jobs may have begun at the same moment
 
     def sums(self) -> dict[str, tuple[int, str]]:

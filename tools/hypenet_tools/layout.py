@@ -65,17 +65,13 @@ class FolderLayout:
             if entry.per_expert:
                 box = box.divide(0, expert, self.expert)
             axis = 1 if entry.per_expert else 0  # of the rows that tensor parallelism divides
-            for rank in range(1 if entry.tensor_parallel == "whole" else self.tensor):
-                owner = Rank(rank, stage, expert)
-                if entry.tensor_parallel == "columns":
-                    found.append((owner, box.divide(-1, rank, self.tensor)))
-                elif entry.tensor_parallel == "rows of parts" and self.tensor > 1:
-                    parts = len(entry.parts)
-                    found += [
-                        (owner, box.divide(axis, part * self.tensor + rank, parts * self.tensor))
-                        for part in range(parts)
-                    ]
-                else:
-                    count = 1 if entry.tensor_parallel == "whole" else self.tensor
-                    found.append((owner, box.divide(axis, rank, count)))
+            ranks = 1 if entry.tensor_parallel == "whole" else self.tensor
+            parts = len(entry.parts) if entry.tensor_parallel == "rows of parts" and ranks > 1 else 1
+            if entry.tensor_parallel == "columns":
+                axis = -1
+            for rank in range(ranks):
+                found += [
+                    (Rank(rank, stage, expert), box.divide(axis, part * ranks + rank, parts * ranks))
+                    for part in range(parts)
+                ]
         return found

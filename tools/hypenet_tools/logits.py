@@ -29,11 +29,6 @@ PROMPTS, PROMPT_LENGTH = 4, 48
 _MEMORY_FACTOR = 1.3  # for activations and temporary copies during loading
 
 
-def prompts(vocab_size: int) -> Tensor:
-    """Token ids [4, 48] that depend only on the size of the vocabulary; there may be no tokenizer."""
-    return torch.randint(vocab_size, (PROMPTS, PROMPT_LENGTH), generator=torch.Generator().manual_seed(0))
-
-
 def compare_logits(a: OpenedModel, b: OpenedModel) -> dict[str, Any]:
     """Differences of the logits (JSON) over all positions of the same prompts; `largest` is the largest magnitude.
 
@@ -57,7 +52,9 @@ def compare_logits(a: OpenedModel, b: OpenedModel) -> dict[str, Any]:
 @torch.no_grad()
 def logits(opened: OpenedModel) -> Tensor:
     """Logits [prompts, tokens, vocabulary], fp32."""
-    ids = prompts(opened.model.shape.vocab_size)
+    # Prompts depend only on the size of the vocabulary; there may be no tokenizer.
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(opened.model.shape.vocab_size, (PROMPTS, PROMPT_LENGTH), generator=generator)
     if opened.kind == HUGGING_FACE:
         return _by_transformers(opened.folder, opened, ids)
     if opened.model.shape.experts:  # our Megatron model is dense

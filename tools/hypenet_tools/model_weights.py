@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from durable_files import discard_leftovers, publish_folder, temporary_sibling
+from durable_files import publish_folder, temporary_folder
 from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import LocalModel, model_chunks
 from hypenet_megatron.presets import ModelShape
@@ -92,7 +92,7 @@ def save_weights(
     `provenance` says how the weights were made, oldest step first. The folder appears when all ranks have written
     their part. If one fails, all raise and nothing is published.
     """
-    temporary = on_first_rank(lambda: _new_temporary(folder))
+    temporary = on_first_rank(lambda: temporary_folder(folder))
     metadata = describe(model, keep, provenance).to_json()
 
     def publish(written: list[tuple[Index, Sums]]) -> None:
@@ -146,11 +146,3 @@ def describe(
         FolderLayout(config.tensor_model_parallel_size, config.pipeline_model_parallel_size),
         list(provenance),
     )
-
-
-def _new_temporary(folder: Path) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    discard_leftovers(folder.parent)
-    temporary = temporary_sibling(folder)
-    temporary.mkdir()
-    return temporary

@@ -36,12 +36,7 @@ class FolderMetadata:
     provenance: Sequence[Mapping[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "model": None if self.model is None else self.model.to_json(),
-            "complete": self.complete,
-            "layout": asdict(self.layout),
-            "provenance": list(self.provenance),
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> FolderMetadata:

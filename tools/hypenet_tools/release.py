@@ -58,7 +58,9 @@ def release_job(
 
     def finish(folder: Path, sums: Sums) -> None:
         if len(tensor_files) > 1:
-            write_json(folder / INDEX_FILE, _index(tensor_files))
+            total = sum(file.nbytes for file in tensor_files)
+            weight_map = {tensor.name: file.name for file in tensor_files for tensor in file.tensors}
+            write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for name, content in small_files.items():
             write_json(folder / name, content)
         write_text(folder / MODEL_CARD, model_card)
@@ -98,13 +100,6 @@ def _small_files(
     generation = tokenizer_folder / GENERATION_CONFIG
     settings = read_json(generation) if generation.is_file() else {}
     return {"config.json": {**config, **boundary_ids}, GENERATION_CONFIG: {**settings, **special_ids}}
-
-
-def _index(tensor_files: Sequence[TensorFile]) -> dict[str, Any]:
-    return {
-        "metadata": {"total_size": sum(file.nbytes for file in tensor_files)},
-        "weight_map": {tensor.name: file.name for file in tensor_files for tensor in file.tensors},
-    }
 
 
 def write_hf_folder(

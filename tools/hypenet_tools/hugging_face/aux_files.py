@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +60,8 @@ def source_digest(folder: Path) -> dict[str, str]:
     if sums.is_file():
         return {"of": CHECKSUM_FILE, "sha256": sha256_file(sums)}
     digest = hashlib.sha256()
-    for part in _headers(folder):
-        digest.update(part)
-    return {"of": "safetensors headers", "sha256": digest.hexdigest()}
-
-
-def _headers(folder: Path) -> Iterator[bytes]:
     for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
         with open(path, "rb") as handle:
-            length = handle.read(8)
-            yield f"{path.name} {path.stat().st_size} ".encode()
-            yield handle.read(int.from_bytes(length, "little"))
+            digest.update(handle.read(int.from_bytes(handle.read(8), "little")))
+    return {"of": "safetensors headers", "sha256": digest.hexdigest()}

@@ -67,7 +67,7 @@ class ModelDescription:
         return conversion_plan(self.shape, self.mixers)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": asdict(self.shape)}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ModelDescription:

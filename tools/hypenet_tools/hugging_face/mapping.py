@@ -8,7 +8,7 @@ so that callers may stream.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hypenet_megatron.mixers import MIXERS, mixer
@@ -171,21 +171,3 @@ def hugging_face_shapes(plan: Iterable[TensorPlan]) -> dict[str, tuple[int, ...]
 
 def megatron_shapes(plan: Iterable[TensorPlan]) -> dict[str, tuple[int, ...]]:
     return {entry.megatron: entry.megatron_shape for entry in plan}
-
-
-def require_names(found: Collection[str], expected: Collection[str], holder: str) -> None:
-    """ValueError unless both name the same tensors."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    if missing or unexpected:
-        problems = [f"lack {_listing(missing)}"] if missing else []
-        problems += [f"hold the unexpected {_listing(unexpected)}"] if unexpected else []
-        raise ValueError(
-            f"{holder} {' and '.join(problems)}; check that the weights, the model config and the list "
-            "of attention layers belong together"
-        )
-
-
-def _listing(names: Sequence[str], shown: int = 4) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest

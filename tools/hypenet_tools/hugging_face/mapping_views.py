@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hypenet_tools.hugging_face.mapping import TensorPlan, hugging_face_shapes, megatron_shapes, require_names
+from hypenet_tools.hugging_face.mapping import TensorPlan, hugging_face_shapes, megatron_shapes
 from sharded_tensors.views import AssembledTensors, Run, TensorInfo, TensorView
 
 
 def require_shapes(view: TensorView, expected: Mapping[str, tuple[int, ...]], holder: str) -> None:
     """ValueError unless `view` holds exactly these tensors in these shapes."""
-    require_names(view, expected, holder)
+    missing = [name for name in expected if name not in view]
+    unexpected = [name for name in view if name not in expected]
+    if missing or unexpected:
+        problems = [f"lack {_listing(missing)}"] if missing else []
+        problems += [f"hold the unexpected {_listing(unexpected)}"] if unexpected else []
+        raise ValueError(
+            f"{holder} {' and '.join(problems)}; check that the weights, the model config and the list "
+            "of attention layers belong together"
+        )
     for name, shape in expected.items():
         if view.infos[name].shape != shape:
             raise ValueError(
                 f"{holder}: tensor {name} has shape {list(view.infos[name].shape)} but the model config calls for "
                 f"{list(shape)}; use the weights and the config of the same model"
             )
+
+
+def _listing(names: Sequence[str], shown: int = 4) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
 
 
 def megatron_view(hugging_face: TensorView, plan: Sequence[TensorPlan], holder: str) -> TensorView:

@@ -12,7 +12,6 @@ own stage 2. The attention has no gate yet, so gates are drawn as in stage 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hypenet_megatron.mixers.spec import normal
@@ -27,17 +26,11 @@ from sharded_tensors.views import AssembledTensors, TensorView
 _TEACHER, _STUDENT = "teacher_layer.", "student_layer."
 
 
-@dataclass(frozen=True)
-class ReferenceModel:
-    """A hybrid under Megatron names. `new_gates` are the attention layers whose gates were drawn."""
+def read_reference_folder(folder: Path, seed: int) -> tuple[ModelDescription, TensorView, list[int]]:
+    """Open a HypeNet folder (config.json of type hypenet, safetensors). ValueError names what does not fit.
 
-    description: ModelDescription
-    megatron_view: TensorView
-    new_gates: list[int]
-
-
-def read_reference_folder(folder: Path, seed: int) -> ReferenceModel:
-    """Open a HypeNet folder (config.json of type hypenet, safetensors). ValueError names what does not fit."""
+    Returns the model, its tensors under Megatron names, and the attention layers whose gates were drawn.
+    """
     description = read_config(folder / "config.json")
     mixers = description.mixer_types
     if mixers is None:
@@ -65,9 +58,7 @@ def read_reference_folder(folder: Path, seed: int) -> ReferenceModel:
     gates = FreshTensors(seed, dict.fromkeys(infos, normal("gate")), infos)
     for name in gates:
         view.take(gates, name)
-    return ReferenceModel(
-        description, megatron_view(view, description.plan, f"the weights of {folder}"), missing
-    )
+    return description, megatron_view(view, description.plan, f"the weights of {folder}"), missing
 
 
 def released_name(stored: str, mixers: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from durable_files import read_json
 from sharded_tensors.rectangles import TensorInfo
-from sharded_tensors.safetensors_format import DTYPES, Header, SafetensorsFiles, read_header
+from sharded_tensors.safetensors_format import DTYPES, Header, open_mapped, read_header
 from sharded_tensors.views import TensorView, blocks
 
 SINGLE_FILE = "model.safetensors"
@@ -60,10 +61,10 @@ class SafetensorsWeights(TensorView):
                 )
         self.infos = {name: TensorInfo(shape, DTYPES[dtype]) for name, (dtype, shape) in headers.items()}
         self.check_finite = check_finite
-        self._open = SafetensorsFiles()
+        self._open = cache(open_mapped)
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        matrix = self._open.tensor(self.files[name], name).view(-1, self.infos[name].columns)
+        matrix = self._open(self.files[name]).get_tensor(name).view(-1, self.infos[name].columns)
         for block in blocks(matrix[start:stop]):
             if self.check_finite and not is_finite(block):
                 raise ValueError(

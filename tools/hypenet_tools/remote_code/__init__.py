@@ -7,7 +7,7 @@ source that its spec names, and `mixer_table.py`, by which configuration and mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 
 from hypenet_megatron.mixers import MixerSpec, modeling
@@ -27,6 +27,24 @@ from torch import Tensor, nn
 from .mixer_base import HypeNetMixer, HypeNetRMSNorm, rotate
 
 
+'''
+_TABLE = '''"""The mixers of this model by their names in config.json."""
+
+{imports}
+
+MIXERS = {{
+{classes}
+}}
+
+# Keys of config.json and the only value that this code supports.
+SETTINGS = {{
+{settings}
+}}
+
+# Keys of config.json that repeat another key.
+SIZES = {{
+{sizes}
+}}
 '''
 
 
@@ -48,29 +66,12 @@ def _source(spec: MixerSpec) -> str:
 
 
 def _table(specs: Sequence[MixerSpec]) -> str:
-    imports = [f"from .{_module(spec)} import {spec.modeling[-1].__name__}" for spec in specs]
-    classes = [f"    {spec.hf_names[0]!r}: {spec.modeling[-1].__name__}," for spec in specs]
-    settings = [f"    {spec.hf_names[0]!r}: {dict(spec.hf_settings)!r}," for spec in specs]
-    sizes = [f"    {spec.hf_names[0]!r}: {dict(spec.hf_sizes)!r}," for spec in specs]
-    return "\n".join(
-        [
-            '"""The mixers of this model by their names in config.json."""',
-            "",
-            *imports,
-            "",
-            "MIXERS = {",
-            *classes,
-            "}",
-            "",
-            "# Keys of config.json and the only value that this code supports.",
-            "SETTINGS = {",
-            *settings,
-            "}",
-            "",
-            "# Keys of config.json that repeat another key.",
-            "SIZES = {",
-            *sizes,
-            "}",
-            "",
-        ]
+    def entries(value: Callable[[MixerSpec], str]) -> str:
+        return "\n".join(f"    {spec.hf_names[0]!r}: {value(spec)}," for spec in specs)
+
+    return _TABLE.format(
+        imports="\n".join(f"from .{_module(spec)} import {spec.modeling[-1].__name__}" for spec in specs),
+        classes=entries(lambda spec: spec.modeling[-1].__name__),
+        settings=entries(lambda spec: repr(dict(spec.hf_settings))),
+        sizes=entries(lambda spec: repr(dict(spec.hf_sizes))),
     )
