@@ -73,9 +73,9 @@ def _check_corpus(recipe: Recipe) -> None:
 def _teacher_shape(recipe: ConversionRecipe) -> ModelShape:
     with named_in_errors("teacher"):
         teacher = read_model_folder(_folder(recipe.teacher))
-        if teacher.mixer_types is not None:
+        if teacher.description.mixer_types is not None:
             raise ValueError(f"{teacher.folder} is a HypeNet already; give a Qwen3 model as teacher")
-        return teacher.shape
+        return teacher.description.shape
 
 
 def _planned_shape(recipe: PretrainRecipe) -> ModelShape:

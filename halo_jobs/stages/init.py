@@ -22,7 +22,7 @@ def run_init(context: StageContext) -> StageResult:
     outputs = [context.folder / TEACHER_WEIGHTS, context.folder / STUDENT_WEIGHTS]
     origin: dict[str, Any] = {
         "step": "convert",
-        "from": teacher.shape.name,
+        "from": teacher.description.shape.name,
         "digest": source_digest(teacher.folder),
     }
     save_tensors(
@@ -30,11 +30,11 @@ def run_init(context: StageContext) -> StageResult:
     )
     weights = read_weights(outputs[0])  # in the recipe's precision, as the students start from it
     students = [origin, {"step": "students", "mixer": recipe.student, "seed": recipe.seed}]
-    mixers = students_of(weights, teacher.shape, recipe.student, recipe.seed)
+    mixers = students_of(weights, teacher.description.shape, recipe.student, recipe.seed)
     save_tensors(outputs[1], mixers, provenance=students)
     summary = {
-        "teacher": teacher.shape.name,
-        "layers": teacher.shape.num_layers,
+        "teacher": teacher.description.shape.name,
+        "layers": teacher.description.shape.num_layers,
         "parameters": weights.elements,
     }
-    return StageResult([*outputs, write_shape(context.folder, teacher.shape)], summary)
+    return StageResult([*outputs, write_shape(context.folder, teacher.description.shape)], summary)

@@ -66,8 +66,8 @@ def edit_weights(folder, change):
 def test_teacher(teacher, random_tensors):
     assert len(list(teacher.glob("*.safetensors"))) > 2
     model = read_model_folder(teacher)
-    assert model.shape == replace(TINY, name="teacher")
-    assert (model.mixer_types, model.description.logits_scaling_base) == (None, None)
+    assert model.description.shape == replace(TINY, name="teacher")
+    assert (model.description.mixer_types, model.description.logits_scaling_base) == (None, None)
     written = random_tensors(TINY, TINY.teacher_mixers())
     read = model.megatron_view()
     assert read.keys() == written.keys()
@@ -76,15 +76,15 @@ def test_teacher(teacher, random_tensors):
 
 def test_hybrid(hybrid, random_tensors):
     model = read_model_folder(hybrid)
-    assert model.shape == replace(TINY, name="hybrid")
-    assert (model.mixer_types, model.description.logits_scaling_base) == (HYBRID, 600.0)
+    assert model.description.shape == replace(TINY, name="hybrid")
+    assert (model.description.mixer_types, model.description.logits_scaling_base) == (HYBRID, 600.0)
     written = random_tensors(TINY, HYBRID)
     assert all(tensor.equal(written[name]) for name, tensor in model.megatron_view().items())
 
 
 def test_transformers_5_config_is_understood(teacher):
     edit_config(teacher, rope_theta="absent", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    assert read_model_folder(teacher).shape.rope_theta == 5e5
+    assert read_model_folder(teacher).description.shape.rope_theta == 5e5
 
 
 def test_head_stored_beside_a_tied_embedding_is_dropped_if_equal(hybrid):

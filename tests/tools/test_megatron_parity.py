@@ -61,7 +61,7 @@ def test_teacher_equals_transformers(tmp_path, ids, tied):
     judge.save_pretrained(tmp_path)
     teacher = read_model_folder(tmp_path)
     model = megatron_model(
-        dict(teacher.megatron_view()), teacher.shape, teacher.shape.teacher_mixers()
+        dict(teacher.megatron_view()), teacher.description.shape, teacher.description.shape.teacher_mixers()
     )
     with torch.no_grad():
         expected = judge(ids).logits

@@ -200,7 +200,7 @@ def test_teacher_survives_the_way_through_megatron(tmp_path, tokenizer_folder, t
     write_hf_folder(
         tmp_path / "after",
         dict(model.megatron_view()),
-        model.shape,
+        model.description.shape,
         None,
         tokenizer_folder=tokenizer_folder,
         dtype=torch.float32,

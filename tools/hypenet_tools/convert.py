@@ -114,8 +114,8 @@ def convert_job(
     or the layout do not fit.
     """
     teacher = read_model_folder(source)
-    shape = teacher.shape
-    if teacher.mixer_types is not None:
+    shape = teacher.description.shape
+    if teacher.description.mixer_types is not None:
         raise ValueError(f"{source} is a HypeNet already; import it with --from-hypenet")
     view, model = teacher.megatron_view(), teacher.description
     step: dict[str, Any] = {"step": "convert", "from": shape.name, "digest": source_digest(source)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypenet_megatron.presets import ModelShape
 from hypenet_tools.hugging_face.config import ModelDescription, read_config
 from hypenet_tools.hugging_face.mapping import hugging_face_shapes
 from hypenet_tools.hugging_face.mapping_views import megatron_view, require_shapes
@@ -23,15 +22,6 @@ class HFModel:
     folder: Path
     description: ModelDescription
     tensors: SafetensorsWeights
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.description.shape
-
-    @property
-    def mixer_types(self) -> tuple[str, ...] | None:
-        """None for a Qwen3 teacher."""
-        return self.description.mixer_types
 
     def megatron_view(self) -> TensorView:
         """All weights under their Megatron names; none is read yet."""
