@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST_FILE = 600
 # What users install. More capabilities are to come from fewer ideas, so a change that needs more lines has to find
 # others to delete; raising the limit is a decision.
-PRODUCT_LINES = 22_500
+PRODUCT_LINES = 22_000
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh", ".html", ".json", ""}
 # Data of others may hold any text; this file has to name what it forbids.
 EXEMPT = ("halo_jobs/assets/", "tests/test_architecture.py")
