@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from durable_files import read_json
+from durable_files import read_json, write_json
 from halo_jobs.cli import app
 from halo_jobs.commands.run import command_name
 from halo_reports.monitoring.readings import StageReading
@@ -231,7 +232,7 @@ def test_training_that_diverges(finished, tmp_path):
     recipe, _, _ = finished
     settings = ["--set", "align.learning_rate=1e30", "--set", "align.warmup_steps=0"]
     message = error_sentence(halo("run", recipe, "--runs", tmp_path, *settings), 1)
-    assert "stage align failed: " in message and "lower the learning rate" in message
+    assert "stage align failed: " in message and "lower learning_rate" in message
     (saved,) = (tmp_path / "tiny" / "align").glob("*/bad_batch.json")
     batch = read_json(saved)
     assert batch["step"] >= 2 and len(batch["windows"]) == 4
@@ -314,7 +315,9 @@ def test_status_of_what_is_no_run(tmp_path):
 
 def test_tokenize_makes_a_store_once(tiny_corpus, tiny_tokenizer, tmp_path):
     arguments = ("tokenize", tiny_corpus, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "store")
-    (tmp_path / "store.unfinished-deadbeef").mkdir()  # of one that was killed
+    killed = {"host": socket.gethostname(), "pid": 1, "birth": "an earlier process with this number"}
+    (tmp_path / "store.unfinished-deadbeef").mkdir()
+    write_json(tmp_path / "store.unfinished-deadbeef" / "owner.json", killed)
     made = halo(*arguments)
     assert made.returncode == 0, made.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
