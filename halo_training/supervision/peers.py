@@ -1,4 +1,4 @@
-"""Which ranks are alive and at which step, exchanged through the store of the process group."""
+"""Which ranks are alive, exchanged through the store of the process group."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ class Peer:
     rank: int
     process: ProcessIdentity
     beats: int = -1
-    step: int = 0
     silent: float = 0.0
 
     def __str__(self) -> str:
@@ -55,21 +54,20 @@ class PeerBoard:
         self._store = dist.PrefixStore("halo-peers", _get_default_store().clone())  # type: ignore[attr-defined]
         self._store.set_timeout(_STORE_TIMEOUT)
         self._beats = 0
-        self.beat(0)
+        self.beat()
         processes = from_all_ranks(ProcessIdentity.current())
         self.peers = [Peer(rank, process) for rank, process in enumerate(processes) if rank != self.rank]
 
-    def beat(self, step: int) -> None:
+    def beat(self) -> None:
         self._beats += 1
-        self._store.set(f"beat-{self.rank}", f"{self._beats} {step}")
+        self._store.set(f"beat-{self.rank}", str(self._beats))
 
     def look(self, seconds: float) -> None:
         """Read every peer's counter; for this process `seconds` have passed since the last look."""
         counters = self._store.multi_get([f"beat-{peer.rank}" for peer in self.peers])
         for peer, text in zip(self.peers, counters, strict=True):
-            beats, peer.step = map(int, text.decode().split())
-            peer.silent = 0.0 if beats != peer.beats else peer.silent + seconds
-            peer.beats = beats
+            peer.silent = 0.0 if int(text) != peer.beats else peer.silent + seconds
+            peer.beats = int(text)
 
     def lost(self) -> list[Peer]:
         """Peers that have ended, as far as this machine can see, or have been silent for SILENCE_SECONDS."""

@@ -97,7 +97,7 @@ class Watchdog:
         if self._board is None:
             return ""
         try:
-            self._board.beat(self._step)
+            self._board.beat()
             self._board.look(passed)
             if known := self._board.verdict():
                 return known.partition(":")[2]

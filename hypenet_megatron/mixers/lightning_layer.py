@@ -61,10 +61,7 @@ def state_before_slice(k: Tensor, v: Tensor, slopes: Sequence[float], group: dis
 
 
 class LightningCore(MegatronModule):
-    """Lightning Attention in place of softmax attention: decay rates of this rank's heads, and `o_norm`.
-
-    S_t = gamma_h S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(dh), then RMSNorm over all heads times sigmoid(gate).
-    """
+    """Lightning Attention in place of softmax attention, then RMSNorm over all heads times sigmoid(gate)."""
 
     def __init__(self, config: DecoderConfig, *, pg_collection: ProcessGroupCollection, **_: Any):
         super().__init__(config)

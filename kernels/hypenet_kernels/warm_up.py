@@ -51,12 +51,8 @@ def lightning_calls(heads: int, head_dim: int, dtype: torch.dtype, device: torch
         query, _, key, _ = fused.unbind(3)
         return torch.cat(norm_rope(query, key, weight, weight, angles.cos(), angles.sin(), EPSILON))
 
-    def gated(fused: Tensor, o: Tensor, weight: Tensor) -> Tensor:
-        return gated_norm(o, fused.unbind(3)[1], weight, EPSILON)
-
-    def gated_under_tensor_parallelism(fused: Tensor, o: Tensor, weight: Tensor) -> Tensor:
-        sums = heads_sum_of_squares(o)
-        return gated_norm(o, fused.unbind(3)[1], weight, EPSILON, sums)
+    def gated(fused: Tensor, o: Tensor, weight: Tensor, *, over_ranks: bool = False) -> Tensor:
+        return gated_norm(o, fused.unbind(3)[1], weight, EPSILON, heads_sum_of_squares(o) if over_ranks else None)
 
     weights = zeros(heads * head_dim)
     o = zeros(1, TOKENS, heads, head_dim)
@@ -65,7 +61,7 @@ def lightning_calls(heads: int, head_dim: int, dtype: torch.dtype, device: torch
     yield "Lightning Attention with states", partial(_train, attention, fused, state)
     yield "q/k norm and RoPE", partial(_train, normed, fused, zeros(head_dim))
     yield "output norm and gate", partial(_train, gated, fused, o, weights)
-    yield "output norm over ranks", partial(_train, gated_under_tensor_parallelism, fused, o, weights)
+    yield "output norm over ranks", partial(_train, partial(gated, over_ranks=True), fused, o, weights)
     for batch in (1, 64):  # few states and many are cut differently
         yield f"decoding, batch {batch}", partial(_decode, batch, heads, head_dim, dtype, device)
 
