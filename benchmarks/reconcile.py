@@ -89,7 +89,7 @@ def measure(folder: Path, stages: int) -> dict[str, Any]:
     calls = Calls()
     try:
         begun = time.monotonic()
-        reconciler = Reconciler(jobs, Slurm(SlurmSettings(), program=()), Console(quiet=True))
+        reconciler = Reconciler(jobs, Slurm(SlurmSettings(), module=()), Console(quiet=True))
         made = round(time.monotonic() - begun, 3)
         first = look(reconciler, calls)
         assert reconciler.published.keys() == {job.name for job in finished}

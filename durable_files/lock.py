@@ -71,8 +71,12 @@ def refuse_while_held(folder: Path, name: str = "lock") -> None:
     """HeldError, a ValueError, names the live process that holds `folder`, if one does."""
     locks = _locks(folder, name)
     if locks:
-        with suppress(FileNotFoundError):  # its successor removed it while we read
-            _refuse_while_held(folder, locks[max(locks)])
+        newest = locks[max(locks)]
+        try:
+            _refuse_while_held(folder, newest)
+        except ValueError:
+            if newest.exists():  # otherwise its successor removed it meanwhile
+                raise
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,11 @@ def _json_text(content: Any) -> str:
 def read_json(path: Path) -> Any:
     """Parse `path`; ValueError names the file and the fix when it is missing, empty or not JSON."""
     try:
-        return json.loads(path.read_text())
+        text = path.read_text()
+        if not text:  # without hard links a published name is empty for a moment
+            time.sleep(0.5)
+            text = path.read_text()
+        return json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; check the folder, or run the step that writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -124,9 +129,8 @@ def publish_text_once(path: Path, text: str) -> bool:
 
     A hard link to a flushed temporary file fails if the name exists, also over NFS. The file appears with all of its
     content, or not at all. Where the file system refuses hard links, the winner is the process that creates the name
-    (O_CREAT | O_EXCL), which then renames its temporary file over it. There too exactly one wins, and nobody reads part
-    of the content; but for a moment the file is empty, and a kill at that moment leaves it empty. `read_json` then
-    says so, and the file has to be removed by hand.
+    (O_CREAT | O_EXCL), which then renames its temporary file over it. For a moment the file is empty; `read_json` waits
+    for its content. A kill at that moment leaves it empty: `read_json` says so, and it has to be removed by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
@@ -152,7 +156,11 @@ def _link(temporary: Path, path: Path) -> bool:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except FileExistsError:
         return False
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 

@@ -91,7 +91,8 @@ def _slurm() -> Check:
             for command in (("sinfo", "--version"), ("scontrol", "ping"))
         )
     except (OSError, subprocess.SubprocessError) as problem:
-        reason = (getattr(problem, "stderr", None) or str(problem)).strip().splitlines()[-1]
+        said = getattr(problem, "stderr", None)
+        reason = ((said.strip() if isinstance(said, str) else "") or str(problem)).splitlines()[-1]
         return Check("Slurm", f"does not answer: {reason}", False, False, "see what `scontrol ping` says")
     return Check("Slurm", version.stdout.strip().removeprefix("slurm "), True, False)
 

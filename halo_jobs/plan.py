@@ -154,5 +154,5 @@ class _Planner:
         self._add(EXPORT, (TOKENIZE, PRETRAIN, EVALUATE_TEACHER), export, self._export_sources())
 
     def _export_sources(self) -> tuple[Source, ...]:
-        """What an export copies or cites: the tokenizer's files."""
+        """What an export copies or cites beside the weights."""
         return (Source("tokenizer", self.recipe.tokenizer_folder, "export files"),)

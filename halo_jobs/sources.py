@@ -13,23 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from durable_files import read_json, write_json
 from halo_cluster import input_hash
-from hypenet_tools.hugging_face.aux_files import TOKENIZER_FILES
+from hypenet_tools.hugging_face.aux_files import AUX_FILES
+from terminal_output import ProgressBar
 from tokenized_data.text import SUFFIXES
 
 SOURCES_FILE = "sources.json"
@@ -38,11 +32,12 @@ Contents = Literal["weights", "tokenizer", "export files", "text"]
 _PATTERNS: dict[Contents, tuple[str, ...]] = {
     "weights": ("*.safetensors", "*.safetensors.index.json", "config.json"),
     "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
-    "export files": TOKENIZER_FILES,
+    "export files": AUX_FILES,
     "text": tuple(f"**/*{suffix}" for suffix in SUFFIXES),
 }
 _CHUNK_BYTES = 1 << 23
 _SAVE_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class Source:
@@ -87,8 +82,9 @@ class SourceChecksums:
         self._remembered: dict[str, dict[str, list[Any]]] = read_json(self._file) if self._file.exists() else {}
         self._checksums: dict[_Key, str] = {}
         for path in run_folder.parent.glob(f"*/{SOURCES_FILE}"):
-            for source, files in read_json(path).items():
-                self._checksums |= {(source, file, *stamp): sha256 for file, (*stamp, sha256) in files.items()}
+            with suppress(OSError, ValueError):  # another run's file, which only saves reading
+                for source, files in read_json(path).items():
+                    self._checksums |= {(source, file, *stamp): sha for file, (*stamp, sha) in files.items()}
 
     def digest(self, source: Source) -> str | None:
         """Identity of the files of `source` by name and content; None if one of them has to be read first.
@@ -136,21 +132,24 @@ class SourceChecksums:
 
 def _sha256_of(files: Mapping[_Key, Path], console: Console) -> Iterator[tuple[_Key, str]]:
     """Checksums as they become known. Threads suffice: hashing and reading release the interpreter's lock."""
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    stop = threading.Event()
+    if not files:
+        return
+    stop, total = threading.Event(), sum(size for _, _, size, _, _ in files)
     with (
-        Progress("reading the sources", *columns, console=console, transient=True, disable=not files) as bar,
+        ProgressBar("reading the sources", total, console, in_bytes=True) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        row = bar.add_task("", total=sum(size for _, _, size, _, _ in files))
-        advance = partial(bar.advance, row)
-        waiting = {pool.submit(_sha256, path, advance, stop): key for key, path in files.items()}
+        waiting = {pool.submit(_sha256, path, bar.advance, stop): key for key, path in files.items()}
         try:
             for future in as_completed(waiting):
                 key = waiting[future]
-                if _stamp(files[key]) != key[2:]:
+                try:
+                    sha256, stamp = future.result(), _stamp(files[key])
+                except OSError as error:
+                    raise ValueError(f"{files[key]} cannot be read ({error.strerror}); correct that") from None
+                if stamp != key[2:]:
                     raise ValueError(f"{files[key]} changed while it was read; try again when it is complete")
-                yield key, future.result()
+                yield key, sha256
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)

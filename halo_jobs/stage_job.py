@@ -36,10 +36,11 @@ from halo_jobs.worker import join_processes, run_in_processes, run_stage
 def _run(work: dict[str, Any], nodes: Nodes, attempt: Attempt, console: Console) -> StageResult:
     from halo_jobs.work import StageWork
 
-    StageWork.from_json(work).record_in(attempt.folder)
-    processes = work["processes"]
-    if processes > 1:
-        return run_in_processes(attempt.folder, work, processes, nodes)
+    stage = StageWork.from_json(work)
+    stage.record_in(attempt.folder)
+    # The watchdog of a training ends its process. This one has to live on to requeue the job.
+    if stage.id.kind in stage.recipe.training_sections:
+        return run_in_processes(attempt.folder, work, work["processes"], nodes)
     return run_stage(work, attempt, console)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +48,7 @@ class StoredTensors(TensorView):
         self._require_files()
         self.infos = {name: i for name, i in self.index.tensors.items() if keep is None or keep(name)}
         self._bands = {name: self._cut(name) for name in self.infos}
-        self._open = cache(self._open_checked)
+        self._handles: dict[str, Any] = {}
 
     def _require_files(self) -> None:
         for problem in self.manifest.problems(self.folder, contents=False):
@@ -115,7 +114,10 @@ class StoredTensors(TensorView):
 
     def _matrix(self, name: str, tile: _Tile) -> Tensor:
         stored = stored_name(name, tile.stored.rectangle, self.infos[name])
-        return self._open(tile.stored.file).get_tensor(stored).view(-1, tile.last - tile.first)
+        file = tile.stored.file
+        if file not in self._handles:  # not functools.cache, whose reference cycle keeps files mapped after this view
+            self._handles[file] = self._open_checked(file)
+        return self._handles[file].get_tensor(stored).view(-1, tile.last - tile.first)
 
     def _open_checked(self, file: str) -> Any:
         found = read_header(self.folder / file)

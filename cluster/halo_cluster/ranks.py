@@ -86,9 +86,10 @@ def run_ranks(command: Sequence[str], ranks: int, attempt: Path, nodes: Nodes = 
     finally:
         end_children(group.children)
     if not finished:
-        report = cause(_all_reports(attempt, ranks))
-        assert report is not None
-        raise RankFailed(report)
+        reports = _all_reports(attempt, ranks)
+        report = cause(reports)
+        if report or len(reports) < ranks:  # otherwise all are done, and only the exit of a process went wrong
+            raise RankFailed(report or ExitReport("lost", f"{ranks - len(reports)} ranks did not report"))
 
 
 def _all_reports(attempt: Path, ranks: int) -> list[ExitReport]:

@@ -24,7 +24,7 @@ def gc(
 ) -> None:
     """List stage folders that the run's latest recipe does not refer to, with their sizes; remove them with `--yes`.
 
-    A stage in which a process works, or for which a job is queued, is kept.
+    Refused while a stage of an earlier recipe is queued or running, because it reads other stages.
     """
     check_run(run_folder)
     run = RunFolder(run_folder)
@@ -45,11 +45,10 @@ def _unreferenced(run: RunFolder) -> list[StageRecord]:
         StageJob(record.stage, record, {}) for record in run.records() if record.folder not in planned
     ]
     queued = live_jobs() if any(job.jobs_folder.exists() for job in candidates) else {}
-    return [
-        job.record
-        for job in candidates
-        if job.job_name not in queued and all(a.state != "running" for a in job.record.attempts())
-    ]
+    for job in candidates:
+        if job.job_name in queued or any(attempt.state == "running" for attempt in job.record.attempts()):
+            raise ValueError(f"{job.record.folder} of an earlier recipe is still in use; wait, or `halo cancel` it")
+    return [job.record for job in candidates]
 
 
 def _remove(record: StageRecord) -> None:

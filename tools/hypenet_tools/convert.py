@@ -94,6 +94,7 @@ def weights_job(
         "source_files": None if source is None else fingerprint(source),
         "layout": asdict(metadata.layout),
         "provenance": list(metadata.provenance),
+        "optimizer": training is not None,
         "max_shard_bytes": max_shard_bytes,
     }
     return FolderJob(out, identity, files, finish)

@@ -185,7 +185,12 @@ def run_job(
         mine = job.tensor_files[part.index :: part.count]
         _require_space(job, mine)
         _write_in_threads(job.unfinished, mine, workers, advance)
-        return _publish_if_complete(job)
+        try:
+            return _publish_if_complete(job)
+        except FileNotFoundError:  # another part published, and removed the folder while this one waited
+            if job.unfinished.exists() or not job.out.exists():
+                raise
+            return True
 
 
 def run_from_scratch(job: FolderJob) -> None:

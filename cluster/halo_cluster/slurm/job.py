@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from halo_cluster import signals
+from halo_cluster.jobs import SchedulerUnreachable
 from halo_cluster.ranks import THIS_MACHINE, Nodes
 from halo_cluster.slurm.queue import call
 
@@ -65,7 +66,11 @@ class SlurmJob:
         if self.nodes.this > 0:
             return 0 if asked or code in STOPPED_CODES else code
         if code and (asked or (code == 1 and self.restart < retries)):
-            self.requeue()
+            try:
+                self.requeue()
+            except (SchedulerUnreachable, ValueError) as error:
+                os.write(2, f"the job could not be requeued: {error}\n".encode())  # perhaps in a signal handler
+                return code
             return 0
         return code
 
