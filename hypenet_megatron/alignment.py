@@ -1,4 +1,4 @@
-"""HALO stage 1 inside a layer: the teacher's attention and the student's mixer on the same normalised input."""
+"""HALO stage 1 in one layer: the teacher's attention and the student's mixer run on the same normalised input."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from hypenet_megatron.config import DecoderConfig
 
 
 class Route(Enum):
-    """What an AlignedSelfAttention does with its input."""
+    """What an AlignedSelfAttention computes from its input."""
 
     TEACHER = "teacher"  # the teacher's attention alone
     STUDENT = "student"  # the student's mixer alone: layer i of M(i) in the selection sweep
-    ALIGN = "align"  # the teacher's output flows on; the student's distance to it is kept
+    ALIGN = "align"  # both; returns the teacher's output and keeps the student's distance to it
 
 
 class AlignedSelfAttention(MegatronModule):
-    """Drop-in `self_attention`: the teacher's softmax attention (frozen) and the mixer `student` over one input.
+    """Drop-in `self_attention`: the frozen softmax attention of the teacher beside the mixer `student`.
 
-    On the ALIGN route `loss` holds the mean squared distance of the student's output to the teacher's, over this rank's
-    tokens and all channels (fp32 scalar with gradient to the student only). The residual stream stays the teacher's.
+    On the ALIGN route, `loss` holds the mean squared difference of the two outputs over this rank's tokens and all
+    channels: an fp32 scalar whose gradient reaches only the student. The residual stream stays the teacher's.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class AlignedSelfAttention(MegatronModule):
         self.loss: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [s, b, d], the layer's normalised input; returns (mixer output [s, b, d], no bias)."""
+        """Map the layer's normalised input [s, b, d] to (mixer output [s, b, d], bias None)."""
         if self.route is Route.STUDENT:
             return self.student(hidden_states, *args, **options)
         with torch.no_grad():
@@ -53,6 +53,6 @@ class AlignedSelfAttention(MegatronModule):
         if self.route is Route.ALIGN:
             with torch.enable_grad():
                 output, _ = self.student(hidden_states.detach(), *args, **options)
-                # Not F.mse_loss: it would keep `target`, which Megatron's residual sum overwrites in eval mode.
+                # F.mse_loss would save `target`, which Megatron's residual sum overwrites in eval mode.
                 self.loss = (output.float() - target.float()).square().mean()
         return target, bias

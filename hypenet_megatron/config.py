@@ -1,4 +1,4 @@
-"""DecoderConfig: a Megatron TransformerConfig that knows the mixer of every layer."""
+"""DecoderConfig: a Megatron TransformerConfig with a mixer per layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hypenet_megatron.presets import TEACHER, ModelShape
 
 @dataclass
 class DecoderConfig(TransformerConfig):
-    """A Qwen3 teacher or a HypeNet hybrid as Megatron sees it: the sizes of the teacher, and a mixer per layer.
+    """Megatron config of a Qwen3 teacher or a HypeNet hybrid: the teacher's sizes, and a mixer per layer.
 
-    `mixer_types` names the mixers (`hypenet_megatron.mixers`); only in a teacher all are the teacher's.
-    `logits_scaling_base` is the `a` of s_t = log(t + a) / log(a), applied to attention queries at inference only; None
-    turns it off.
+    `mixer_types` names one mixer (`hypenet_megatron.mixers`) per layer; in a teacher, all are the teacher's attention.
+    `logits_scaling_base` is the `a` of s_t = log(t + a) / log(a), which scales attention queries at inference only.
+    None turns the scaling off. ValueError if a mixer is unknown or their number is not `num_layers`.
     """
 
     mixer_types: Sequence[str] = ()
@@ -30,7 +30,7 @@ class DecoderConfig(TransformerConfig):
     tied_embeddings: bool = True
     rope_theta: float = 1e6
     max_positions: int = 40_960
-    # With this TransformerBlock asks get_config_for_layer for the config of each layer.
+    # Makes TransformerBlock call get_config_for_layer for each layer.
     heterogeneous_block_specs: bool = True
     _mixer_configs: dict[str, DecoderConfig] = field(default_factory=dict, repr=False)
 
@@ -58,7 +58,7 @@ class DecoderConfig(TransformerConfig):
         logits_scaling_base: float | None = None,
         **megatron_options: Any,
     ) -> DecoderConfig:
-        """Config of `shape` in `dtype`; `megatron_options` are parallel sizes and the like, passed through."""
+        """Config of a model of `shape` in `dtype`. `megatron_options` override fields of TransformerConfig."""
         return cls(
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
@@ -80,14 +80,14 @@ class DecoderConfig(TransformerConfig):
         )
 
     def get_config_for_layer(self, layer_number: int) -> DecoderConfig:
-        """Config of 1-based layer `layer_number`."""
+        """Config of the 1-based layer `layer_number`."""
         return self.for_mixer(self.mixer_types[layer_number - 1])
 
     def for_mixer(self, name: str) -> DecoderConfig:
-        """This config as the mixer `name` wants it: its key/value heads, its output gate, RoPE or not."""
+        """This config with the key/value heads, output gate and RoPE setting of the mixer `name`."""
         if name not in self._mixer_configs:
             spec = mixer(name)
-            config = copy.copy(self)  # dataclasses.replace would run __post_init__ twice, which changes more
+            config = copy.copy(self)  # dataclasses.replace would run __post_init__ again, which is not idempotent
             config.attention_output_gate = spec.gated
             config.no_rope_freq = [0 if spec.rope else 1] * self.num_layers
             if spec.clones_heads:

@@ -1,8 +1,8 @@
-"""How ranks share a sequence: rank r of n holds tokens r * s / n ... (r + 1) * s / n - 1, in every layer.
+"""How ranks share a sequence: in every layer, rank r of n holds tokens r * s / n to (r + 1) * s / n - 1.
 
-With contiguous slices a recurrent mixer passes one state per rank (the zig-zag slices of ring attention would need
-two). Softmax attention exchanges heads: after the all-to-all every rank has whole sequences of some heads, so the
-causal mask costs all ranks the same.
+With contiguous slices, a recurrent mixer passes one state per rank. The zig-zag slices of ring attention would need
+two. Softmax attention exchanges heads: after an all-to-all, every rank holds the whole sequence for some of the heads,
+so the causal mask gives all ranks the same amount of work.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 def sequence_slice(x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
-    """This rank's contiguous slice of `x` along `axis`, a view."""
+    """A view of this rank's contiguous slice of `x` along `axis`."""
     return x.chunk(group.size(), axis)[group.rank()]
 
 
 def heads_for_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[s / n, b, heads, dh] of all heads to [s, b, heads / n, dh] of the whole sequence, differentiable.
+    """Exchange [s / n, b, heads, dh] for the whole sequence of some heads, [s, b, heads / n, dh]. Differentiable.
 
-    Rank r gets heads r * heads / n onwards; n has to divide heads.
+    Rank r gets the heads from r * heads / n on; n must divide heads.
     """
     ranks = group.size()
     if ranks == 1:
@@ -32,7 +32,7 @@ def heads_for_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def sequence_for_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The way back: [s, b, heads / n, dh] to [s / n, b, heads, dh], differentiable."""
+    """Undo `heads_for_sequence`: [s, b, heads / n, dh] to [s / n, b, heads, dh]. Differentiable."""
     ranks = group.size()
     if ranks == 1:
         return x
@@ -40,11 +40,11 @@ def sequence_for_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def shared_heads_for_sequence(x: Tensor, query_heads: int, group: dist.ProcessGroup) -> Tensor:
-    """`heads_for_sequence` for the key or value heads [s / n, b, kv groups, dh] of `query_heads` query heads.
+    """`heads_for_sequence` for key or value heads [s / n, b, kv groups, dh] that `query_heads` query heads share.
 
-    Fewer groups than ranks are repeated just often enough that every rank gets those of its query heads.
+    If the ranks cannot share the groups equally, each group is repeated until they can.
     """
     groups = x.shape[2]
     repeats = group.size() // math.gcd(groups, group.size())
-    assert query_heads % (groups * repeats) == 0, "ParallelLayout.check_model lets no such layout pass"
+    assert query_heads % (groups * repeats) == 0, "ParallelLayout.check_model rejects such layouts"
     return heads_for_sequence(x.repeat_interleave(repeats, 2) if repeats > 1 else x, group)

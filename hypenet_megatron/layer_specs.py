@@ -1,7 +1,7 @@
-"""Which Megatron modules a layer is built from: a stock TransformerLayer around the mixer of the layer.
+"""The Megatron modules of a layer: a stock TransformerLayer around the layer's mixer.
 
-Norms stay separate from the linear layers behind them, with Transformer Engine too: alignment taps the normalised
-input, and the checkpoint keys are then the same on both paths.
+Norms are not fused with the linear layers after them, even with Transformer Engine: alignment needs the normalised
+input, and checkpoint keys stay the same with and without Transformer Engine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hypenet_megatron.norms import RMSNorm
 
 @dataclass(frozen=True)
 class Backend:
-    """The building blocks that Transformer Engine can replace."""
+    """The modules that Transformer Engine can replace."""
 
     norm: Any
     column_linear: Any
@@ -41,10 +41,10 @@ class Backend:
 
 
 def backend_for(config: DecoderConfig) -> Backend:
-    """Modules for `config.transformer_impl`: "local" or "transformer_engine" (which must be installed)."""
+    """Modules for `config.transformer_impl`, "local" or "transformer_engine". ValueError if the latter is missing."""
     if config.transformer_impl == "local":
         return Backend(RMSNorm, ColumnParallelLinear, RowParallelLinear, SoftmaxAttentionCore)
-    # Megatron's TE module can be imported without TE; its mocks fail when a layer is built.
+    # Without Transformer Engine, Megatron's module imports mocks, which fail only when a layer is built.
     from megatron.core.extensions import transformer_engine as te
 
     if not te.HAVE_TE:
@@ -54,20 +54,20 @@ def backend_for(config: DecoderConfig) -> Backend:
         )
 
     class ScaledTEDotProductAttention(te.TEDotProductAttention):
-        """Transformer Engine's attention behind HyPE's logits scaling."""
+        """Transformer Engine's attention with HyPE's logits scaling."""
 
         def forward(self, query: Tensor, *args: Any, **options: Any) -> Tensor:
             query = scale_queries(query, self.config, training=self.training)
             return super().forward(query, *args, **options)
 
-    # Transformer Engine's context parallelism expects zig-zag slices of the sequence; ours are contiguous.
+    # Transformer Engine's context parallelism expects zig-zag slices; this project's slices are contiguous.
     contiguous = config.context_parallel_size > 1
     softmax_core = SoftmaxAttentionCore if contiguous else ScaledTEDotProductAttention
     return Backend(te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear, softmax_core)
 
 
 def self_attention_spec(backend: Backend, module: type, core: Any) -> ModuleSpec:
-    """Megatron's SelfAttention or a subclass of it (`module`) around a mixer's `core`."""
+    """Spec of `module`, Megatron's SelfAttention or a subclass, around a mixer's `core`."""
     return ModuleSpec(
         module=module,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -101,7 +101,7 @@ def _layer_spec(self_attention: ModuleSpec, backend: Backend) -> ModuleSpec:
 def block_spec(
     config: DecoderConfig, *, pp_rank: int, vp_stage: int | None = None, student: str | None = None
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers that pipeline rank `pp_rank` (and virtual stage) builds, with `student` those of stage 1."""
+    """Specs of the layers of pipeline rank `pp_rank` and virtual stage `vp_stage`; with `student`, aligned layers."""
     if config.pipeline_model_parallel_layout is not None:
         layers = config.pipeline_model_parallel_layout.get_layer_id_list(
             layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
@@ -111,7 +111,7 @@ def block_spec(
         layers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     backend = backend_for(config)
     mixers = [mixer(config.mixer_types[layer]).layer(backend) for layer in layers]
-    if student is not None:  # HALO stage 1: the student's mixer beside the teacher's
+    if student is not None:  # HALO stage 1
         mixers = [
             ModuleSpec(
                 module=AlignedSelfAttention,

@@ -1,7 +1,7 @@
-"""The decoder: embedding, Megatron's TransformerBlock over our layer specs, output head.
+"""The decoder: embedding, Megatron's TransformerBlock with this project's layer specs, output head.
 
-A thin LanguageModule of our own instead of GPTModel, which is deprecated and computes full logits: here `forward` ends
-at the final hidden states, because every loss of ours works from those in chunks.
+A thin LanguageModule replaces GPTModel, which is deprecated and computes full logits. Here `forward` ends at the final
+hidden states, because every loss computes logits from them in chunks.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from hypenet_megatron.norms import weight_in_use
 
 
 class DecoderModel(LanguageModule):
-    """Teacher, hybrid or (with `student`) the teacher with that mixer beside each attention.
+    """A teacher, a hybrid, or (with `student`) a teacher with the mixer `student` beside each attention.
 
-    `forward` takes token ids [b, s] and returns, on the last pipeline stage, final-norm hidden states [s, b, d] and on
-    others the residual stream. With context parallelism s is this rank's slice.
+    `forward` maps token ids [b, s] to hidden states [s, b, d]: after the final norm on the last pipeline stage, the
+    residual stream on the others. With context parallelism, s is the length of this rank's slice.
     """
 
     def __init__(self, config: DecoderConfig, *, student: str | None = None, vp_stage: int | None = None) -> None:
@@ -78,16 +78,16 @@ class DecoderModel(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Hidden states from the previous pipeline stage (called by Megatron's schedules)."""
+        """Receive hidden states from the previous pipeline stage. Megatron's schedules call this."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token ids [b, s] to the residual stream before layer 0, [s, b, d]."""
+        """Map token ids [b, s] to the residual stream before layer 0, [s, b, d]."""
         return self.embedding(input_ids=input_ids, position_ids=None)
 
     def rotary(self, sequence_length: int) -> Tensor:
-        """RoPE angles [s / cp, 1, 1, dh], fp32, of this rank's slice of a sequence of `sequence_length` tokens."""
-        # RotaryEmbedding's own forward would cut zig-zag slices.
+        """RoPE angles [s / cp, 1, 1, dh] in fp32 for this rank's slice of a sequence of `sequence_length` tokens."""
+        # RotaryEmbedding.forward would take zig-zag slices.
         return sequence_slice(self.rotary_pos_emb.get_emb(sequence_length), 0, self.cp_group)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -98,24 +98,24 @@ class DecoderModel(LanguageModule):
         )
 
     def head_weight(self) -> Tensor:
-        """Output head [vocab / tp, d], the embedding when tied."""
-        # A later stage than the embedding's has a copy of a tied weight in its output layer.
+        """The output head [vocab / tp, d]; with tied embeddings, the embedding."""
+        # If the embedding is on an earlier stage, the output layer holds a copy of the tied weight.
         is_here = self.share_embeddings_and_output_weights and self.pre_process
         return weight_in_use(self.embedding.word_embeddings if is_here else self.output_layer)
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """Final hidden states over the whole sequence: undoes the sequence-parallel split, if any."""
+        """Final hidden states of the whole sequence. Gathers them if sequence parallelism splits them."""
         if self.config.sequence_parallel:
-            # The chunked losses already sum the hidden gradient over vocabulary slices, hence no second reduction here.
+            # The chunked losses already sum the hidden gradient over vocabulary slices, so it is not reduced again.
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states [..., d] to this rank's logits [..., vocab / tp]."""
+        """Map final hidden states [..., d] to this rank's logits [..., vocab / tp]."""
         return hidden @ self.head_weight().t()
 
     def aligned_mixers(self) -> list[AlignedSelfAttention]:
-        """The teacher/student pairs of this stage, in layer order (aligned models only)."""
+        """The teacher/student pairs of this pipeline stage in layer order. Only aligned models have them."""
         return [layer.self_attention for layer in self.decoder.layers]
 
     def set_route(self, route: Route) -> None:
@@ -126,14 +126,14 @@ class DecoderModel(LanguageModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state.pop(f"{prefix}output_layer._extra_state", None)  # empty, and the local path has none
+        state.pop(f"{prefix}output_layer._extra_state", None)  # empty, and absent without Transformer Engine
         return state
 
 
 class ModelChunks(torch.nn.ModuleList):
-    """The parts of one model on a pipeline rank of the interleaved schedule, in layer order; each is a DecoderModel.
+    """The model chunks of a pipeline rank in the interleaved schedule, in layer order; each is a DecoderModel.
 
-    Names of parameters begin with the chunk's number; the keys of checkpoints do not.
+    Parameter names begin with the chunk's number. Checkpoint keys do not.
     """
 
     def sharded_state_dict(
@@ -147,11 +147,11 @@ class ModelChunks(torch.nn.ModuleList):
 
 
 LocalModel = DecoderModel | ModelChunks
-"""What this rank holds of a model."""
+"""The part of a model that this rank holds."""
 
 
 def build_model(config: DecoderConfig, *, student: str | None = None) -> LocalModel:
-    """This rank's part of the model: one DecoderModel, or with a virtual pipeline one per chunk."""
+    """Build this rank's part of the model: one DecoderModel, or one per chunk with a virtual pipeline."""
     chunks = config.virtual_pipeline_model_parallel_size
     if chunks is None:
         return DecoderModel(config, student=student)
@@ -159,5 +159,5 @@ def build_model(config: DecoderConfig, *, student: str | None = None) -> LocalMo
 
 
 def model_chunks(model: LocalModel) -> list[DecoderModel]:
-    """The one or several parts that `model` consists of on this rank."""
+    """The DecoderModels that this rank's part `model` consists of, in layer order."""
     return [model] if isinstance(model, DecoderModel) else cast("list[DecoderModel]", list(model))

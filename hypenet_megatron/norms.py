@@ -1,4 +1,4 @@
-"""RMSNorm for the path without Transformer Engine, and weights that are sharded with the heads."""
+"""RMSNorm for models without Transformer Engine, and weights that are sharded by heads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypenet_megatron.config import DecoderConfig
 
 
 def weight_in_use(module: nn.Module) -> Tensor:
-    """`module.weight`, up to date for callers that do not call the module.
+    """The current `module.weight`, for callers that do not call the module.
 
-    When parameters are gathered during the computation, Megatron waits for them in a forward pre-hook of the module
-    that owns them. Without the hook the weight could be the one before the last update.
+    With overlapped parameter gathering, Megatron waits for a parameter in a forward pre-hook of its module. Without the
+    hook, the weight could still be the one before the last update.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
@@ -28,9 +28,9 @@ def weight_in_use(module: nn.Module) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """y = weight * x / rms(x) over the last dimension, statistics in fp32.
+    """y = weight * x / rms(x) over the last dimension, with statistics in fp32.
 
-    Megatron's WrappedTorchNorm does not support sequence parallelism.
+    It replaces Megatron's WrappedTorchNorm, which does not support sequence parallelism.
     """
 
     def __init__(self, config: DecoderConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
@@ -44,10 +44,10 @@ class RMSNorm(nn.Module):
 
 
 class HeadsWeight(MegatronModule):
-    """A weight of `local_size` entries per tensor-parallel rank, sharded with the heads and initialised with ones.
+    """A weight of `local_size` entries per tensor-parallel rank, sharded by heads and initialised to ones.
 
-    It has no forward: the mixer that owns it reads `weight_in_use`. An output norm over the channels of all
-    heads is one, because applying it is fused with the output gate.
+    The module has no forward; the mixer that owns it reads `weight_in_use`. Lightning Attention's output norm is a
+    HeadsWeight, because one kernel applies the norm and the output gate.
     """
 
     def __init__(self, config: DecoderConfig, local_size: int, tp_group: dist.ProcessGroup):
@@ -59,7 +59,7 @@ class HeadsWeight(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        assert metadata is not None, "our checkpoints always pass metadata"
+        assert metadata is not None, "this project's checkpoints always pass metadata"
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-# Names of the mixers that every conversion knows: the teacher's attention, and the hybrid's.
+# Mixer names that every conversion uses: the teacher's attention and the hybrid's attention.
 TEACHER, ATTENTION = "qwen3", "attn"
 
 QWEN3_VOCABULARY = 151_936
@@ -17,10 +17,10 @@ QWEN3_VOCABULARY = 151_936
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Qwen3 decoder; a HypeNet hybrid has the shape of its teacher.
+    """Sizes of a Qwen3 decoder. A HypeNet hybrid has the shape of its teacher.
 
-    `head_dim` is independent of `hidden_size / query_heads` (it is 128 in every published Qwen3). With `experts`,
-    every feed-forward layer is a mixture of that many, each `expert_ffn_size` wide; 0 means a dense model.
+    `head_dim` is independent of `hidden_size / query_heads`; it is 128 in every published Qwen3. `experts` is the
+    number of experts in every feed-forward layer, each `expert_ffn_size` wide. 0 experts means a dense model.
     """
 
     name: str
@@ -48,16 +48,16 @@ class ModelShape:
             raise ValueError(f"shape {self.name}: head_dim {self.head_dim} must be even for RoPE")
         if self.experts and not (0 < self.experts_per_token <= self.experts and self.expert_ffn_size > 0):
             raise ValueError(
-                f"shape {self.name}: {self.experts_per_token} of {self.experts} experts of width "
-                f"{self.expert_ffn_size} make no mixture; correct the experts"
+                f"shape {self.name}: cannot use {self.experts_per_token} of {self.experts} experts of width "
+                f"{self.expert_ffn_size}; correct experts, experts_per_token and expert_ffn_size"
             )
 
     def teacher_mixers(self) -> tuple[str, ...]:
-        """Names of the teacher's mixers, one per layer."""
+        """The teacher's mixer names, one per layer."""
         return (TEACHER,) * self.num_layers
 
     def hybrid_mixers(self, attention_layers: Collection[int], student: str) -> tuple[str, ...]:
-        """Names of the hybrid's mixers: softmax attention at the given 0-based layers, `student` elsewhere."""
+        """The hybrid's mixer names: softmax attention at the given 0-based layers, `student` elsewhere."""
         outside = [layer for layer in attention_layers if not 0 <= layer < self.num_layers]
         if outside:
             raise ValueError(
@@ -103,7 +103,7 @@ QWEN3_SHAPES: dict[str, ModelShape] = {
 
 @dataclass(frozen=True)
 class HypeNetPreset:
-    """A published conversion: which layers stay attention, and the base `a` of s_t = log(t + a) / log(a)."""
+    """A published conversion: its attention layers, and the base `a` of s_t = log(t + a) / log(a)."""
 
     name: str
     shape: ModelShape
@@ -115,7 +115,7 @@ HYPENET_PRESETS: dict[str, HypeNetPreset] = {
     preset.name: preset
     for preset in (
         HypeNetPreset("hypenet-2b", QWEN3_SHAPES["qwen3-1.7b"], (2, 3, 6, 8, 9, 21, 25), 500.0),
-        # The paper's own formula on the published scores gives 34 where the released config has 31; released wins.
+        # The paper's formula on the published scores selects layer 34 instead of 31. We follow the released config.
         HypeNetPreset("hypenet-5b", QWEN3_SHAPES["qwen3-4b"], (0, 1, 7, 14, 15, 22, 24, 31, 33), 600.0),
         HypeNetPreset("hypenet-9b", QWEN3_SHAPES["qwen3-8b"], (1, 2, 4, 6, 7, 10, 24, 33, 34), 900.0),
     )

@@ -1,6 +1,6 @@
-"""Megatron-Core on CPU with gloo, without a line of Megatron changed on disk.
+"""Runs Megatron-Core on CPU with gloo, without changes to Megatron's files.
 
-Megatron names CUDA in four ways that have to mean something on a machine without it:
+Megatron relies on CUDA in four ways that need a substitute on a machine without a GPU:
 
 1. functions of `torch.cuda` (current_device, synchronize, streams, events, RNG state): replaced by stand-ins;
 2. `device="cuda"` literals, `Tensor.cuda()`, `Tensor.type() == "torch.cuda.FloatTensor"`, pinned memory: rewritten by a
@@ -8,7 +8,7 @@ Megatron names CUDA in four ways that have to mean something on a machine withou
 3. the tensor-parallel RNG tracker, which forks the CUDA generator: pointed at the CPU generator;
 4. the distributed optimizer's checkpoint code, which expects Adam without a `step` tensor per parameter.
 
-`install()` does nothing where CUDA is present, so GPU runs never pass through this file.
+`install()` does nothing if CUDA is available, so this module does not affect GPU runs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
 
 
 class _Finished:
-    """A stream or an event on which everything has already happened."""
+    """A CUDA stream or event without pending work."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def record(self, *_: Any) -> None: ...
@@ -113,7 +113,7 @@ def _point_rng_tracker_at_cpu() -> None:
 
     @contextlib.contextmanager
     def fork(self: Any, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        # Megatron's own fork treats the CPU generator as unrelated host state and restores it; here it IS the state.
+        # Megatron's fork restores the CPU generator as unrelated host state. Here the CPU generator is the state.
         outside = torch.get_rng_state()
         torch.set_rng_state(self.states_[name])
         try:
@@ -129,7 +129,7 @@ _installed: _CudaNamesMeanCpu | None = None
 
 
 def install() -> bool:
-    """Make Megatron-Core run on this machine's CPU; True if anything was changed. Idempotent, process-wide."""
+    """Patch this process so that Megatron-Core runs on CPU. Idempotent; returns True if it changed anything."""
     global _installed
     if torch.cuda.is_available() or _installed is not None:
         return False

@@ -1,4 +1,4 @@
-"""How the processes of a world share one model: which sizes, and which of them fit a model and a batch."""
+"""How the processes of a world share one model, and whether a layout fits a model and a batch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _RECOMPUTE: dict[str | None, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How many ranks share a layer (tensor), the layers (pipeline) and the sequence (context); the rest of the world
-    are data-parallel copies.
+    """How many ranks share each layer (tensor), the stack of layers (pipeline) and the sequence (context). The other
+    ranks hold data-parallel copies.
 
-    `virtual_pipeline` is the number of model chunks per pipeline rank (interleaved schedule). Stages are equal unless
-    `first_stage_layers`, `last_stage_layers` or `pipeline_layout` (Megatron's notation, as in "Et|tt|tL": E embedding,
-    t layer, L head) says otherwise. `distributed_optimizer` splits master weights and moments over data-parallel ranks;
-    `overlap` runs its collectives beside the computation. `recompute` trades time for memory in the backward pass:
-    "attention" for the softmax cores, "layers" for everything.
+    `virtual_pipeline` is the number of model chunks per pipeline rank (interleaved schedule). Stages have equal numbers
+    of layers unless `first_stage_layers`, `last_stage_layers` or `pipeline_layout` is set. The last is in Megatron's
+    notation, such as "Et|tt|tL": E embedding, t layer, L head. `distributed_optimizer` shards master weights and
+    moments over data-parallel ranks; `overlap` overlaps its collectives with computation. `recompute` saves memory: the
+    backward pass recomputes activations of the softmax cores ("attention") or of entire layers ("layers").
     """
 
     tensor: int = 1
@@ -47,11 +47,11 @@ class ParallelLayout:
 
     @property
     def model_ranks(self) -> int:
-        """Processes that hold one copy of the model between them."""
+        """Number of processes that share one copy of the model."""
         return self.tensor * self.pipeline * self.context
 
     def data_ranks(self, processes: int) -> int:
-        """Data-parallel copies in a world of `processes`; ValueError if that is no whole number."""
+        """Number of data-parallel copies in a world of `processes`. ValueError unless it is a whole number."""
         if processes % self.model_ranks:
             raise ValueError(
                 f"{processes} processes cannot be shared out: tensor {self.tensor} x pipeline {self.pipeline} x "
@@ -76,7 +76,7 @@ class ParallelLayout:
         }
 
     def check_model(self, shape: ModelShape) -> None:
-        """ValueError, in one sentence, if a model of `shape` cannot be cut like this."""
+        """Raise ValueError if this layout cannot split a model of `shape`."""
         for what, size in (
             ("query heads", shape.query_heads),
             ("kv groups", shape.kv_groups),
@@ -89,8 +89,8 @@ class ParallelLayout:
                 )
         if shape.query_heads % (self.tensor * self.context):
             raise ValueError(
-                f"context {self.context} does not divide the {shape.query_heads // self.tensor} query heads that each "
-                f"tensor rank has of {shape.name}; choose a divisor"
+                f"context {self.context} does not divide the {shape.query_heads // self.tensor} query heads of "
+                f"{shape.name} on each tensor rank; choose a divisor"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel splits what tensor ranks share; set tensor to at least 2")
@@ -101,7 +101,7 @@ class ParallelLayout:
         self._check_stages(shape)
 
     def check_mixer(self, spec: MixerSpec) -> None:
-        """ValueError if the mixer cannot work on a slice of the sequence and `context` cuts it."""
+        """Raise ValueError if `context` splits the sequence and the mixer does not support that."""
         if self.context > 1 and spec.context_parallel is None:
             raise ValueError(
                 f"mixer {spec.name} does not support context parallelism; set layout.context to 1"
@@ -153,7 +153,7 @@ class ParallelLayout:
             )
 
     def check_batch(self, context_length: int, global_batch: int, micro_batch: int, processes: int) -> None:
-        """ValueError, in one sentence, if windows and batches cannot be cut like this."""
+        """Raise ValueError if this layout cannot split windows and batches of these sizes."""
         if context_length % (self.context * (self.tensor if self.sequence_parallel else 1)):
             raise ValueError(
                 f"context_length {context_length} cannot be cut into {self.context} context-parallel"

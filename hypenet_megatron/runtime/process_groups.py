@@ -22,10 +22,10 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 @contextmanager
 def joined_world(rendezvous_timeout: float = RENDEZVOUS_SECONDS) -> Iterator[None]:
-    """Join the world that the environment describes (rendezvous.py), or be a world of one rank without any socket.
+    """Join the world that the environment describes (rendezvous.py), or form a world of one rank without sockets.
 
-    The ranks wait `rendezvous_timeout` seconds for each other; RendezvousTimeout after that. Nested in itself this does
-    nothing, so that one world can be laid out several times, one after the other.
+    RendezvousTimeout if a rank does not arrive within `rendezvous_timeout` seconds. A nested call does nothing, so
+    several `model_parallel` layouts can use one world in turn.
     """
     if dist.is_initialized():
         yield
@@ -33,8 +33,8 @@ def joined_world(rendezvous_timeout: float = RENDEZVOUS_SECONDS) -> Iterator[Non
     cpu_backend.install()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        # Transformer Engine requests TF32 for all products of fp32 matrices, whatever torch is set to: relative errors
-        # of 1e-3 where fp32 was chosen. cuBLAS reads this variable when it is first used.
+        # Transformer Engine uses TF32 for fp32 matrix products whatever torch's setting, with relative errors of 1e-3.
+        # cuBLAS reads this variable on first use.
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "HALO_RENDEZVOUS" in os.environ:
@@ -50,7 +50,7 @@ def joined_world(rendezvous_timeout: float = RENDEZVOUS_SECONDS) -> Iterator[Non
 
 
 def reset_seeds(seed: int) -> None:
-    """Seed every generator that a stage may use; model-parallel ranks get Megatron's per-rank offsets."""
+    """Seed every random generator that a stage may use, with Megatron's offsets for model-parallel ranks."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     random.seed(seed)
@@ -63,7 +63,7 @@ def reset_seeds(seed: int) -> None:
 def model_parallel(
     layout: ParallelLayout = ONE_PROCESS, *, seed: int = 0, rendezvous_timeout: float = RENDEZVOUS_SECONDS
 ) -> Iterator[torch.device]:
-    """Set up process groups for `layout` while the block runs, in a `joined_world`; yields the device of models."""
+    """Set up process groups for `layout` in a `joined_world` while the block runs; yields this rank's device."""
     cpu_backend.install()
     from megatron.core import parallel_state
 
@@ -83,7 +83,7 @@ def model_parallel(
             has_cuda = torch.cuda.is_available()
             yield torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
         finally:
-            # Megatron would leave the threads of its groups running. None stands for the whole world.
+            # Megatron does not stop the threads of its groups. In its list, None stands for the whole world.
             for group in parallel_state._global_process_group_list or []:
                 if group is not None:
                     dist.destroy_process_group(group)
