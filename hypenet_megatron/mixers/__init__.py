@@ -1,4 +1,4 @@
-"""Mixers, one MixerSpec each. What depends on the kind of mixer is a field of its spec, not a branch elsewhere."""
+"""The mixers, one MixerSpec each. What depends on the kind of mixer is in its spec; no other code branches on it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hypenet_megatron.mixers.spec import MixerSpec
 
 MIXERS: dict[str, MixerSpec] = {spec.name: spec for spec in (QWEN3_ATTENTION, HYBRID_ATTENTION, LIGHTNING)}
 DEFAULT_STUDENT = LIGHTNING.name
-"""The student of the published conversions."""
+"""The student mixer of the published conversions."""
 
 
 def mixer(name: str) -> MixerSpec:
-    """The mixer of that name. `module:VARIABLE` is imported, so any process that has the module knows the mixer.
+    """The spec of the mixer `name`: a key of MIXERS, or `module:VARIABLE` for a spec that is imported.
 
-    ValueError names what is missing.
+    ValueError if there is no such mixer or it cannot be imported.
     """
     if name not in MIXERS and ":" in name:
         module, _, variable = name.partition(":")
@@ -26,17 +26,17 @@ def mixer(name: str) -> MixerSpec:
         except (ImportError, AttributeError) as error:
             raise ValueError(f"mixer {name} cannot be imported ({error}); put its folder on PYTHONPATH") from None
         if not isinstance(spec, MixerSpec) or spec.name != name:
-            raise ValueError(f"{name} is not a MixerSpec with the name {name!r}; correct one of the two")
+            raise ValueError(f"{name} is not a MixerSpec with the name {name!r}; correct the import path or the name")
         MIXERS[name] = spec
     if name not in MIXERS:
         near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
-        fix = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(MIXERS)}, or give module:VARIABLE"
+        fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(MIXERS)}, or module:VARIABLE"
         raise ValueError(f"there is no mixer {name!r}; {fix}")
     return MIXERS[name]
 
 
 def student_mixer(name: str) -> MixerSpec:
-    """The mixer of that name, which has to be recurrent: what replaces the teacher's attention."""
+    """The mixer `name`, as a replacement of the teacher's attention. ValueError unless it is recurrent."""
     spec = mixer(name)
     if spec.state is None:
         students = ", ".join(name for name, spec in MIXERS.items() if spec.state is not None)

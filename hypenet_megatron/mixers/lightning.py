@@ -2,7 +2,7 @@
 
     S_t = gamma_h S_{t-1} + k_t^T v_t,   o_t = q_t S_t / sqrt(D)
 
-The Megatron module is in `lightning_layer.py`, the arithmetic of training in `hypenet_kernels`.
+The Megatron module is in `lightning_layer.py`, its kernels are in `hypenet_kernels`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def slopes_on(heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 def lightning_attention(
     query: Tensor, key: Tensor, value: Tensor, state: Tensor | None, real: Tensor | None, block: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Decayed linear attention of t more tokens after `state` [b, H, D, D] (None: no token before), in chunks.
+    """Linear attention with decay over t tokens after `state` [b, H, D, D] (None: the sequence begins), in chunks.
 
-    S_i = gamma S_{i-1} + k_i^T v_i and o_i = q_i S_i / sqrt(D) over the tokens that `real` [b, t] marks; padded ones
-    neither add to the state nor age it. query, key, value [b, H, t, D]; returns o like value, and the new fp32 state.
+    S_i = gamma S_{i-1} + k_i^T v_i and o_i = q_i S_i / sqrt(D) over the tokens where `real` [b, t] is True. Padding
+    leaves the state as it is. query, key and value are [b, H, t, D]. Returns o [b, H, t, D] and the new fp32 state.
     """
     b, heads, t, head_dim = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -57,7 +57,7 @@ def lightning_attention(
             age = torch.arange(1, q.shape[2] + 1, device=query.device)[None, None, :, None]
         else:
             age = real[:, None, start : start + block, None].cumsum(dim=2)
-        age = age.to(dtype)  # [b or 1, 1, c, 1]: real tokens of this chunk up to and including this one
+        age = age.to(dtype)  # [b or 1, 1, c, 1]: number of real tokens from the start of the chunk up to this one
         distance = (age - age.transpose(2, 3)).clamp(min=0)
         decay = torch.exp(-slopes * distance).tril()
         q = q * head_dim**-0.5
@@ -70,7 +70,7 @@ def lightning_attention(
 
 
 class HypeNetLightningAttention(HypeNetMixer):
-    """Projections, RoPE, `lightning_attention`, output norm over all heads, and the output gate."""
+    """Projections, RoPE, `lightning_attention`, output norm over all heads, and output gate."""
 
     block = 256
 

@@ -1,6 +1,6 @@
-"""What the exported mixers share. The export copies this file, so it needs nothing but torch.
+"""Base classes of the exported mixers. Exports contain a copy of this file, so it imports only torch.
 
-Shapes in comments: b sequences, t new tokens, n tokens seen so far, H query heads, G key/value heads, D head dim.
+Shapes: b sequences, t new tokens, n tokens seen so far, H query heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class HypeNetRMSNorm(nn.Module):
-    """RMSNorm over the last dimension, statistics in fp32."""
+    """RMSNorm over the last dimension, with statistics in fp32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -26,17 +26,17 @@ class HypeNetRMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2) of x [b, H, t, D] by RoPE; computed in fp32, returned in the dtype of x."""
+    """Apply RoPE to the pairs (i, i + D/2) of x [b, H, t, D]. Computes in fp32 and returns the dtype of x."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class HypeNetMixer(nn.Module):
-    """Projections and q/k norms that all mixers have.
+    """Projections and q/k norms common to all mixers.
 
-    `forward(x, rotary, query_scale, real, past_key_values)` takes hidden states [b, t, d]; cosine and sine [b or 1, 1,
-    t, D]; the logits scaling [b or 1, 1, t, 1] or None; `real` [b, n], False at padding, or None; and a HypeNetCache or
-    None. It returns [b, t, d].
+    Subclasses implement `forward(x, rotary, query_scale, real, past_key_values)`, which returns [b, t, d]. `x` has the
+    hidden states [b, t, d], `rotary` cosine and sine [b or 1, 1, t, D], `query_scale` the logits scaling
+    [b or 1, 1, t, 1] or None, `real` [b, n] is False at padding or None, `past_key_values` a HypeNetCache or None.
     """
 
     def __init__(self, config: Any, layer_idx: int, kv_heads: int) -> None:
@@ -52,7 +52,7 @@ class HypeNetMixer(nn.Module):
         self.k_norm = HypeNetRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [b, H, t, D], keys and values [b, G, t, D] of hidden states [b, t, d]."""
+        """Project hidden states [b, t, d] to queries [b, H, t, D], keys and values [b, G, t, D]."""
         query, key, value = (
             project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )

@@ -1,4 +1,4 @@
-"""Softmax attention: the teacher's (Qwen3: RoPE, no gate) and the hybrid's (HyPE: no positions, output gate)."""
+"""Softmax attention of the teacher (Qwen3: RoPE, no gate) and of the hybrid (HyPE: no positions, output gate)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, block: int = 1024) -> Tensor:
-    """Softmax attention of the last t of n tokens: query [b, H, t, D], key and value [b, G, n, D].
+    """Causal softmax attention [b, H, t, D] of the last t of n tokens: query [b, H, t, D], key and value [b, G, n, D].
 
-    Returns [b, H, t, D]. `real` [b, n] hides padding; a padded query sees itself, since a softmax over no key would be
-    NaN. Where a mask is needed, it is made for `block` queries at a time, so that no [t, n] mask exists.
+    `real` [b, n] hides padding. A padded query attends to itself, because a softmax over no key would be NaN. Masks are
+    built for `block` queries at a time, so there is never a [t, n] mask.
     """
     t, n = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
     if real is None and t in (1, n):
         return F.scaled_dot_product_attention(query, key, value, is_causal=t > 1, enable_gqa=grouped)
     if grouped and t > 1:
-        # Masked attention over grouped heads has no memory-efficient kernel; over repeated heads it has.
+        # PyTorch has a memory-efficient kernel with a mask for repeated heads, not for grouped ones.
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         grouped = False
@@ -51,7 +51,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor | N
 
 
 class HypeNetAttention(HypeNetMixer):
-    """Softmax attention without positions; `query_scale` sharpens it in long contexts."""
+    """Softmax attention without positions. `query_scale` sharpens it in long contexts."""
 
     block = 1024
 

@@ -1,4 +1,4 @@
-"""Softmax attention as a Megatron core: PyTorch's fused attention, grouped kv heads, HyPE's logits scaling."""
+"""Softmax attention as Megatron's `core_attention`: PyTorch's fused kernel, grouped kv heads, HyPE's logits scaling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypenet_megatron.context_parallel import (
 
 
 def scale_queries(query: Tensor, config: DecoderConfig, *, training: bool) -> Tensor:
-    """q_t log(t + a) / log(a) for query [s, b, heads, dh] at inference; unchanged in training or without a base."""
+    """Scale query [s, b, heads, dh] at inference by log(t + a) / log(a); unchanged in training or without a base."""
     base = config.logits_scaling_base
     if training or base is None:
         return query
@@ -30,11 +30,11 @@ def scale_queries(query: Tensor, config: DecoderConfig, *, training: bool) -> Te
 
 
 class SoftmaxAttentionCore(MegatronModule):
-    """`core_attention` of an attention layer on the local path: query [s, b, heads, dh], key and value
-    [s, b, kv groups, dh], result [s, b, heads * dh]. Causal, no padding (training windows are full).
+    """Causal attention without Transformer Engine and without padding, because training windows are full.
 
-    With context parallelism s is this rank's slice. The ranks exchange heads, so that each attends over the whole
-    sequence with some heads; key and value heads are repeated where there are fewer than ranks.
+    Maps query [s, b, heads, dh], key and value [s, b, kv groups, dh] to [s, b, heads * dh]. With context parallelism, s
+    is the length of this rank's slice. The ranks exchange heads, so each attends over the whole sequence with some of
+    them.
     """
 
     def __init__(self, config: DecoderConfig, *, pg_collection: ProcessGroupCollection, **_: Any):

@@ -1,4 +1,4 @@
-"""MixerSpec: all that conversion, training, export and reports know about one kind of mixer."""
+"""MixerSpec: describes one kind of mixer to conversion, training, export and reports."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from hypenet_megatron.presets import ModelShape
 
-if TYPE_CHECKING:  # Megatron takes seconds to import, and conversions do without it
+if TYPE_CHECKING:  # Megatron takes seconds to import, and conversions do not need it
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from hypenet_megatron.layer_specs import Backend
 
-# Equal runs of rows; equal runs of columns; equal runs of the rows of each part (gate and up); all of it.
+# What each rank holds: equal runs of rows, of columns, or of the rows of each part (gate and up); or all of it.
 TensorParallel = Literal["rows", "columns", "rows of parts", "whole"]
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """Initial values that the teacher does not have.
+    """Initial values of a tensor that the teacher does not have.
 
-    `draw(size, generator)` returns an fp32 tensor. The generator is seeded from (stream, seed, layer) alone, so the
-    values do not depend on the order of the tensors, on the dtype or on the other layers.
+    `draw(size, generator)` returns an fp32 tensor. The generator is seeded from (stream, seed, layer) only, so values
+    do not depend on the order of tensors, on the dtype or on other layers.
     """
 
     stream: str
@@ -47,7 +47,7 @@ ONES = Fresh("ones", _ones)
 
 
 def normal(stream: str) -> Fresh:
-    """N(0, 0.02), as HALO initialises new projections."""
+    """Values from N(0, 0.02), the initialisation of new projections in HALO."""
     return Fresh(stream, _normal)
 
 
@@ -55,8 +55,8 @@ def normal(stream: str) -> Fresh:
 class HuggingFaceTensor:
     """A tensor of the Hugging Face layout, and how stage 0 initialises it from the teacher.
 
-    `shape` is written in the symbols of `symbol_sizes`. `start` is COPY (the teacher's tensor of the same name),
-    CLONE_HEADS (the same, each key/value head repeated up to the heads of this mixer) or `Fresh` values.
+    `shape` uses the symbols of `symbol_sizes`. `start` is COPY (the teacher's tensor of the same name), CLONE_HEADS
+    (the same, with each key/value head repeated until there is one per query head) or `Fresh` values.
     """
 
     name: str
@@ -66,12 +66,11 @@ class HuggingFaceTensor:
 
 @dataclass(frozen=True)
 class MegatronTensor:
-    """A Megatron tensor and the Hugging Face tensors that its rows come from.
+    """A Megatron tensor and the Hugging Face tensors (`parts`) that its rows come from.
 
-    With `per_group` the parts are interleaved: for each key/value head first its rows of part one, then its rows of
-    part two, and so on. With `per_expert` the parts of expert 0 come first, then those of expert 1, and Megatron's
-    tensor has the experts as a leading axis. Otherwise parts are stacked. `tensor_parallel` is the share of a
-    tensor-parallel rank.
+    By default the parts are stacked. `per_group` interleaves them: the rows of every part for key/value head 0, then
+    for head 1, and so on. `per_expert` puts the parts of expert 0 first, then those of expert 1; Megatron's tensor has
+    the experts as its leading axis. `tensor_parallel` is the share of a tensor-parallel rank.
     """
 
     name: str
@@ -82,7 +81,7 @@ class MegatronTensor:
 
 
 def symbol_sizes(shape: ModelShape, kv_heads: int) -> dict[str, int]:
-    """The symbols that tensor shapes are written in, for a layer with `kv_heads` key/value heads."""
+    """Values of the symbols in tensor shapes, for a layer with `kv_heads` key/value heads."""
     return {
         "vocab": shape.vocab_size,
         "hidden": shape.hidden_size,
@@ -101,7 +100,7 @@ def self_attention_tensors(
 ) -> tuple[MegatronTensor, ...]:
     """The tensors of Megatron's SelfAttention: fused [q | gate | k | v], q/k norms, output projection.
 
-    `gate` is the Hugging Face name of the output gate's projection, drawn from the stream "gate" of its layer.
+    `gate` is the Hugging Face name of the output gate's projection, which is drawn from the stream "gate".
     """
     heads = CLONE_HEADS if clone_heads else COPY
     gates = () if gate is None else (HuggingFaceTensor(f"self_attn.{gate}.weight", "queries hidden", normal("gate")),)
@@ -128,10 +127,10 @@ def self_attention_tensors(
 
 @dataclass(frozen=True, kw_only=True)
 class MixerSpec:
-    """One kind of mixer. docs/add-a-mixer.md explains every field, with an example.
+    """One kind of mixer. docs/add-a-mixer.md explains every field with an example.
 
-    `layer` and `warm_up` are called when a model is built or its kernels are compiled, so they may import Megatron.
-    Shapes are written in the symbols of `symbol_sizes`.
+    `layer` and `warm_up` may import Megatron, because they are called only to build a model or to compile its kernels.
+    Shapes use the symbols of `symbol_sizes`.
     """
 
     name: str
@@ -151,14 +150,14 @@ class MixerSpec:
 
     @property
     def clones_heads(self) -> bool:
-        """Whether every query head has a key/value head of its own, cloned from the teacher's."""
+        """Whether the teacher's key/value heads are cloned, so that every query head has its own."""
         return any(part.start == CLONE_HEADS for tensor in self.tensors for part in tensor.parts)
 
     def kv_heads(self, shape: ModelShape) -> int:
         return shape.query_heads if self.clones_heads else shape.kv_groups
 
     def parameters(self, shape: ModelShape) -> int:
-        """Parameters of one layer's mixer."""
+        """Number of parameters in one layer."""
         sizes = symbol_sizes(shape, self.kv_heads(shape))
         return sum(
             math.prod(sizes[symbol] for symbol in part.shape.split())

@@ -1,7 +1,7 @@
-"""Modelling code that travels inside exported folders; it runs without any package of this project.
+"""Modelling code for exported folders, where it runs without any package of this project.
 
-An export holds the `*_hypenet.py` files beside this one, `mixer_base.py` (what mixers share), a file per mixer with the
-source that its spec names, and `mixer_table.py`, by which configuration and model find the mixers.
+An export contains the `*_hypenet.py` files of this folder, a copy of `hypenet_megatron/mixers/modeling.py` as
+`mixer_base.py`, one file per mixer with the source that its spec lists, and `mixer_table.py` with their names.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SIZES = {{
 
 
 def modeling_files(mixer_types: Sequence[str]) -> dict[str, str]:
-    """File name to text of the modelling code of a hybrid with these mixers."""
+    """The modelling code of a hybrid with these mixers, as file name to text."""
     used = mixers_in_use(mixer_types)
     fixed = {name: (files(__name__) / name).read_text() for name in FIXED_FILES}
     own = {f"{_module(spec)}.py": _source(spec) for spec in used}

@@ -1,16 +1,16 @@
 # mypy: ignore-errors
-"""The cache of HypeNet: keys and values of attention layers, states of recurrent layers."""
+"""HypeNet's cache: keys and values of attention layers, states of recurrent layers."""
 
 from transformers.cache_utils import Cache
 
 
 class HypeNetCache(Cache):
-    """What the model keeps of the tokens it has seen.
+    """The model's memory of the tokens seen so far.
 
     Attention layers keep keys and values [b, G, n, D] in buffers with room to grow. Recurrent layers keep
-    one fp32 state whose first axis is b and whose size does not depend on n. `real` [b, n] tells tokens
-    from padding and is None while there is no padding. A recurrent state cannot be rolled back, so there is
-    no `crop` and no assisted generation.
+    one fp32 state; its first axis is b, its size does not depend on n. `real` [b, n] is False at padding and
+    None while there is no padding. A recurrent state cannot be rolled back, so `crop` and assisted generation
+    are not supported.
     """
 
     is_compileable = False
@@ -66,7 +66,7 @@ class HypeNetCache(Cache):
         return buffer[:, :, :end]
 
     def advance(self, new_tokens, real):
-        """To be called when all layers have seen `new_tokens` more tokens; `real` covers all tokens or is None."""
+        """Call this when all layers have processed `new_tokens` tokens. `real` covers all tokens or is None."""
         self.length += new_tokens
         self.real = real
 

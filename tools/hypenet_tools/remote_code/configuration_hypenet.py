@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Configuration of HypeNet, a Qwen3-style decoder with softmax-attention layers and recurrent ones."""
+"""Configuration of HypeNet, a Qwen3-style decoder with softmax-attention and recurrent layers."""
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -7,12 +7,12 @@ from .mixer_table import MIXERS, SETTINGS, SIZES
 
 
 class HypeNetConfig(PreTrainedConfig):
-    """Keys of config.json.
+    """The keys of config.json.
 
-    `mixer_types` has one entry per layer, a key of `mixer_table.MIXERS`. `attn_logits_scaling` is None or
-    "hype <a>": at inference, queries of attention layers at position t are scaled by log(t + a) / log(a).
-    Each mixer has keys of its own (`mixer_table.SETTINGS` and `SIZES`); values that this code does not
-    implement are refused.
+    `mixer_types` has one key of `mixer_table.MIXERS` per layer. `attn_logits_scaling` is None or "hype <a>":
+    at inference, the queries of attention layers at position t are scaled by log(t + a) / log(a). Mixers add
+    their own keys (`mixer_table.SETTINGS` and `SIZES`). ValueError for a value that this code does not
+    implement.
     """
 
     model_type = "hypenet"

@@ -1,4 +1,4 @@
-"""What mixers share; an export has a copy of that file in this place."""
+"""Base classes of the mixers. In an export, this file is a copy of the module imported here."""
 
 from hypenet_megatron.mixers.modeling import HypeNetMixer, HypeNetRMSNorm, rotate
 

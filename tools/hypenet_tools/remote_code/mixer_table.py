@@ -1,4 +1,4 @@
-"""All registered mixers by their names in config.json; an export has a table of its own mixers in this place."""
+"""All registered mixers by their names in config.json. An export replaces this file by a table of its own mixers."""
 
 from hypenet_megatron.mixers import MIXERS as SPECS
 

@@ -1,11 +1,11 @@
 # mypy: ignore-errors
 """HypeNet in plain PyTorch: a Qwen3-style decoder whose layers differ in their mixer.
 
-Runs on CPU and GPU in fp32 or bf16 and needs only torch and transformers. Padding may be anywhere in a batch
-(generation needs it on the left): padded tokens enter neither the attention nor the recurrent state.
+Runs on CPU and GPU in fp32 or bf16 and needs only torch and transformers. Padding may be anywhere in a batch,
+except that generation needs it on the left. Padded tokens affect neither attention nor recurrent states.
 
-Shapes in comments: b sequences, t new tokens, n tokens seen so far, H query heads, G key/value heads, D
-head dim.
+Shapes: b sequences, t new tokens, n tokens seen so far, H query heads, G key/value heads, D head dim, d hidden
+size.
 """
 
 import math
@@ -36,7 +36,7 @@ class HypeNetMLP(nn.Module):
 
 
 def rope_angles(positions, head_dim, theta):
-    """Cosine and sine [b or 1, 1, t, D] of RoPE at positions [b or 1, t], fp32, the half repeated."""
+    """RoPE's cosine and sine [b or 1, 1, t, D] in fp32 at positions [b or 1, t]. Both halves of D are equal."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * (1.0 / theta**exponent)
     angles = torch.cat((angles, angles), dim=-1)
@@ -62,7 +62,7 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HypeNetDecoderLayer"]  # noqa: RUF012 (transformers' own convention)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
-    _is_stateful = True  # a recurrent state cannot take tokens back
+    _is_stateful = True  # a recurrent state cannot be rolled back
 
 
 class HypeNetModel(HypeNetPreTrainedModel):
@@ -85,10 +85,10 @@ class HypeNetModel(HypeNetPreTrainedModel):
         output_hidden_states=None,
         **kwargs,
     ):
-        """Final hidden states of t new tokens, given as ids [b, t] or embeddings [b, t, d].
+        """Compute final hidden states of t new tokens, given as ids [b, t] or embeddings [b, t, d].
 
         `attention_mask` [b, t] or [b, n + t] is 0 at padding. Only its last t columns are read, because the
-        cache holds the rest. `position_ids` [b or 1, t] count the real tokens from 0; None derives them.
+        cache holds the rest. `position_ids` [b or 1, t] count the real tokens from 0, as the mask does by default.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -127,7 +127,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         )
 
     def _query_scale(self, positions):
-        """s = log(t + a) / log(a) as [b or 1, 1, t, 1], fp32; None in training or when switched off."""
+        """log(t + a) / log(a) as [b or 1, 1, t, 1] in fp32; None in training or without a base."""
         base = self.config.logits_scaling_base()
         if base is None or self.training:
             return None
@@ -135,7 +135,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
 
     @staticmethod
     def _real_tokens(x, attention_mask, past_key_values):
-        """Which of all tokens so far are not padding, [b, n + t] bool; None when all are real."""
+        """Mask [b, n + t] of the tokens that are not padding; None if there is no padding."""
         b, t = x.shape[:2]
         before = None if past_key_values is None else past_key_values.real
         if attention_mask is None and before is None:
@@ -180,7 +180,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Logits [b, t, vocabulary] or of the last `logits_to_keep` positions, and the loss for `labels`."""
+        """Compute logits [b, t, vocabulary], or of the last `logits_to_keep` positions, and the loss for `labels`."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -207,7 +207,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Called by `generate`: provide a HypeNetCache where transformers would create a cache of its own."""
+        """Provide a HypeNetCache where `generate` would create another cache."""
         if generation_config.cache_implementation is not None:
             raise ValueError("HypeNet keeps a cache of its own; leave cache_implementation unset")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
