@@ -1,6 +1,6 @@
-"""Models into weights folders: from Hugging Face, from a HypeNet, and from one layout to another.
+"""Jobs that write weights folders: from Qwen3 and HypeNet models, and from one layout to another.
 
-Each function checks everything that can be checked without reading weights, and returns the job that does the work.
+Each function checks everything that can be checked without reading weights, and returns a job that is not yet run.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def weights_job(
     max_shard_bytes: int = SHARD_BYTES,
     training: Mapping[str, Any] | None = None,
 ) -> FolderJob:
-    """The job that writes a view's tensors (Megatron names) as a weights folder in the layout of `metadata`.
+    """Return the job that writes `view` (Megatron names) as a weights folder in the layout of `metadata`.
 
     ValueError if the layout does not divide the model.
 
     Args:
-        source: the folder that the view reads; a job resumes only while it is unchanged.
-        aux_folder: where tokenizer, model card and the like are copied from.
-        dtype: of the stored tensors; None keeps each one's own.
+        source: folder that the view reads; an interrupted job resumes only if it is unchanged.
+        aux_folder: folder from which tokenizer, model card and the like are copied.
+        dtype: dtype of the stored tensors; None keeps the dtype of each.
         training: content of TRAINING.json, which makes the folder a training checkpoint.
     """
     by_rank: dict[Rank, list[FileTensor]] = {}
@@ -72,7 +72,7 @@ def weights_job(
         for rank, of_rank in by_rank.items()
         for number, tensors in enumerate(fill_files(of_rank, max_shard_bytes), start=1)
     ]
-    # Tensor-parallel ranks of the same layers follow one another: their columns lie in the same pages of the source.
+    # Write tensor-parallel ranks of the same layers in succession: their columns lie in the same pages of the source.
     numbered.sort(key=lambda entry: (entry[0].pipeline, entry[0].expert, entry[1], entry[0].tensor))
     files = [
         TensorFile(f"t{rank.tensor}-p{rank.pipeline}-e{rank.expert}-{number:05d}.safetensors", tensors)
@@ -109,10 +109,10 @@ def convert_job(
     seed: int = 0,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> FolderJob:
-    """A Qwen3 folder as a weights folder; with `hybrid` (see `attention_layers_from`) as HALO's initial hybrid.
+    """Convert a Qwen3 folder to a weights folder, or with `hybrid` (see `attention_layers_from`) to a new hybrid.
 
-    Gates are drawn from `seed`, which the provenance records. ValueError in one sentence when the folder, the layers
-    or the layout do not fit.
+    The hybrid is HALO's stage 0; its gates are drawn from `seed`, which the provenance records. ValueError if `source`
+    is not a Qwen3 folder, or the layers or the layout do not fit the model.
     """
     teacher = read_model_folder(source)
     shape = teacher.description.shape
@@ -135,7 +135,7 @@ def convert_job(
 def import_job(
     source: Path, out: Path, layout: FolderLayout, *, seed: int = 0, max_shard_bytes: int = SHARD_BYTES
 ) -> FolderJob:
-    """A HypeNet folder, released or from the reference's training (see `reference.py`), as a weights folder."""
+    """Convert a HypeNet folder, a release or one of the reference code (see `reference.py`), to a weights folder."""
     model, view, new_gates = read_reference_folder(source, seed)
     step: dict[str, Any] = {"step": "import", "from": model.shape.name, "digest": source_digest(source)}
     if new_gates:
@@ -152,14 +152,14 @@ def reshard_job(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> FolderJob:
-    """A weights folder, or a training checkpoint, in another layout or dtype. No model is built.
+    """Rewrite a weights folder or training checkpoint in another layout or dtype, without building a model.
 
-    A training checkpoint that was opened `with_optimizer` becomes a training checkpoint, bit for bit the same tensors
-    without the random states, which belong to the ranks that saved them; training draws no random number. The job
-    raises ValueError before it publishes anything if a file of that checkpoint does not match its checksum.
+    A training checkpoint that was opened `with_optimizer` becomes a training checkpoint with bit-identical tensors. It
+    has no random states, because those belong to the ranks that saved them and training draws no random numbers. If a
+    file of the checkpoint does not match its checksum, the job raises ValueError and publishes nothing.
     """
     if source.kind == HUGGING_FACE:
-        raise ValueError(f"{source.folder} is a Hugging Face folder; use halo convert, which takes a layout too")
+        raise ValueError(f"{source.folder} is a Hugging Face folder; use halo convert, which also takes a layout")
     if source.metadata.model is None:
         raise ValueError(f"{source.folder} does not say which model it is a part of; reshard the entire model")
     origin = {"name": source.folder.absolute().name, "digest": manifest_digest(source.folder)}
@@ -169,7 +169,7 @@ def reshard_job(
         if dtype is not None:
             raise ValueError(f"{source.folder} has an optimizer; its tensors keep their dtypes")
         training = read_json(source.folder / TRAINING_FILE)
-        # Not the layout of any process group: the random states stay behind.
+        # No process group has this layout, so that loading does not look for random states.
         training |= {"layout": {"tensor": layout.tensor, "pipeline": layout.pipeline}, "resharded_from": origin}
     if dtype is not None:
         step["dtype"] = DTYPE_CODES[dtype]
@@ -186,7 +186,7 @@ def reshard_job(
 
 
 def attention_layers_from(text: str, shape: ModelShape) -> tuple[tuple[int, ...], float | None]:
-    """The 0-based attention layers and logits-scaling base of `--hybrid`: a preset, or layers such as 2,3,6."""
+    """Parse `--hybrid`, a preset or layers such as 2,3,6, to 0-based attention layers and a logits-scaling base."""
     if text in HYPENET_PRESETS:
         preset = HYPENET_PRESETS[text]
         if preset.shape.num_layers != shape.num_layers or preset.shape.hidden_size != shape.hidden_size:
@@ -202,5 +202,5 @@ def attention_layers_from(text: str, shape: ModelShape) -> tuple[tuple[int, ...]
         raise ValueError(
             f"--hybrid {text} is neither one of {', '.join(HYPENET_PRESETS)} nor layer numbers such as 2,3,6"
         ) from None
-    shape.hybrid_mixers(layers, DEFAULT_STUDENT)  # refuses layers that do not exist
+    shape.hybrid_mixers(layers, DEFAULT_STUDENT)  # raises if a layer does not exist
     return layers, None

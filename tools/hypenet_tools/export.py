@@ -1,4 +1,4 @@
-"""From anything that holds an entire model to a Hugging Face folder that can be uploaded."""
+"""Exports any folder with an entire model to a Hugging Face folder that can be uploaded."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def export_job(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> FolderJob:
-    """The job that writes `source` as a Hugging Face folder.
+    """Return the job that writes `source` as a Hugging Face folder.
 
-    The tokenizer comes from `tokenizer_folder`, or else from the source. A model that was only converted and resharded
-    keeps its card; any other gets a card that says how it was made. `logits_scaling_base` is for hybrids that have none
-    yet. ValueError in one sentence when something is missing.
+    The tokenizer comes from `tokenizer_folder`, by default the source. A model that was only converted, imported or
+    resharded keeps its model card; any other gets a card that lists its provenance. `logits_scaling_base` replaces the
+    hybrid's base. ValueError if the tokenizer is missing or the source is a teacher and has no logits scaling.
     """
     model = source.model
     aux_folder = tokenizer_folder or source.aux_folder
     if not (aux_folder / "tokenizer.json").is_file():
-        raise ValueError(f"{aux_folder} has no tokenizer.json; name a folder that has one with --tokenizer")
+        raise ValueError(f"{aux_folder} has no tokenizer.json; give a folder that has one with --tokenizer")
     if logits_scaling_base is not None:
         if model.mixer_types is None:
             raise ValueError(f"{source.folder} is a teacher, which has no logits scaling; leave --logits-scaling out")

@@ -1,6 +1,6 @@
-"""Logits of models on disk, in fp32: Hugging Face folders by transformers on the CPU, our folders by Megatron.
+"""Computes fp32 logits of models on disk: Hugging Face folders with transformers on the CPU, others with Megatron.
 
-A HypeNet is run by the modelling code of this package, never by code from its folder.
+A HypeNet runs with the modelling code of this package, never with code from its folder.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _MEMORY_FACTOR = 1.3  # for activations and temporary copies during loading
 
 
 def compare_logits(a: OpenedModel, b: OpenedModel) -> dict[str, Any]:
-    """Differences of the logits (JSON) over all positions of the same prompts; `largest` is the largest magnitude.
+    """Compare logits at all positions of the same prompts; `largest` is the largest magnitude of those of `a`.
 
-    If a model does not fit into memory, only "skipped", the reason.
+    If a model does not fit into memory, the result has only "skipped", the reason.
     """
     needed = max(model.stored.elements for model in (a, b)) * 4 * _MEMORY_FACTOR
     available = psutil.virtual_memory().available
@@ -51,13 +51,13 @@ def compare_logits(a: OpenedModel, b: OpenedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def logits(opened: OpenedModel) -> Tensor:
-    """Logits [prompts, tokens, vocabulary], fp32."""
-    # Prompts depend only on the size of the vocabulary; there may be no tokenizer.
+    """Compute fp32 logits [prompts, tokens, vocabulary] of the fixed prompts."""
+    # Prompts depend only on the size of the vocabulary, because there may be no tokenizer.
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(opened.model.shape.vocab_size, (PROMPTS, PROMPT_LENGTH), generator=generator)
     if opened.kind == HUGGING_FACE:
         return _by_transformers(opened.folder, opened, ids)
-    if opened.model.shape.experts:  # our Megatron model is dense
+    if opened.model.shape.experts:  # DecoderModel is dense
         with tempfile.TemporaryDirectory() as folder:
             _write_plain(Path(folder), opened)
             return _by_transformers(Path(folder), opened, ids)
@@ -87,7 +87,7 @@ def _by_megatron(opened: OpenedModel, ids: Tensor, device: torch.device) -> Tens
 
 
 def _write_plain(folder: Path, opened: OpenedModel) -> None:
-    """Weights and config in Hugging Face layout, without tokenizer or card."""
+    """Write weights and config in Hugging Face layout, without tokenizer or model card."""
     view = opened.hugging_face()
     TensorFile(SINGLE_FILE, [FileTensor.entire(view, name) for name in view]).write(folder)
     write_json(folder / "config.json", qwen3_config(opened.model.shape, "float32"))

@@ -1,4 +1,4 @@
-"""Weights folders of models in memory, at any layout: every rank writes what it owns and reads what it needs."""
+"""Loads and saves weights folders of models in memory. At any layout, each rank reads and writes only its own part."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def load_weights(
     *,
     rename: Callable[[str], str] | None = None,
 ) -> None:
-    """Load weights into this rank's part of `model`, in its dtype.
+    """Load weights into this rank's part of `model`, converted to the model's dtype.
 
-    `source` is a weights folder, a training checkpoint, or global tensors in memory or as a view. `rename` maps a name
-    of the model to the stored one; tensors that it maps to "" are not loaded. ValueError when a file is damaged (the
-    ranks share the reading), or a tensor is missing, left over, or of another shape.
+    `source` is a weights folder, a training checkpoint, or global tensors in memory or as a view. `rename` maps a
+    tensor's name in the model to its stored name, or to "" to skip it. ValueError if a file is damaged, or a tensor is
+    missing, unexpected or of another shape.
     """
     view = read_weights(source) if isinstance(source, Path) else as_view(source)
     holder = source if isinstance(source, Path) else "what is to be loaded"
@@ -52,9 +52,9 @@ def load_weights(
 
 
 def read_weights(folder: Path) -> StoredTensors:
-    """The weights of a weights folder or training checkpoint, after all its checksums have been verified.
+    """Open the weights of a weights folder or training checkpoint after verifying all checksums.
 
-    Every rank verifies a share of the files.
+    Each rank verifies a share of the files. ValueError if one of them is damaged.
     """
     stored = StoredTensors(folder, is_weight)
     if dist.is_initialized():
@@ -72,9 +72,9 @@ def save_tensors(
     dtype: torch.dtype | None = None,
     provenance: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Publish global tensors, or a view of them, as a weights folder; one process calls it. Replaces an earlier one.
+    """Publish global tensors, or a view of them, from one process as a weights folder. Replaces an earlier folder.
 
-    `model` is the model whose tensors they are, None for a part of one.
+    `model` describes the model that the tensors make up; None if they are only a part of one.
     """
     metadata = FolderMetadata(model, model is not None, FolderLayout(), list(provenance))
     run_from_scratch(weights_job(folder, as_view(tensors), metadata, dtype=dtype))
@@ -87,10 +87,10 @@ def save_weights(
     *,
     provenance: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Publish `model`, or its tensors that `keep` accepts, as a weights folder; all ranks call it.
+    """Publish `model`, or those of its tensors that `keep` accepts, as a weights folder. All ranks call this.
 
-    `provenance` says how the weights were made, oldest step first. The folder appears when all ranks have written
-    their part. If one fails, all raise and nothing is published.
+    `provenance` lists how the weights were made, oldest step first. The folder appears once all ranks have written
+    their parts. If a rank fails, all ranks raise and nothing is published.
     """
     temporary = on_first_rank(lambda: temporary_folder(folder))
     metadata = describe(model, keep, provenance).to_json()
@@ -108,7 +108,7 @@ def save_weights(
 
 
 def _write_own(folder: Path, model: LocalModel, keep: NameFilter | None) -> tuple[Index, Sums]:
-    """Write the rectangles of which this rank holds the main replica."""
+    """Write the rectangles whose main replica this rank holds."""
     infos, tensors = owned_tensors(model_pieces(model, keep))
     view = LocalRectangles(infos, tensors)
     groups = fill_files([FileTensor(view, *key, infos[key[0]].dtype) for key in tensors], SHARD_BYTES)
@@ -122,7 +122,7 @@ def _write_own(folder: Path, model: LocalModel, keep: NameFilter | None) -> tupl
 def describe(
     model: LocalModel, keep: NameFilter | None, provenance: Sequence[Mapping[str, Any]] = ()
 ) -> FolderMetadata:
-    """What the index of a folder says about the tensors of `model` that `keep` accepts."""
+    """The metadata of a folder with those tensors of `model` that `keep` accepts."""
     first = model_chunks(model)[0]
     config = first.config
     assert isinstance(config, DecoderConfig)

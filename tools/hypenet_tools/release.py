@@ -1,4 +1,4 @@
-"""Model folders that transformers loads: a HypeNet with its modelling code, or a plain Qwen3."""
+"""Writes model folders that transformers loads: a HypeNet with its modelling code, or a plain Qwen3."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def release_job(
     max_shard_bytes: int = SHARD_BYTES,
     identity: Mapping[str, Any] | None = None,
 ) -> FolderJob:
-    """The job that writes Megatron tensors as a Hugging Face folder.
+    """Return the job that writes Megatron tensors as a Hugging Face folder.
 
-    A hybrid gets its modelling code beside the weights (`trust_remote_code=True`); a teacher is a plain Qwen3.
-    Tokenizer, chat template, generation config and licence come from `tokenizer_folder`. `dtype` None keeps every
-    tensor's own. ValueError if tensors are missing or left over, or the tokenizer does not fit.
+    A hybrid's folder includes its modelling code (`trust_remote_code=True`); a teacher's is a plain Qwen3. Tokenizer,
+    chat template, generation config and licence come from `tokenizer_folder`. With `dtype` None, every tensor keeps its
+    dtype. ValueError if tensors are missing or unexpected, or the tokenizer does not fit the model.
     """
     weights = hugging_face_view(view, model.plan, f"the weights to write to {out}")
     tensors = [FileTensor.entire(weights, name, dtype) for name in weights]
@@ -87,7 +87,7 @@ def _small_files(
     tokenizer_folder: Path,
     special_ids: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """config.json and generation_config.json. The config names the dtype of most elements."""
+    """Contents of config.json and generation_config.json. The config's dtype is that of most elements."""
     elements: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         elements[tensor.dtype] += tensor.rectangle.elements
@@ -114,10 +114,10 @@ def write_hf_folder(
     model_card: str,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Publish a hybrid, or with `mixer_types` None a teacher, from this process.
+    """Publish a Hugging Face folder of a hybrid, or of a teacher if `mixer_types` is None.
 
-    The folder appears under `out` complete or not at all. An earlier export there is replaced; ValueError if anything
-    else is there.
+    The folder appears at `out` complete or not at all and replaces an earlier export. ValueError if `out` is anything
+    else.
     """
     if out.exists() and not (out / CHECKSUM_FILE).is_file():
         raise ValueError(
@@ -138,16 +138,16 @@ def write_hf_folder(
 
 
 def special_token_ids(tokenizer_folder: Path, vocab_size: int) -> dict[str, Any]:
-    """bos, eos and pad token ids of a tokenizer folder, as generation_config.json wants them.
+    """The bos, eos and pad token ids of a tokenizer folder, with the keys of generation_config.json.
 
-    A generation_config.json in the folder takes precedence (Qwen3's chat models end at either of two tokens); otherwise
-    the names in tokenizer_config.json are looked up. Padding falls back to the end token, which the attention mask
-    hides. ValueError when the tokenizer is missing, has more tokens than the model, or names no end token.
+    A generation_config.json in the folder takes precedence over the names in tokenizer_config.json, because Qwen3's
+    chat models end at either of two tokens. The pad token defaults to the end token, which the attention mask hides.
+    ValueError if the tokenizer is missing, has more tokens than the model, or names no end token.
     """
     tokenizer_file = tokenizer_folder / "tokenizer.json"
     try:
         ids = Tokenizer.from_file(str(tokenizer_file)).get_vocab()
-    except Exception as error:  # tokenizers raises nothing more specific
+    except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(
             f"{tokenizer_file} is missing or not a tokenizer ({error}); fetch it again"
         ) from None

@@ -1,4 +1,4 @@
-"""Compares two models: every tensor bit for bit, through the mapping, and logits on fixed prompts."""
+"""Compares two models: every tensor bit for bit, under Hugging Face names, and logits on fixed prompts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hypenet_tools.open_model import OpenedModel
 from sharded_tensors.views import BLOCK_BYTES, TensorView
 from sharded_tensors.writer import Advance
 
-# Two implementations of one model round differently; a wrong weight or a swapped head is far above this.
+# Two implementations of one model differ by rounding. A wrong weight or a swapped head differs far more.
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
 LISTED = 20
 
 
 def verify(a: OpenedModel, b: OpenedModel, *, advance: Advance = lambda count: None) -> dict[str, Any]:
-    """Compare two models. The report (JSON) has "match" and everything that differs.
+    """Compare two models. The report (JSON) has "match" and every difference.
 
-    `advance` is told the bytes of tensors compared, each pair once. Where the models do not fit into memory, the report
-    gives the reason instead of logits.
+    `advance` is called with the bytes of each pair of tensors once they are compared. If the models do not fit into
+    memory, the report has the reason instead of logits.
     """
     one, other = a.hugging_face(), b.hugging_face()
     common = [name for name in one if name in other]
@@ -57,7 +57,7 @@ def _logits(a: OpenedModel, b: OpenedModel, differences: list[dict[str, Any]]) -
 def compare_tensors(
     one: TensorView, other: TensorView, advance: Advance = lambda count: None
 ) -> list[dict[str, Any]]:
-    """The tensors that both models have and that differ in shape, dtype or any bit."""
+    """List the tensors that both models have and that differ in shape, dtype or any bit."""
     found = (_difference(name, one, other, advance) for name in one if name in other)
     return [difference for difference in found if difference is not None]
 
@@ -72,7 +72,7 @@ def _model_differences(a: OpenedModel, b: OpenedModel) -> list[dict[str, Any]]:
 
 
 def _difference(name: str, one: TensorView, other: TensorView, advance: Advance) -> dict[str, Any] | None:
-    """How a tensor differs between the two, or None if it is equal."""
+    """The difference of the tensor `name` in the two views, or None if it is equal."""
     mine, theirs = one.infos[name], other.infos[name]
     if mine.shape != theirs.shape:
         advance(mine.nbytes)

@@ -1,7 +1,7 @@
-"""config.json of Qwen3 and HypeNet folders: which keys we write, and how we read them back.
+"""Reads and writes the config.json of Qwen3 and HypeNet folders.
 
-The HypeNet keys are those of the released models (arXiv 2601.22156). The keys of a mixer are in its spec. Settings that
-the layout allows but our model does not implement are refused when read.
+The HypeNet keys are those of the released models (arXiv 2601.22156). Each mixer's spec has the keys of that mixer.
+Reading refuses settings that `hypenet_megatron` does not implement.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hypenet_megatron.presets import ATTENTION, ModelShape
 from hypenet_tools.hugging_face.mapping import TensorPlan, conversion_plan
 
 QWEN3, QWEN3_MOE, HYPENET = "qwen3", "qwen3_moe", "hypenet"
-# What the code behind a model type does; any other value would be another model.
+# The only values that the decoder implements.
 DECODER_SETTINGS: dict[str, Any] = {"attention_bias": False, "hidden_act": "silu"}
-# Every layer has experts, and the weights of the chosen ones are made to add up to one, as in published Qwen3.
+# As in published Qwen3: every layer has experts, and the weights of the chosen ones are normalised to a sum of 1.
 MOE_SETTINGS: dict[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 OPTIONAL_SETTINGS: dict[str, Any] = {"use_sliding_window": False}
-# Keys of the sizes in a ModelShape.
+# Fields of ModelShape and their keys in config.json.
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -46,7 +46,7 @@ EXPERT_SIZES = {
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a config.json says. `mixer_types` is None for a Qwen3 teacher. ValueError for an unknown mixer."""
+    """The content of a config.json. `mixer_types` is None for a Qwen3 teacher. ValueError for an unknown mixer."""
 
     shape: ModelShape
     mixer_types: tuple[str, ...] | None
@@ -58,12 +58,12 @@ class ModelDescription:
 
     @property
     def mixers(self) -> tuple[str, ...]:
-        """Names of the mixers, a teacher's too, one per layer."""
+        """Mixer names, one per layer, also for a teacher."""
         return self.mixer_types or self.shape.teacher_mixers()
 
     @property
     def plan(self) -> tuple[TensorPlan, ...]:
-        """The mapping table filled in for this model."""
+        """The mapping between Hugging Face and Megatron tensors of this model."""
         return conversion_plan(self.shape, self.mixers)
 
     def to_json(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class ModelDescription:
 
 
 def qwen3_config(shape: ModelShape, dtype: str) -> dict[str, Any]:
-    """config.json of a teacher, dense or with experts. `dtype` as torch spells it: "bfloat16"."""
+    """config.json of a teacher, dense or with experts. `dtype` is a name in torch, such as "bfloat16"."""
     if not shape.experts:
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": QWEN3, **_decoder_keys(shape, dtype)}
     return {
@@ -93,14 +93,14 @@ def qwen3_config(shape: ModelShape, dtype: str) -> dict[str, Any]:
 
 
 def mixers_in_use(mixer_types: Sequence[str]) -> list[MixerSpec]:
-    """The mixers of a hybrid, each once, softmax attention first."""
+    """The distinct mixers of a hybrid, softmax attention first."""
     return [mixer(name) for name in dict.fromkeys((ATTENTION, *mixer_types))]
 
 
 def hypenet_config(
     shape: ModelShape, mixer_types: Sequence[str], logits_scaling_base: float | None, dtype: str
 ) -> dict[str, Any]:
-    """config.json of a hybrid in the released layout."""
+    """config.json of a hybrid, with the keys of the released models."""
     decoder, used = _decoder_keys(shape, dtype), mixers_in_use(mixer_types)
     return {
         "architectures": ["HypeNetForCausalLM"],
@@ -174,8 +174,8 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
     if quantisation is not None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise ValueError(
-            f"quantization_config says that the weights are quantised ({method}); only float32, bfloat16 and "
-            "float16 weights can be read, use those of the unquantised model"
+            f"quantization_config says that the weights are quantised ({method}), but only float32, bfloat16 and "
+            "float16 weights can be read; use those of the unquantised model"
         )
 
 
@@ -213,7 +213,7 @@ def _number(config: Mapping[str, Any], key: str, kind: type[int] | type[float]) 
 
 
 def _rope_theta(config: Mapping[str, Any]) -> Any:
-    """RoPE's base; transformers 5 keeps it in `rope_parameters`, earlier ones beside the other keys."""
+    """RoPE's base. transformers 5 writes it to `rope_parameters`, earlier versions to the top level."""
     base = config.get("rope_theta")
     for key in ("rope_scaling", "rope_parameters"):
         scaling = config.get(key)
