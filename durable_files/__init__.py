@@ -1,8 +1,8 @@
-"""Files that survive crashes: write to a temporary name, fsync, rename. Every other package may import this one.
+"""Crash-safe files: write to a temporary name, fsync, rename. Every other package may import this one.
 
-Everything that is kept (token stores, checkpoints, stage records, exports) is published through these functions. A
-kill -9 or a power cut leaves the old file, the new one, or a temporary name that the next run removes; never half a
-file under its final name. `exclusive` is the one lock of the project.
+All results (token stores, checkpoints, stage records, exports) are published through these functions. After a kill -9
+or a power cut, the final name has the old content or the new content, never half of it. Files with temporary names
+may remain; the next run removes them. `exclusive` is the project's lock.
 """
 
 from durable_files.checksums import FolderManifest, sha256_file

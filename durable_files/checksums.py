@@ -1,4 +1,4 @@
-"""Checksums of files and of entire folders."""
+"""Checksums of files and folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sha256_file(path: Path) -> str:
 
 @dataclass(frozen=True)
 class FolderManifest:
-    """Size in bytes and SHA-256 of every file of a folder, stored in it as MANIFEST.json."""
+    """Size in bytes and SHA-256 of every file of a folder, stored as MANIFEST.json in that folder."""
 
     files: dict[str, tuple[int, str]]
 
@@ -25,7 +25,7 @@ class FolderManifest:
 
     @classmethod
     def write(cls, folder: Path, known: Mapping[str, tuple[int, str]] = {}) -> FolderManifest:
-        """Store the manifest in `folder`. Hashes every file below it but those whose entries are `known`."""
+        """Store the manifest in `folder`. Hashes every file below it, except those with entries in `known`."""
         others = {
             str(path.relative_to(folder)): (path.stat().st_size, sha256_file(path))
             for path in sorted(folder.rglob("*"))
@@ -37,7 +37,7 @@ class FolderManifest:
 
     @classmethod
     def read(cls, folder: Path) -> FolderManifest:
-        """ValueError if it is missing, not a manifest, or names files outside its folder."""
+        """Read the manifest of `folder`. ValueError if it is missing, malformed, or names files outside the folder."""
         path = folder / cls.FILE_NAME
         content = read_json(path)
         try:
@@ -52,11 +52,11 @@ class FolderManifest:
         return manifest
 
     def share(self, part: int, parts: int) -> FolderManifest:
-        """Every `parts`-th file, in the order of names, from number `part` on."""
+        """The files of part number `part` of `parts`: every `parts`-th file in the order of names."""
         return FolderManifest({name: self.files[name] for name in sorted(self.files)[part::parts]})
 
     def problems(self, folder: Path, *, contents: bool = True) -> Iterator[str]:
-        """One sentence per file that is missing, or has another size or (if `contents`) content."""
+        """Yield one sentence per file that is missing or has another size or, if `contents`, another checksum."""
         for name, (size, digest) in self.files.items():
             path = folder / name
             if not path.is_file():

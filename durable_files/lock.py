@@ -1,12 +1,12 @@
-"""One process at a time per folder, by files alone.
+"""A lock per folder, made of ordinary files.
 
-flock is not used: network file systems support it unevenly or not at all. The holder is the process named in the lock
-file with the highest number, until it marks the file as released or ends. A process that finds the holder gone
-publishes the next number, which only one can do (`publish_once`). The highest number is never removed before a higher
-one exists, so a slow rival that publishes an old number sees the higher one and retries.
+flock is not used, because network file systems support it unevenly or not at all. The holder is the process named in
+the lock file with the highest number, until it marks the file as released or ends. A process that finds the holder gone
+publishes the next number, which only one process can do (`publish_once`). The highest number is never removed before a
+higher one exists, so a slow rival that publishes an old number sees the higher one and retries.
 
-A holder that ended on this host is noticed at once. A process of another host cannot be observed: if it was killed,
-the error names the lock file to remove. Results never rest on a lock; it prevents wasted work and half-cleaned folders.
+A holder that ended on this host is noticed at once. A process on another host cannot be observed; if it was killed, the
+error names the lock file to remove. No result depends on the lock; it prevents wasted work and half-cleaned folders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from durable_files.publish import overwrite_json, publish_once, read_json
 
 
 class HeldError(ValueError):
-    """The folder is held by a live process, which the message names."""
+    """The folder is held by a process that has not ended as far as is known. The message names it."""
 
 
 def _locks(folder: Path, name: str) -> dict[int, Path]:
@@ -53,7 +53,7 @@ def _acquire(folder: Path, name: str, owner: ProcessIdentity) -> Path:
             except ValueError:
                 if newest_path.exists():
                     raise
-                continue  # its successor removed it while we read
+                continue  # the next holder removed it in the meantime
         number, mine = newest + 1, folder / f"{name}.{newest + 1}"
         if not publish_once(mine, {**asdict(owner), "released": False}):
             continue
@@ -68,20 +68,16 @@ def _acquire(folder: Path, name: str, owner: ProcessIdentity) -> Path:
 
 
 def refuse_while_held(folder: Path, name: str = "lock") -> None:
-    """HeldError, a ValueError, names the live process that holds `folder`, if one does."""
+    """Raise HeldError, a ValueError that names the process, if a process holds `folder`."""
     locks = _locks(folder, name)
     if locks:
-        newest = locks[max(locks)]
-        try:
-            _refuse_while_held(folder, newest)
-        except ValueError:
-            if newest.exists():  # otherwise its successor removed it meanwhile
-                raise
+        with suppress(FileNotFoundError):  # the next holder removed it in the meantime
+            _refuse_while_held(folder, locks[max(locks)])
 
 
 @contextmanager
 def exclusive(folder: Path, name: str = "lock", *, timeout: float = 0.0) -> Iterator[None]:
-    """Hold `folder`, or with another `name` a part of it. HeldError if another process still does after `timeout` s."""
+    """Hold the lock `name` of `folder`. HeldError if another process still holds it after `timeout` seconds."""
     owner = ProcessIdentity.current()
     deadline = time.monotonic() + timeout
     while True:
@@ -95,7 +91,7 @@ def exclusive(folder: Path, name: str = "lock", *, timeout: float = 0.0) -> Iter
     try:
         yield
     finally:
-        # On a full disk the mark cannot be written; the lock then ends with this process.
+        # If the disk is full, the mark cannot be written. The lock then ends with this process.
         with suppress(OSError):
-            if mine.exists():  # whoever finished the work may have removed the folder
+            if mine.exists():  # the work may have removed the folder
                 overwrite_json(mine, {**asdict(owner), "released": True})

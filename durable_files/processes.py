@@ -13,9 +13,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def _birth(pid: int) -> str | None:
-    """A value that no other process with the number `pid` has; None when the process has ended (or is a zombie).
+    """A value that distinguishes this process from any other with the same pid; None if it has ended or is a zombie.
 
-    It is the boot id and the start time in clock ticks since that boot, which setting the clock does not change.
+    The value is the boot id and the start time in clock ticks since boot, which do not change when the clock is set.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -27,7 +27,7 @@ def _birth(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """One process of one host."""
+    """One process on one host."""
 
     host: str
     pid: int
@@ -48,5 +48,5 @@ class ProcessIdentity:
         return self.host == socket.gethostname()
 
     def has_ended(self) -> bool:
-        """True only when that is certain: processes of another host cannot be seen from here."""
+        """Whether the process has certainly ended. Always False for a process on another host."""
         return self.is_on_this_host and _birth(self.pid) != self.birth

@@ -18,12 +18,12 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, er
 
 
 def temporary_sibling(target: Path) -> Path:
-    """A fresh name beside `target`: on the same file system, so that a rename is atomic."""
+    """A new name beside `target`, on the same file system, so that renaming it to `target` is atomic."""
     return target.with_name(f"{target.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
 
 
 def temporary_folder(target: Path) -> Path:
-    """A new, empty sibling of `target`, to be published under its name. Removes what killed writers left there."""
+    """Create an empty sibling of `target`, for `publish_folder`. Removes what killed writers left beside it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     discard_leftovers(target.parent)
     temporary = temporary_sibling(target)
@@ -66,7 +66,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either its earlier content or all of `content`. Creates the folder."""
+    """Write `content` atomically: `path` has its earlier content or all of `content`. Creates the parent folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, content)
 
@@ -80,7 +80,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def overwrite_json(path: Path, content: Any) -> None:
-    """`write_json` that never creates the folder: FileNotFoundError if it is gone."""
+    """Like `write_json`, but FileNotFoundError if the parent folder does not exist."""
     _replace(path, _json_text(content).encode())
 
 
@@ -89,7 +89,7 @@ def _json_text(content: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse `path`; ValueError names the file and the fix when it is missing, empty or not JSON."""
+    """Parse `path`. ValueError, with the file and the fix, if it is missing, empty or not JSON."""
     try:
         text = path.read_text()
         if not text:  # without hard links a published name is empty for a moment
@@ -103,10 +103,10 @@ def read_json(path: Path) -> Any:
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
-    """Make a finished folder visible under its final name: fsync all of it, rename, fsync the parent.
+    """Publish a finished folder under its final name: fsync all of it, rename, fsync the parent.
 
-    Replaces an older folder of the same name; `final` never names a half-written folder. After a kill between the two
-    renames of a replacement, the old folder is `final`.retired, and `discard_leftovers` restores it.
+    Replaces an older folder of that name; `final` is never a half-written folder. After a kill between the two renames
+    of a replacement, the old folder is `final`.retired, and `discard_leftovers` restores it.
     """
     fsync_tree(temporary)
     if final.exists():
@@ -120,17 +120,18 @@ def publish_folder(temporary: Path, final: Path) -> None:
 
 
 def publish_once(path: Path, content: Any) -> bool:
-    """`publish_text_once` of JSON."""
+    """`publish_text_once` for JSON."""
     return publish_text_once(path, _json_text(content))
 
 
 def publish_text_once(path: Path, text: str) -> bool:
-    """Write `path` exactly once, even when several writers race; True for the one that won.
+    """Write `path` exactly once, even if several writers race. Returns True for the one that won.
 
-    A hard link to a flushed temporary file fails if the name exists, also over NFS. The file appears with all of its
-    content, or not at all. Where the file system refuses hard links, the winner is the process that creates the name
-    (O_CREAT | O_EXCL), which then renames its temporary file over it. For a moment the file is empty; `read_json` waits
-    for its content. A kill at that moment leaves it empty: `read_json` says so, and it has to be removed by hand.
+    `path` becomes a hard link to a flushed temporary file, so it appears complete or not at all. Linking fails if the
+    name exists, also over NFS. If the file system refuses hard links, the winner is the process that creates the name
+    (O_CREAT | O_EXCL); it then renames its temporary file over it. Exactly one process wins there too, and no reader
+    sees part of the content. But the file is empty for a moment, and a kill at that moment leaves it empty.
+    `read_json` then reports the file, which has to be removed by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
@@ -147,7 +148,7 @@ def _link(temporary: Path, path: Path) -> bool:
         os.link(temporary, path)
         return True
     except FileExistsError:
-        # Over NFS the reply to a successful link may be lost and the retry refused; the link count tells.
+        # Over NFS, the reply to a successful link can get lost and the retry fail. The link count shows the truth.
         return os.stat(temporary).st_nlink == 2
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
@@ -170,9 +171,9 @@ def _unless_gone(function: Callable[..., Any], path: str, problem: BaseException
 
 
 def discard_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed writers left directly in `folder`; returns what was removed.
+    """Remove what killed writers left directly in `folder`, and return what was removed.
 
-    A folder whose replacement was interrupted is restored first. Another process may be removing the same files.
+    First restores a folder whose replacement was interrupted. Another process may remove the same files concurrently.
     """
     for retired in sorted(folder.glob(f"*{RETIRED_MARK}")) if folder.is_dir() else []:
         original = retired.with_name(retired.name.removesuffix(RETIRED_MARK))

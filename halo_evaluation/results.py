@@ -1,4 +1,4 @@
-"""The published results of the select and evaluate stages. Stages write them; reports and later stages read them."""
+"""The published results of the select and evaluate stages, which reports and later stages read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halo_evaluation.selection.scores import LayerSweep
 
 
 class _Published:
-    """A record that is kept as one JSON file of a stage folder."""
+    """A record that is stored as one JSON file in a stage folder."""
 
     FILE: str
 
@@ -23,7 +23,7 @@ class _Published:
         return TypeAdapter(cls).validate_python(read_json(folder / cls.FILE))
 
     def write(self, folder: Path) -> Path:
-        """Write the record into `folder`; returns the path of the file."""
+        """Write the record to `folder` and return the path of the file."""
         path = folder / self.FILE
         write_json(path, asdict(self))  # type: ignore[call-overload]
         return path
@@ -31,10 +31,10 @@ class _Published:
 
 @dataclass(frozen=True)
 class Selection(_Published):
-    """Which layers stay attention. Layers are counted from 0.
+    """The layers that stay softmax attention, counted from 0.
 
-    `importance` has one entry per layer, None where the method does not rank layers. `choices` has the layers that
-    every method would keep. `tasks` has the metrics behind the sweep: those of the teacher, then those of every M(i).
+    `importance` has one entry per layer; entries are None if the method does not rank layers. `choices` has the layers
+    that each method would keep. `tasks` has the metrics behind the sweep: the teacher's, then those of each M(i).
     """
 
     FILE = "selection.json"
@@ -49,7 +49,7 @@ class Selection(_Published):
 
 @dataclass(frozen=True)
 class NeedleCell:
-    """Score in [0, 1] of `items` needle-in-a-haystack items; depth 0 is the start of the context."""
+    """Score in [0, 1] over `items` needle-in-a-haystack items. Depth 0 is the start of the context."""
 
     task: str
     context_length: int
@@ -60,9 +60,9 @@ class NeedleCell:
 
 @dataclass(frozen=True)
 class Evaluation(_Published):
-    """Results of one model. `training_context` is in tokens, perplexities are per token of held-out text.
+    """Results of one model: "teacher", "hybrid", or the name of a baseline.
 
-    `model` is "teacher", "hybrid", or the name of a baseline.
+    `training_context` is in tokens. Perplexities are per token of held-out text.
     """
 
     FILE = "evaluation.json"
@@ -73,10 +73,10 @@ class Evaluation(_Published):
     niah: tuple[NeedleCell, ...]
     perplexity: float | None
     ngram_perplexity: float | None = None
-    """Of a trigram model of the same training text; measured for a model trained from scratch."""
+    """Perplexity of a trigram model of the same training text. Only for a model that is trained from scratch."""
 
     def needle_recall(self, shortest: int, longest: int) -> float | None:
-        """Share of needle items answered, over contexts in [shortest, longest] tokens; None without any."""
+        """Share of correct needle items over contexts in [shortest, longest] tokens; None if there are none."""
         cells = [cell for cell in self.niah if shortest <= cell.context_length <= longest]
         items = sum(cell.items for cell in cells)
         return sum(cell.score * cell.items for cell in cells) / items if items else None

@@ -1,4 +1,4 @@
-"""The models that stages build: teacher, teacher with students beside it, hybrid."""
+"""Builds the models of the stages: teacher, teacher with a student mixer in every layer, hybrid."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_student_key(key: str) -> bool:
 
 
 def _teacher_key(key: str) -> str:
-    """The name of an aligned model's tensor in the teacher's weights; "" for a student's."""
+    """The name in the teacher's weights of an aligned model's tensor; "" for a student's tensor."""
     return "" if is_student_key(key) else key.replace(".self_attention.teacher.", ".self_attention.")
 
 
@@ -45,16 +45,16 @@ def _student_key(key: str) -> str:
 
 
 def single_part(model: LocalModel) -> DecoderModel:
-    """The model of a process that shares it with no other: selection and evaluation have no layout."""
+    """`model` as one DecoderModel, which it is in stages without parallelism, such as select and evaluate."""
     assert isinstance(model, DecoderModel)
     return model
 
 
 @torch.no_grad()
 def _initialise(model: LocalModel, seed: int) -> None:
-    """Draw every matrix anew with Megatron's initialisers, from (seed, name) alone.
+    """Draw every matrix with Megatron's initialisers, seeded from (seed, name) only.
 
-    Megatron draws them as modules are built, which is another sequence in every pipeline stage.
+    Megatron draws matrices in the order in which it builds modules, so its values would depend on the layout.
     """
     config = model_chunks(model)[0].config
     for piece in model_pieces(model):
@@ -71,7 +71,7 @@ def _initialise(model: LocalModel, seed: int) -> None:
 
 @dataclass(frozen=True)
 class ModelBuilder:
-    """Builds this rank's part of the models of a run, in one dtype on one device."""
+    """Builds this rank's part of a run's models, in one dtype on one device."""
 
     shape: ModelShape
     dtype: torch.dtype
@@ -79,10 +79,10 @@ class ModelBuilder:
     layout: ParallelLayout = ONE_PROCESS
     transformer_impl: str = "local"
     student: str | None = None
-    """The mixer of aligned models and hybrids; None where only teachers are built."""
+    """The student mixer of aligned models and hybrids; None if only teachers are built."""
 
     def _build(self, mixers: Sequence[str], *, beside: str | None = None, base: float | None = None) -> LocalModel:
-        """Random weights. `beside` is the mixer beside each attention, `base` that of logits scaling."""
+        """Build a model without loading weights. `beside` is the aligned student mixer, `base` of logits scaling."""
         config = DecoderConfig.from_shape(
             self.shape,
             mixers,
@@ -94,7 +94,7 @@ class ModelBuilder:
         return build_model(config, student=beside).to(self.device)
 
     def fresh_teacher(self, seed: int) -> LocalModel:
-        """A randomly initialised Qwen3-architecture model (pretraining), the same in every layout."""
+        """A randomly initialised Qwen3 model for pretraining, with the same weights in every layout."""
         model = self._build(self.shape.teacher_mixers())
         _initialise(model, seed)
         return model
@@ -105,7 +105,7 @@ class ModelBuilder:
         return model
 
     def aligned(self, teacher_weights: Path, student_weights: Path) -> LocalModel:
-        """Teacher with a student mixer in every layer, from the two weights folders."""
+        """A teacher with a student mixer in every layer, from the two weights folders."""
         model = self._build(self.shape.teacher_mixers(), beside=self.student)
         load_weights(teacher_weights, model, rename=_teacher_key)
         load_weights(student_weights, model, rename=_student_key)
@@ -125,7 +125,7 @@ class ModelBuilder:
     def hybrid_from_parts(
         self, teacher_weights: Path, student_weights: Path, attention_layers: Collection[int], seed: int
     ) -> LocalModel:
-        """The hybrid that distillation starts from: teacher, aligned students, fresh gates in attention layers."""
+        """The hybrid that distillation starts from: the teacher with aligned students, gates drawn from `seed`."""
         mixers = self._mixers(attention_layers)
         model = self._build(mixers)
         teacher, students = read_weights(teacher_weights), read_weights(student_weights)

@@ -1,4 +1,4 @@
-"""Training checkpoints: written beside the training, published as a whole, readable at any layout, without pickles."""
+"""Training checkpoints: written in the background, published atomically, readable at any layout, free of pickles."""
 
 from halo_training.checkpointing.folder import TrainingCheckpoints
 from halo_training.checkpointing.saver import BackgroundSaver

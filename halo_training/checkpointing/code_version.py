@@ -21,7 +21,7 @@ _PACKAGES = (
 
 @cache
 def code_version() -> str:
-    """Release and a hash of the source files that training uses, such as 0.1.0+1f2e3d4c."""
+    """The release and a hash of the source files that training uses, such as 0.1.0+1f2e3d4c."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
         folder = Path(str(import_module(package).__file__)).parent

@@ -1,4 +1,4 @@
-"""Copies of the state that a save writes while training changes the originals."""
+"""Copies of the training state, which a save writes while training changes the originals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from torch import Tensor
 
 
 class HeldCopies[Key: Hashable]:
-    """Copies of this rank's tensors, for a thread that writes them while training goes on.
+    """Copies of this rank's tensors, for a thread that writes them while training continues.
 
-    A copy from GPU to CPU takes longer than a step, and so does allocating that much pinned memory. Where the GPU has
-    memory to spare, the copies are made within it, in milliseconds, and stay there until they are written, block by
-    block. Otherwise they go to pinned CPU memory, which every save reuses, and the next update of the weights waits for
-    them.
+    Copying from GPU to CPU takes longer than a step, as does allocating the pinned memory. If the GPU has memory to
+    spare, the copies are made there, within milliseconds, and stay until they are written block by block. Otherwise
+    they go to pinned CPU memory, which later saves reuse, and the next update of the weights waits for the transfer.
     """
 
     def __init__(self) -> None:
@@ -26,7 +25,7 @@ class HeldCopies[Key: Hashable]:
         self._training_peak = 0
 
     def take(self, sources: Mapping[Key, Tensor]) -> None:
-        """Begin to copy. Sources on a GPU must not change until `before_overwriting` has been called."""
+        """Start copying. Sources on a GPU must not change before `before_overwriting` has been called."""
         if not any(source.is_cuda for source in sources.values()):
             self._copy_to_cpu(sources)
             return
@@ -41,19 +40,19 @@ class HeldCopies[Key: Hashable]:
             self._ready = self._stream.record_event()
 
     def _fit_beside_training(self, sources: Mapping[Key, Tensor]) -> bool:
-        """Whether the GPU can hold the copies beside the peak of a step, with a tenth of its memory left over."""
+        """Whether the GPU has room for the copies on top of a step's peak, with a tenth of its memory to spare."""
         wanted = sum(source.nbytes for source in sources.values() if source.is_cuda)
         free, total = torch.cuda.mem_get_info()
         left = total // 10
         if self._training_peak == 0:
-            # The only step so far may be the first, which allocates Adam's moments after its activations are freed.
+            # The first step allocates Adam's moments after its activations are freed, so later steps may peak higher.
             left += wanted
         held_beside_it = wanted if self._on_gpu else 0
         self._training_peak = max(self._training_peak, torch.cuda.max_memory_allocated() - held_beside_it)
         return self._training_peak + wanted + left <= free + torch.cuda.memory_reserved()
 
     def _copy_within_gpu(self, sources: Mapping[Key, Tensor]) -> bool:
-        """False if the GPU's memory is too fragmented."""
+        """Copy on the GPU; returns False if its memory is too fragmented."""
         try:
             self._copies = {
                 name: source.clone(memory_format=torch.contiguous_format) for name, source in sources.items()
@@ -75,15 +74,15 @@ class HeldCopies[Key: Hashable]:
         return torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=source.is_cuda)
 
     def before_overwriting(self) -> None:
-        """Call this before the sources change. Later work of the GPU waits for copies that are still in transfer."""
+        """Call this before the sources change. Later GPU work then waits for copies that are still in transfer."""
         if self._ready is not None:
             torch.cuda.current_stream().wait_event(self._ready)
 
     @contextmanager
     def complete(self) -> Iterator[Mapping[Key, Tensor]]:
-        """The finished copies, in any thread.
+        """Wait for the copies and yield them, in any thread.
 
-        A new thread uses the first GPU, where even a query allocates memory; hence the device context.
+        A new thread would use the first GPU, where even a query allocates memory, so this sets the sources' device.
         """
         with ExitStack() as stack:
             if self._stream is not None and self._ready is not None:

@@ -1,7 +1,7 @@
-"""The `checkpoints` folder of a training stage: step-00000100, ... The newest valid one is resumed.
+"""The `checkpoints` folder of a training stage: step-00000100 and so on. Training resumes from the newest valid one.
 
-A checkpoint is a folder of sharded tensors (see sharded_tensors) with one file per rank, rank-00000.safetensors. Its
-TRAINING.json has step, samples, recipe section, layout, code version and recent losses.
+A checkpoint is a folder of sharded tensors (see sharded_tensors) with one file per rank, rank-00000.safetensors and so
+on. Its TRAINING.json has step, samples, recipe section, layout, code version and recent losses.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DAMAGED = ".damaged"
 
 
 def current_layout() -> dict[str, int]:
-    """Ranks along every axis of parallelism. Resume is bit-exact at an equal layout, within float noise at others."""
+    """Ranks per axis of parallelism. Resuming is bit-exact at an equal layout, equal up to rounding at others."""
     return {
         "world": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
@@ -57,12 +57,12 @@ def current_layout() -> dict[str, int]:
 
 
 def random_prefix(rank: int) -> str:
-    """How the names of a rank's random states begin."""
+    """The prefix of the names of a rank's random states."""
     return f"{RANDOM_PREFIX}{rank}."
 
 
 def _listed_files(folder: Path) -> dict[str, tuple[int, str]] | str:
-    """The files of the manifest, or what is wrong with it. It has to list every other file of the folder."""
+    """The files in the manifest, which must list every other file of the folder, or one sentence on its damage."""
     manifest = folder / FolderManifest.FILE_NAME
     try:
         files = FolderManifest.read(folder).files
@@ -77,7 +77,7 @@ def _listed_files(folder: Path) -> dict[str, tuple[int, str]] | str:
 class TrainingCheckpoints:
     """Finds, verifies, loads, publishes and removes checkpoints.
 
-    Of the old ones the newest `keep_last` stay, and those whose step is a multiple of `keep_every` (0: none).
+    Keeps the newest `keep_last`, and those whose step is a multiple of `keep_every` (0: none).
     """
 
     folder: Path
@@ -92,9 +92,9 @@ class TrainingCheckpoints:
         return self.folder / f"{_STEP_PREFIX}{step:08d}"
 
     def newest_valid(self) -> tuple[int | None, list[str]]:
-        """The newest checkpoint whose files match their checksums, and what is wrong with the newer ones.
+        """The newest checkpoint whose files match their checksums, and one sentence for each newer, damaged one.
 
-        All ranks call it; each reads its share of the files. ValueError for checkpoints of an earlier version.
+        All ranks call this, and each reads a share of the files. ValueError for a checkpoint of an earlier version.
         """
         damage: list[str] = []
         for step in reversed(on_first_rank(self.steps)):
@@ -105,7 +105,7 @@ class TrainingCheckpoints:
         return None, damage
 
     def _problems(self, folder: Path) -> list[str]:
-        """One sentence for each file that is not as it was published; every rank gets all of them."""
+        """One sentence per file that differs from what was published. Every rank gets all sentences."""
         require_current_format(folder)
         files = on_first_rank(lambda: _listed_files(folder))
         if isinstance(files, str):
@@ -118,9 +118,9 @@ class TrainingCheckpoints:
         return [problem for problems in from_all_ranks(found) for problem in problems]
 
     def set_damaged_aside(self, newest_valid: int | None) -> None:
-        """Rename checkpoints newer than `newest_valid`, so that they are neither counted nor resumed.
+        """Rename checkpoints newer than `newest_valid`, so that they are ignored from then on.
 
-        Also removes half-written folders of killed saves.
+        Also removes the unfinished folders of killed saves.
         """
 
         def rename() -> None:
@@ -140,9 +140,9 @@ class TrainingCheckpoints:
         optimizer: MegatronOptimizer,
         keep: NameFilter | None,
     ) -> dict[str, Any]:
-        """Restore weights and optimizer in place and, at the layout that saved them, the random states.
+        """Restore weights and optimizer in place and, at the layout of the save, the random states.
 
-        Returns TRAINING.json. ValueError if tensors are missing or of another shape.
+        Returns the content of TRAINING.json. ValueError if tensors are missing or of another shape.
         """
         folder, prefix = self.path(step), random_prefix(dist.get_rank())
         training: dict[str, Any] = read_json(folder / TRAINING_FILE)
@@ -162,9 +162,9 @@ class TrainingCheckpoints:
         metadata: Mapping[str, Any],
         training: Mapping[str, Any],
     ) -> list[Path]:
-        """Publish a save that all ranks have written, and retire old checkpoints. First rank only.
+        """Publish a save that all ranks have written, and retire old checkpoints. Only the first rank calls this.
 
-        Returns the folders of the retired ones for the caller to remove; a later save or run would remove them too.
+        Returns the retired folders, which the caller should remove. If it is killed first, a later save or run does so.
         """
         write_json(temporary / TRAINING_FILE, dict(training))
         finish_folder(temporary, written, metadata)
@@ -176,7 +176,7 @@ class TrainingCheckpoints:
         kept = [step for step in self.steps() if not (self.keep_every and step % self.keep_every == 0)]
         for step in kept[: -self.keep_last]:
             if step < newest:
-                # Under a temporary name, so that a kill during its removal does not leave a damaged checkpoint.
+                # Renamed first, so that a kill during the removal does not leave a damaged checkpoint.
                 retired.append(temporary_sibling(self.path(step)))
                 self.path(step).rename(retired[-1])
         return retired

@@ -1,4 +1,4 @@
-"""The random generators of this process as tensors, saved with its part of a checkpoint."""
+"""Saves and restores the random generators of a process as tensors of its part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRACKER = "tracker."
 
 
 def random_states() -> dict[str, Tensor]:
-    """States of Python's, NumPy's, torch's and CUDA's generators and of Megatron's per-rank ones."""
+    """States of the generators of Python, NumPy, torch and CUDA, and of Megatron's per-rank generators."""
     version, words, gauss = random.getstate()
     assert version == 3
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -34,7 +34,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def restore_random_states(states: Mapping[str, Tensor]) -> None:
-    """Return to the moment at which `random_states` gave `states` in a process of the same layout."""
+    """Restore the generators to `states`, which `random_states` returned in a process of the same layout."""
     gauss = states["python.gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = states["numpy.position"].tolist()

@@ -1,8 +1,8 @@
-"""Saving while training goes on: copy in memory, write in a thread, publish when every rank has written.
+"""Saves checkpoints while training continues: copy in memory, write in a thread, publish once all ranks have written.
 
-The writer is a thread, not Megatron's spawned process. Hashing, copying and writing release Python's lock, so training
-hardly waits; nothing is pickled to another process or mapped into its memory; no process outlives a killed rank; and
-entry points need no main guard.
+The writer is a thread, unlike Megatron's, which is a spawned process. Copying, hashing and writing release Python's
+global lock, so training hardly waits. A thread needs no pickling, shared memory or main guard, and it cannot outlive a
+killed rank.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _remove(folders: Sequence[Path]) -> None:
 def _owned_state(
     model: LocalModel, optimizer: MegatronOptimizer, keep: NameFilter | None
 ) -> tuple[dict[str, TensorInfo], dict[tuple[str, Rectangle], Tensor]]:
-    """The rectangles that this rank saves, its random states among them as tensors of their own."""
+    """The rectangles that this rank saves. Its random states are whole tensors."""
     infos, tensors = owned_tensors(training_shards(model, optimizer, keep))
     for name, state in random_states().items():
         info = TensorInfo(tuple(state.shape), state.dtype)
@@ -55,7 +55,7 @@ def _owned_state(
 
 @dataclass
 class _Save:
-    """A save in flight. `outcome` is what this rank wrote, or why it could not."""
+    """A save in flight. `outcome` is what this rank wrote, or the error that stopped it."""
 
     step: int
     temporary: Path
@@ -68,8 +68,8 @@ class _Save:
 class BackgroundSaver:
     """Saves checkpoints, at most one at a time.
 
-    All ranks call its methods in the same order, except `busy` and `before_update`. `published` is the step of the
-    newest checkpoint, from which training would resume after a kill at this moment.
+    All ranks must call the methods in the same order, except `busy` and `before_update`. `published` is the step of the
+    newest published checkpoint, from which training would resume if it were killed now.
     """
 
     def __init__(self, checkpoints: TrainingCheckpoints, keep: NameFilter | None):
@@ -82,12 +82,12 @@ class BackgroundSaver:
 
     @property
     def in_flight(self) -> bool:
-        """A save was begun and is not yet published."""
+        """Whether a save has begun and is not yet published."""
         return self._save is not None
 
     @property
     def busy(self) -> bool:
-        """This rank is still writing."""
+        """Whether this rank is still writing."""
         return self._save is not None and self._save.thread.is_alive()
 
     def begin(
@@ -97,10 +97,10 @@ class BackgroundSaver:
         optimizer: MegatronOptimizer,
         training: Mapping[str, Any],
     ) -> None:
-        """Copy the state after `step` finished steps and start to write it. Finishes an earlier save first."""
+        """Copy the state after `step` finished steps and start writing it. Finishes an earlier save first."""
         self.finish()
         infos, sources = _owned_state(model, optimizer, self.keep)
-        self.wait_for_removal()  # the disk need not hold both the old checkpoint and the new one
+        self.wait_for_removal()  # so that the disk never holds a retired checkpoint beside the new one
         temporary = on_first_rank(lambda: temporary_folder(self.checkpoints.path(step)))
         self._copies.take(sources)
         metadata = describe(model, self.keep).to_json()
@@ -140,7 +140,7 @@ class BackgroundSaver:
 
         def publish() -> None:
             old = self.checkpoints.publish(save.temporary, save.step, written, save.metadata, save.training)
-            # Removing large files takes seconds, for which training would wait.
+            # Removing large files takes seconds, so a thread does it while training continues.
             self._removal = threading.Thread(target=_remove, args=(old,), name="old checkpoints")
             self._removal.start()
 
@@ -148,7 +148,7 @@ class BackgroundSaver:
         self.published = save.step
 
     def finish(self, progress: Callable[[], None] = lambda: None) -> None:
-        """Wait for the save in flight, if any, and publish it. `progress` is called while any rank is writing."""
+        """Wait for the save in flight, if any, and publish it. Calls `progress` while any rank is still writing."""
         if self._save is None:
             return
         while highest([self.busy])[0]:
@@ -157,6 +157,6 @@ class BackgroundSaver:
         self.publish_written()
 
     def wait_for_removal(self) -> None:
-        """Wait until the retired checkpoints are removed. Returns at once on all ranks but the first."""
+        """Wait until retired checkpoints are removed. Returns at once on all ranks but the first."""
         if self._removal.ident is not None:
             self._removal.join()

@@ -1,9 +1,9 @@
-"""What a training checkpoint holds, as Megatron's sharded tensors: weights, fp32 master weights, Adam's moments.
+"""The content of a training checkpoint as Megatron's sharded tensors: weights, fp32 master weights, Adam's moments.
 
-A sharded tensor says which rectangle of which global tensor a rank has, so nothing here or in the files depends on
-the layout. Names are Megatron's keys: K for a weight, optimizer.state.{fp32_param,exp_avg,exp_avg_sq}.K for its
-optimizer state, with and without the distributed optimizer. Megatron's own way to make the distributed one reshardable
-gathers the entire state on every data-parallel rank; here each rank describes the slice that it owns as rectangles.
+A sharded tensor says which rectangle of which global tensor a rank holds, so a checkpoint can be loaded at any layout.
+Names are Megatron's keys: K for a weight, optimizer.state.{fp32_param,exp_avg,exp_avg_sq}.K for its optimizer state.
+They are the same with and without the distributed optimizer. Megatron gathers the distributed optimizer's entire state
+on every data-parallel rank to make it reshardable. Here each rank describes its own slice as rectangles.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ MASTER_WEIGHT, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class _Updated:
-    """The part of one parameter that this rank's optimizer updates: elements [start, stop) of it, flattened.
+    """The part of a parameter that this rank's optimizer updates: elements [start, stop) of the flattened tensor.
 
-    `main` is what Adam updates: the parameter, its fp32 copy, or a flat slice of either.
+    `main` is the tensor that Adam updates: the parameter, its fp32 copy, or a flat slice of either.
     """
 
     parameter: Tensor
@@ -41,15 +41,15 @@ class _Updated:
     start: int
     stop: int
     inner: torch.optim.Optimizer
-    instance: int | None = None  # of the distributed optimizer; None where every data rank holds all elements
+    instance: int | None = None  # of the distributed optimizer; None without it
 
 
 def flat_boxes(
     shape: Sequence[int], start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements [start, stop) of a row-major tensor of `shape` as rectangles (offsets, sizes), in order.
+    """Split elements [start, stop) of a row-major tensor of `shape` into rectangles (offsets, sizes), in order.
 
-    There are at most 2 n - 1 of them for n dimensions.
+    A tensor of n dimensions needs at most 2 n - 1 of them.
     """
     if start >= stop:
         return
@@ -68,7 +68,7 @@ def flat_boxes(
 
 
 def _master_weights(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """bf16 parameters with their fp32 copies, from an optimizer that is not distributed."""
+    """Pairs of bf16 parameters and their fp32 copies in an optimizer that is not distributed."""
     if isinstance(part, Float16OptimizerWithFloat16Params):
         for group, masters in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(group, masters, strict=True)
@@ -97,7 +97,7 @@ def _updated(optimizer: MegatronOptimizer) -> Iterator[_Updated]:
 
 
 def _prime(updated: _Updated) -> None:
-    """Create the state that Adam creates in its first step, so that a checkpoint can be loaded into it."""
+    """Create the moments that Adam would create in its first step, so that a checkpoint can be loaded into them."""
     state = updated.inner.state[updated.main]
     for name in MOMENTS:
         if name not in state:
@@ -119,7 +119,7 @@ def _optimizer_shards(
         if updated.instance is not None:
             replica = (*replica[:2], updated.instance)
         lowest = max(updated.start, begin)
-        offset = lowest - updated.start  # into the flat tensors of the optimizer
+        offset = lowest - updated.start  # in the optimizer's flat tensors
         boxes = flat_boxes(
             piece.local_shape, lowest - begin, min(updated.stop, begin + piece.data.numel()) - begin
         )
@@ -145,9 +145,10 @@ def _optimizer_shards(
 def training_shards(
     model: LocalModel, optimizer: MegatronOptimizer, keep: NameFilter | None
 ) -> list[ShardedTensor]:
-    """Everything of this rank that a checkpoint saves and restores. Their `data` are views of the live tensors.
+    """All tensors of this rank that a checkpoint saves and restores. Their `data` are views of the live tensors.
 
-    Replicas are included: a save takes only the main one, a load fills them all. `keep` restricts by the weight's name.
+    Replicas are included, because a load fills all of them; a save writes only main replicas. `keep` selects weights,
+    with their optimizer state, by name.
     """
     entries = model_entries(model, keep)
     by_parameter = {id(entry.data): entry for entry in entries}
@@ -159,10 +160,10 @@ def training_shards(
 
 
 def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
-    """Set the number of updates in Adam: torch counts per parameter, Apex and Transformer Engine per group."""
+    """Set Adam's step count, which torch keeps per parameter, Apex and Transformer Engine per parameter group."""
     for updated in _updated(optimizer):
         if isinstance(updated.inner, (torch.optim.Adam, torch.optim.AdamW)):
-            # A tensor for each parameter: a shared one would count the updates of all of them.
+            # One tensor per parameter: a shared tensor would count the updates of all parameters.
             updated.inner.state[updated.main]["step"] = torch.tensor(float(step))
         else:
             for group in updated.inner.param_groups:
