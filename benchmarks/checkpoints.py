@@ -1,12 +1,12 @@
-"""How long a checkpoint stalls training: saved beside it, and saved while it waits.
+"""Measures how long a checkpoint stalls training: saved in the background, and saved while training waits.
 
     python benchmarks/checkpoints.py --model hypenet-2b --out results/
 
-Trains a hybrid with random weights on random tokens, with fp32 master weights and Adam's moments, and saves twice
-beside the training and once while it waits. The stall is the time of the steps during a save beyond the time of as many
-typical steps; whether these are slower than before the save is said beside it. Checks that what was saved beside the
-training loads and equals what was there. Needs free disk for two checkpoints (27 GB each for
-hypenet-2b) and, where the GPU has no room for a copy, as much main memory as one. Writes checkpoints.json.
+Trains a hybrid with random weights on random tokens, with fp32 master weights and Adam's moments. Saves twice in the
+background and once while training waits. The stall is the time from the start of a save to its publication, less that
+of as many typical steps; the result also has the median step before and during the save. Checks that a background save
+loads and equals the state at its start. Needs free disk for two checkpoints (27 GB each for hypenet-2b) and, if the GPU
+has no room for a copy, main memory for one. Writes checkpoints.json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEPS_WITHOUT = 8
 
 
 class Training:
-    """Steps of one model on the same random batch."""
+    """Trains one model on the same random batch in every step."""
 
     def __init__(self, preset: HypeNetPreset, context_length: int, device: torch.device):
         mixers = preset.shape.hybrid_mixers(preset.attention_layers, "lightning")
@@ -57,7 +57,7 @@ class Training:
         self.batch = TokenBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights)
 
     def step(self, saver: BackgroundSaver | None = None) -> float:
-        """Seconds."""
+        """Take one step; returns its duration in seconds."""
         started = time.perf_counter()
         for chunk in self.objective.chunks:
             chunk.zero_grad_buffer()
@@ -72,12 +72,12 @@ class Training:
 
 
 def state(step: int) -> dict[str, Any]:
-    """What a trainer would write beside the tensors, as far as loading reads it."""
+    """The keys of TRAINING.json that loading a checkpoint needs."""
     return {"step": step, "optimizer_step": step, "layout": current_layout()}
 
 
 def save_beside(training: Training, saver: BackgroundSaver, number: int, usual: float) -> dict[str, float]:
-    """Steps go on until the checkpoint is published. Before it begins, what the one before replaced is gone."""
+    """Save while training continues and return timings in seconds. First waits for removal of the old checkpoint."""
     saver.wait_for_removal()
     started = time.perf_counter()
     saver.begin(number, training.model, training.optimizer, state(number))
@@ -104,7 +104,7 @@ def save_beside(training: Training, saver: BackgroundSaver, number: int, usual: 
 def check(
     training: Training, saver: BackgroundSaver, checkpoints: TrainingCheckpoints, usual: float
 ) -> tuple[dict[str, float], int]:
-    """The first save, written while training went on: it holds what was there when it began. And its bytes."""
+    """Check that the first background save holds the state at its start. Returns its timings and its size in bytes."""
     before = {name: x.detach().to("cpu", copy=True) for name, x in training.model.named_parameters()}
     times = save_beside(training, saver, 1, usual)
     assert any(not torch.equal(before[name], x.cpu()) for name, x in training.model.named_parameters())

@@ -1,10 +1,10 @@
-"""Convert, reshard and export a synthetic Qwen3 checkpoint of full size: throughput against `cp`, memory, round trip.
+"""Measures convert, reshard and export on a synthetic full-size Qwen3: throughput against `cp`, memory, round trip.
 
     python benchmarks/convert.py FOLDER [--shape qwen3-8b] [--json results.json]
 
-FOLDER needs room for three copies of the checkpoint (8B: 50 GB). Before every timed command, and before the `cp` of
-its source that it is held against, the page cache is dropped (as root; without the right to, use a checkpoint larger
-than memory). Both times include flushing to the disk. Memory is RssAnon, sampled, of the largest process.
+FOLDER needs room for three copies of the checkpoint (8B: 50 GB). Every command is compared with a `cp` of its source.
+The page cache is dropped before each of them, which needs root; otherwise use a checkpoint larger than memory. Times
+include flushing to the disk. Memory is the sampled RssAnon of the largest process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NOISE_ROWS = 2**25
 
 
 class SyntheticTensors(TensorView):
-    """bf16 weights N(0, 0.02): every tensor begins at a place of its own in one long run of noise."""
+    """bf16 weights from N(0, 0.02). Every tensor starts at its own offset in one long array of noise."""
 
     def __init__(self, shape: ModelShape) -> None:
         plan = ModelDescription(shape, None, None).plan
@@ -62,7 +62,7 @@ class SyntheticTensors(TensorView):
 
 
 def make_checkpoint(folder: Path, shape: ModelShape, shard_bytes: int = 4 * 10**9) -> None:
-    """A Qwen3 folder with a tokenizer of a few words, in shards as they are published."""
+    """Write a Qwen3 folder with a tokenizer of a few words, in shards like those of published models."""
     folder.mkdir(parents=True)
     view = SyntheticTensors(shape)
     filled = fill_files((FileTensor.entire(view, name) for name in view), shard_bytes)
@@ -88,7 +88,7 @@ def drop_caches() -> bool:
 
 
 def copy_rate(source: Path, scratch: Path) -> float:
-    """Bytes per second of `cp -r` and a sync, from a cold cache."""
+    """Measure the bytes per second of `cp -r` and a sync, from a cold cache."""
     size = folder_bytes(source)
     drop_caches()
     start = time.perf_counter()
@@ -104,7 +104,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def anonymous_bytes(process: psutil.Process) -> int:
-    """RssAnon of the largest of a process and its children."""
+    """The largest RssAnon among a process and its children."""
     largest = 0
     for one in [process, *process.children(recursive=True)]:
         try:
@@ -117,12 +117,12 @@ def anonymous_bytes(process: psutil.Process) -> int:
 
 
 def run(arguments: list[object], source: Path, scratch: Path) -> dict[str, Any]:
-    """One halo command from a cold cache, held against a `cp` of its source just before."""
+    """Measure one halo command from a cold cache, after a `cp` of its source for comparison."""
     rate = copy_rate(source, scratch)
     drop_caches()
     subprocess.run(
         [*HALO, "reshard", source, scratch, "--dry-run"], capture_output=True, check=False
-    )  # read torch
+    )  # so that torch is cached
     start = time.perf_counter()
     process = psutil.Popen([*HALO, *map(str, arguments)], stdout=subprocess.DEVNULL)
     peak = 0

@@ -1,4 +1,4 @@
-"""Finds mistakes of a recipe before its first stage runs: paths, teacher, layers, context lengths."""
+"""Finds mistakes in a recipe before its first stage runs: paths, teacher, layers, layout, context lengths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tokenized_data.text import text_files
 
 @contextmanager
 def named_in_errors(key: str) -> Iterator[None]:
-    """Put the recipe's key in front of the message of a ValueError of the body."""
+    """Prefix the message of a ValueError raised in the block with the recipe's key."""
     try:
         yield
     except ValueError as error:
@@ -36,10 +36,10 @@ def named_in_errors(key: str) -> Iterator[None]:
 
 
 def check_recipe(recipe: Recipe, *, tokenized: bool = False) -> ModelShape:
-    """Refuse what would fail in a stage; reads configs, tensor headers and the tokenizer, but no text.
+    """Raise ValueError, with the key and the fix, for a recipe that would fail in a stage.
 
-    Returns the shape of the teacher, converted or to be trained. With `tokenized` the text may be gone. ValueError is
-    one sentence with the key and the fix.
+    Reads configs, tensor headers and the tokenizer, but no text. With `tokenized`, the text may be gone. Returns the
+    shape of the teacher that is converted or trained.
     """
     if not tokenized:
         _check_corpus(recipe)
@@ -114,7 +114,7 @@ def _check_layout(recipe: Recipe, shape: ModelShape) -> None:
         layout.data_ranks(processes)
         if torch.cuda.is_available() and processes > torch.cuda.device_count():
             raise ValueError(
-                f"{processes} processes need a GPU each and here are {torch.cuda.device_count()}; lower processes"
+                f"{processes} processes need a GPU each, but there are {torch.cuda.device_count()}; lower processes"
             )
     for name, section in recipe.training_sections.items():
         with named_in_errors(f"{name} in this layout"):
@@ -122,7 +122,7 @@ def _check_layout(recipe: Recipe, shape: ModelShape) -> None:
 
 
 def _check_packages(recipe: Recipe) -> None:
-    """Look for optional packages now, not when a stage needs them. The GPUs may be on another machine."""
+    """Check that optional packages are installed, before a stage needs them. GPUs may be on another machine."""
     fixes = {
         "ray": "pip install 'hypenet-megatron[ray]'",
         "submitit": "pip install 'hypenet-megatron[slurm]'",
@@ -135,7 +135,7 @@ def _check_packages(recipe: Recipe) -> None:
 
 
 def _check_teacher_contexts(recipe: Recipe, shape: ModelShape) -> None:
-    """Stages that run the teacher stay within its positions. Later stages may go beyond them."""
+    """Check that stages that run the teacher stay within its positions. Later stages may go beyond them."""
     lengths = {name: section.context_length for name, section in recipe.training_sections.items()}
     if isinstance(recipe, ConversionRecipe):
         del lengths["finetune"]
@@ -143,8 +143,8 @@ def _check_teacher_contexts(recipe: Recipe, shape: ModelShape) -> None:
     for section, length in lengths.items():
         if length > shape.max_positions:
             raise ValueError(
-                f"{section}.context_length: {length} is beyond the {shape.max_positions} positions that the "
-                f"teacher {shape.name} knows; choose at most {shape.max_positions}"
+                f"{section}.context_length: {length} is beyond the {shape.max_positions} positions of the "
+                f"teacher {shape.name}; choose at most {shape.max_positions}"
             )
 
 
@@ -163,7 +163,7 @@ def _check_recall(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class _AnyProse:
-    """Stands in for held-out text: whether a needle fits depends on the length of the text only."""
+    """Stands in for held-out text. Whether a needle fits depends only on the length of the text."""
 
     token: int
     num_tokens: int = 2**20
@@ -173,11 +173,11 @@ class _AnyProse:
 
 
 def _check_tasks(recipe: Recipe, tokenizer: TokenizerIdentity) -> None:
-    """Make the recall items of every evaluation in the shortest context of each."""
+    """Check that the recall items of every evaluation fit, by building them at its shortest context."""
     for depth in recipe.evaluate.depths:
         if not 0.0 <= depth <= 1.0:
             raise ValueError(
-                f"evaluate.depths: {depth} is no share of the context; choose between 0 (start) and 1 (end)"
+                f"evaluate.depths: {depth} is not a share of the context; choose between 0 (start) and 1 (end)"
             )
     prose = _AnyProse(token=int(tokenizer.eos_id == 0))
     words = load_words(WORDS_FILE).held_out

@@ -1,7 +1,7 @@
-"""Estimates parameters, memory and time of the training stages of a recipe, to within a factor of two.
+"""Estimates parameters, memory and time of a recipe's training stages, to within a factor of two.
 
-Operations are counted: per weight and token 2 forward and 4 backward. The speed of the machine is measured by a short
-matrix product, of which training usually attains a known share.
+Training takes 2 operations per weight and token forward and 4 backward. A short matrix product measures the machine's
+speed; training attains ATTAINED_SHARE of it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hypenet_megatron.presets import ModelShape
 
 ATTAINED_SHARE = {"cpu": 0.35, "cuda": 0.12}
 _PRODUCT_SIZE = {"cpu": 768, "cuda": 8192}
-_LIVE_ACTIVATIONS_PER_LAYER = 34  # values of hidden size kept per token and layer for the backward pass
+_LIVE_ACTIVATIONS_PER_LAYER = 34  # per token, in units of the hidden size, kept for the backward pass
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """`memory_bytes` is for weights, optimizer and activations."""
+    """Cost of one stage. `memory_bytes` covers weights, optimizer and activations; `tokens` are those trained on."""
 
     stage: str
     trainable: int
@@ -35,7 +35,7 @@ class StageCost:
 
 
 def model_parameters(shape: ModelShape, mixers: Sequence[str]) -> int:
-    """Parameters of a model with these mixers, one per layer."""
+    """Number of parameters of a model with these mixers, one per layer."""
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
     mlp = 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
     of_mixers = sum(mixer(name).parameters(shape) for name in mixers)
@@ -43,7 +43,7 @@ def model_parameters(shape: ModelShape, mixers: Sequence[str]) -> int:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a square matrix product; a multiply-add counts as two."""
+    """Measure floating-point operations per second in a square matrix product. A multiply-add counts as two."""
     size = _PRODUCT_SIZE[device.type]
     a = torch.randn(size, size, device=device, dtype=dtype)
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
@@ -51,13 +51,13 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def training_costs(recipe: Recipe, shape: ModelShape, device: torch.device) -> list[StageCost]:
-    """One row per training stage; baselines repeat distill and finetune."""
+    """One entry per training stage, including distill and finetune of every baseline."""
     dtype = DTYPES[recipe.precision]
     weight_bytes = dtype.itemsize
     flops_per_second = measured_flops(device, dtype) * ATTAINED_SHARE[device.type]
 
     def cost(stage: str, section: TrainingSection, teacher: int, trainable: int) -> StageCost:
-        """`teacher` parameters run forward only; `trainable` ones forward and backward, with optimizer state."""
+        """`teacher` is the number of parameters that run forward only; `trainable` ones also have optimizer state."""
         tokens = section.steps * section.tokens_per_step
         # weights, fp32 gradient, fp32 master weights, two moments
         optimizer = trainable * (weight_bytes + 4 + 4 + 8)

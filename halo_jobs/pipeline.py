@@ -1,4 +1,4 @@
-"""Runs a recipe: every stage to its DONE.json, then the report. The same call resumes a run that was stopped."""
+"""Runs a recipe: all stages that are not done, then the report. The same call resumes a run that was stopped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hypenet_megatron.runtime import ONE_PROCESS, model_parallel, reset_seeds
 
 
 def _checked_sources(recipe: Recipe, run: RunFolder) -> SourceChecksums:
-    """What is known of the recipe's sources. ValueError if a stage that is not done yet cannot succeed."""
+    """The known checksums of the recipe's sources. ValueError if a stage that is not done cannot succeed."""
     sources = SourceChecksums(run.folder)
     plan = make_plan(recipe, sources.digest)
     done = {stage.id: stage.record(run).done() is not None for stage in plan.stages.values()}
@@ -43,7 +43,7 @@ def _checked_sources(recipe: Recipe, run: RunFolder) -> SourceChecksums:
 
 
 def _published_plan(recipe: Recipe, run: RunFolder, sources: SourceChecksums, console: Console) -> Plan:
-    """The plan, once the sources that are new or changed were read; it is the run's from here on."""
+    """Read the sources that are new or changed, and write the resulting plan to the run folder."""
     with storage_errors(run.folder):
         sources.read(make_plan(recipe, sources.digest).sources, console)
     plan = make_plan(recipe, sources.digest)
@@ -54,7 +54,7 @@ def _published_plan(recipe: Recipe, run: RunFolder, sources: SourceChecksums, co
 def _run_stage(work: StageWork, console: Console, device: torch.device, attempt: Attempt) -> StageResult:
     work.record_in(attempt.folder)
     if work.processes > 1:
-        # One of the ranks uses the GPU of this process. Hooks make models refer to themselves, so collect them first.
+        # A rank uses this process's GPU, so free its memory. Hooks put models in reference cycles, so collect first.
         gc.collect()
         torch.cuda.empty_cache()
         return run_in_processes(attempt.folder, work.to_json(), work.processes)
@@ -66,9 +66,9 @@ def _run_stage(work: StageWork, console: Console, device: torch.device, attempt:
 
 
 def run_recipe(recipe: Recipe, runs: Path, console: Console) -> Path:
-    """Bring every stage of `recipe` to DONE in `runs`/<recipe name>; returns its report.html.
+    """Run every stage of `recipe` in `runs`/<recipe name> and return the path of its report.html.
 
-    Stages that are done already, under this recipe or an earlier one, are kept.
+    Stages that are already done are kept, also those of an earlier recipe with the same inputs.
     """
     run = RunFolder(runs / recipe.name)
     sources = _checked_sources(recipe, run)
@@ -111,7 +111,7 @@ def _stage_jobs(plan: Plan, run: RunFolder) -> list[StageJob]:
 def run_recipe_on_slurm(
     recipe: Recipe, runs: Path, console: Console, *, detach: bool = False
 ) -> Path | None:
-    """As `run_recipe`, every stage a job of Slurm. With `detach`, submit them all and return None."""
+    """Like `run_recipe`, with every stage as a Slurm job. With `detach`, submit all jobs and return None."""
     run = RunFolder(runs / recipe.name)
     sources = _checked_sources(recipe, run)
     slurm = _slurm(recipe, recipe.cluster.retries if detach else 0)
@@ -127,7 +127,7 @@ def run_recipe_on_slurm(
 
 
 def print_batch_script(recipe: Recipe, runs: Path, console: Console) -> None:
-    """The script that the largest stage would be submitted with."""
+    """Print the batch script of the stage with the most processes."""
     run = RunFolder(runs / recipe.name)
     jobs = _stage_jobs(make_plan(recipe, SourceChecksums(run.folder).digest), run)
     job = max(jobs, key=lambda job: job.processes)

@@ -1,10 +1,10 @@
-"""One stage as a job of a scheduler: the process of each of its nodes.
+"""Runs one stage as a job of a scheduler, with one process per node.
 
     python -m halo_jobs.stage_job <work file> [<retries>]
 
-The first node makes the attempt and publishes; the others take part in a stage that trains in several ranks. Exit codes
-are those of `halo`: 0, 1, 2 for user errors, 75 after a stop on request, 130 when interrupted. Under Slurm the job may
-be requeued instead (halo_cluster/slurm/job.py), `retries` times after failures.
+The first node begins the attempt and publishes its results; the other nodes only run ranks of a training stage. Exit
+codes are those of `halo`: 0, 1, 2 for user errors, 75 after a stop on request, 130 when interrupted. Under Slurm, the
+job may instead be requeued (halo_cluster/slurm/job.py), after failures at most `retries` times.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _run(work: dict[str, Any], nodes: Nodes, attempt: Attempt, console: Console)
 
 
 def run_job(work: dict[str, Any], label: str, nodes: Nodes) -> None:
-    """Bring the stage to DONE as the attempt `label`, unless it is; raises what `execute_attempt` raises."""
+    """Run the stage as the attempt `label`, unless it is done. Raises what `execute_attempt` raises."""
     record = StageRecord(Path(work["folder"]))
     if record.done() is not None:
         return
@@ -80,7 +80,7 @@ def main(work_file: Path, retries: int) -> int:
     def last() -> int:
         return job.exit_code(INTERRUPTED_EXIT_CODE, retries) if job else INTERRUPTED_EXIT_CODE
 
-    # Stages that do not train have nothing to save: their finished tasks are in files.
+    # Stages that do not train need not save anything when interrupted: their finished tasks are already in files.
     interrupts = InterruptHandler((signal.SIGINT, signal.SIGTERM, signal.SIGUSR2), last)
     unblock_stop_signals()
     quieten_libraries()

@@ -1,6 +1,6 @@
-"""What a process is told to do: one stage of a plan, with everything that it needs to know, as a JSON file.
+"""StageWork: one stage of a plan with all that a process needs to run it, as a JSON file.
 
-Imported by processes that only start others, so it loads no torch.
+Processes that only start other processes import this module, so it does not import torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from halo_jobs.recipe import ConversionRecipe, Recipe, recipe_class, recipe_yaml
 
 @dataclass(frozen=True)
 class StageInputs:
-    """Everything that the result of a stage depends on, as recorded in INPUTS.json beside its DONE.json.
+    """Everything that the result of a stage depends on, recorded as INPUTS.json in the stage's folder.
 
-    `settings` are keyed as in the recipe. `sources` has identities of files by recipe key, `stages` hashes of the
-    stages that this one reads, by name.
+    `settings` has the keys of the recipe. `sources` maps recipe keys to identities of files, `stages` maps names of the
+    stages that this one reads to their input hashes.
     """
 
     stage: str
@@ -48,7 +48,7 @@ class StageInputs:
 
 @dataclass(frozen=True)
 class StageWork:
-    """All that a process needs to know to run a stage: `folder` is the stage's own, `folders` those that it reads."""
+    """A stage to run. `folder` is the stage's own folder; `folders` are those of the stages that it reads."""
 
     recipe: Recipe
     folder: Path
@@ -64,13 +64,13 @@ class StageWork:
         return self.recipe.layout.processes if self.id.kind in self.recipe.training_sections else 1
 
     def record_in(self, attempt: Path) -> None:
-        """Keep the recipe of an attempt in its folder, and what the stage depends on in the stage's."""
+        """Write the recipe to the folder of the attempt, and the inputs to the folder of the stage."""
         write_text(attempt / RECIPE_FILE, recipe_yaml(self.recipe))
         if not (self.folder / INPUTS_FILE).exists():
             write_json(self.folder / INPUTS_FILE, vars(self.inputs))
 
     def to_json(self) -> dict[str, Any]:
-        """As read by `from_json` in any working folder."""
+        """JSON for `from_json`, with absolute paths, so that the working folder does not matter."""
         recipe = self.recipe.model_dump(mode="json")
         key = "teacher" if isinstance(self.recipe, ConversionRecipe) else "tokenizer"
         recipe[key] = str(self.recipe.tokenizer_folder.resolve())

@@ -1,8 +1,8 @@
-"""A stage in several ranks: what the driver gives them, and the main function of each.
+"""Runs a stage in several ranks: the driver's functions, and the main function of each rank.
 
     python -m halo_jobs.worker <attempt folder>
 
-The files are those of an attempt (halo_cluster/attempts.py). Exit codes are those of `halo`: 0, 1, and
+halo_cluster/attempts.py describes the files in the attempt folder. A rank exits with 0, with 1 after a failure, or with
 STOPPED_EXIT_CODE after a stop on request.
 """
 
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
 WORK = "work.json"
 _RESUMES = "the same command resumes from the last checkpoint"
 _POLL_SECONDS = 0.2
-# Slurm ends all tasks of a job once one has failed, so another node lets the first one record the failure before.
+# Slurm ends all tasks of a job when one fails, so the other nodes wait until the first node has recorded the failure.
 _FIRST_NODE_SECONDS = 30.0
 
 
 def run_in_processes(
     attempt: Path, work: dict[str, Any], processes: int, nodes: Nodes = THIS_MACHINE
 ) -> StageResult:
-    """Run work["stage"] of work["recipe"] in `processes` ranks, in work["folder"] and from work["inputs"].
+    """Run the stage that `work` describes (StageWork.to_json) in `processes` ranks.
 
-    Called on the first of `nodes`; the others call `join_processes`. Raises ValueError, StopRequested or RankFailed
-    with the sentence of the rank at fault.
+    The first of `nodes` calls this; the others call `join_processes`. Raises ValueError, StopRequested or RankFailed
+    with the message of the rank at fault.
     """
     write_json(attempt / WORK, work)
     try:
@@ -69,9 +69,9 @@ def run_in_processes(
 
 
 def join_processes(attempt: Path, processes: int, nodes: Nodes) -> int:
-    """Run this node's part of what `run_in_processes` runs on the first node; returns an exit code as of `halo`."""
+    """Run this node's ranks of a stage that the first node runs with `run_in_processes`. Returns an exit code."""
     while not (attempt / WORK).exists():
-        # A job that was requeued after its stage was done makes no attempt.
+        # A job that is requeued after its stage is done does not begin an attempt.
         if (attempt / "exit.json").exists() or (attempt.parent / DONE_FILE).exists():
             return 0
         time.sleep(_POLL_SECONDS)
@@ -106,7 +106,7 @@ def _error(failed: RankFailed) -> Exception:
 
 
 def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console) -> StageResult:
-    """Run this process's part of the stage, as the rank that its environment names, or alone."""
+    """Run this process's part of the stage: as the rank that its environment names, or alone."""
     from halo_jobs.stages import table
     from halo_jobs.work import StageWork
 
@@ -114,8 +114,8 @@ def run_stage(work: dict[str, Any], attempt: AttemptInProgress, console: Console
 
 
 def _is_consequence(problem: Exception) -> bool:
-    """Whether the fault is in another rank."""
-    if isinstance(problem, ImportError):  # of torch, perhaps
+    """Whether `problem` follows from a fault in another rank."""
+    if isinstance(problem, ImportError):  # importing torch below could fail again
         return False
     from halo_training.supervision import PeerLost, is_lost_peer
     from hypenet_megatron.runtime import RendezvousTimeout
@@ -145,7 +145,7 @@ def main(attempt: Path, rank: int) -> int:
     joined = JoinedAttempt(StageRecord(stage_folder), attempt, rank)
 
     def stop(number: signal.Signals) -> None:
-        """Ends a stage that is loading models or writing weights; while it trains, the trainer handles the request."""
+        """End a stage that is loading models or writing weights. During training, the trainer handles the request."""
         joined.report(
             ExitReport("interrupted", f"stopped by {number.name} while it was not training", rank=rank)
         )
@@ -155,7 +155,7 @@ def main(attempt: Path, rank: int) -> int:
         try:
             result = run_stage(work, joined, Console(quiet=rank > 0))
         except Exception as problem:
-            ignore(*STOP_SIGNALS)  # the parent ends the other ranks, and this one is to report first
+            ignore(*STOP_SIGNALS)  # the parent may send these to end all ranks, but this one must report first
             joined.report(_report_of(problem, rank, stage_folder))
             return STOPPED_EXIT_CODE if isinstance(problem, StopRequested) else 1
         outputs = [str(output.relative_to(stage_folder)) for output in result.outputs]

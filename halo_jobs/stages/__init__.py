@@ -1,1 +1,1 @@
-"""The stages of HALO. Each is a resumable function from a StageContext to a StageResult."""
+"""The stages of a run. Each is a resumable function from a StageContext to a StageResult."""

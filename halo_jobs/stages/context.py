@@ -1,4 +1,4 @@
-"""What a stage function is given: its work, and where this process does it."""
+"""StageContext: the argument of a stage function."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def layout_of(recipe: Recipe) -> ParallelLayout:
 
 @dataclass(frozen=True)
 class StageContext(StageWork):
-    """The work of a stage, in one of its processes. `layout` is that of the world that this process is in."""
+    """The work of a stage in one of its processes. `layout` is the layout of this process's world."""
 
     console: Console
     device: torch.device
@@ -45,17 +45,17 @@ class StageContext(StageWork):
 
     @property
     def variant(self) -> str:
-        """Of the stage: "hybrid", "teacher", or the name of a baseline; a context length for recall."""
+        """The stage's variant: "hybrid", "teacher", or the name of a baseline; for recall, a context length."""
         return self.id.variant
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """Attention layers of this stage's variant, counted from 0, as the select stage chose them."""
+        """Attention layers of this stage's variant, counted from 0, from the select stage."""
         selection = Selection.read(self.folders[SELECT])
         return selection.attention_layers if self.variant == MAIN_VARIANT else selection.choices[self.variant]
 
     def before(self, kind: str, variant: str = "") -> Path:
-        """The folder of an earlier stage."""
+        """Folder of an earlier stage."""
         return self.folders[StageId(kind, variant)]
 
     @property
@@ -69,11 +69,11 @@ class StageContext(StageWork):
         return self.recipe
 
     def teacher_folder(self) -> Path:
-        """Folder of the stage that holds the teacher: imported by init, or trained by pretrain."""
+        """Folder of the stage with the teacher's weights: init if it is imported, pretrain if it is trained."""
         return self.folders[INIT if isinstance(self.recipe, ConversionRecipe) else PRETRAIN]
 
     def builder(self, shape: ModelShape | None = None) -> ModelBuilder:
-        """Builds models of `shape`, by default the teacher's."""
+        """A builder of models of `shape`, by default the teacher's shape."""
         shape, recipe = shape or read_shape(self.teacher_folder()), self.recipe
         student = recipe.student if isinstance(recipe, ConversionRecipe) else None
         return ModelBuilder(
@@ -81,11 +81,11 @@ class StageContext(StageWork):
         )
 
     def store(self, name: str) -> TokenStore:
-        """A text store of the tokenize stage. Its folder's hash says that this recipe's tokenizer made it."""
+        """A text store of the tokenize stage. The input hash in its path implies this recipe's tokenizer."""
         return TokenStore.open(self.folders[TOKENIZE] / name)
 
     def sampler(self, section: TrainingSection) -> Sampler:
-        """Windows of prose, mixed with recall episodes in the section's `recall_share`."""
+        """Windows of prose; the section's `recall_share` of them are recall episodes."""
         prose = WindowSampler(self.store(TRAIN_STORE), section.context_length, self.recipe.seed)
         if section.recall_share == 0.0:
             return prose
@@ -99,7 +99,7 @@ class StageContext(StageWork):
     def train(
         self, section: TrainingSection, objective: Objective, keep_keys: NameFilter | None = None
     ) -> Trainer:
-        """A trainer for this stage, not yet run."""
+        """A trainer for this stage that is ready to run."""
         cursor = BatchCursor.of_this_rank(
             self.sampler(section), section.global_batch, section.micro_batch, self.device
         )

@@ -1,4 +1,4 @@
-"""tokenize and recall: text to token stores, and the recall episodes that training mixes in."""
+"""tokenize and recall: write token stores of the text, and the recall episodes that training mixes in."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PARTS = "parts"
 
 @dataclass(frozen=True)
 class _TextStore:
-    """A token store of the recipe: the text that it is made of, and which documents of it."""
+    """A token store to write: its text sources, and which of their documents it has."""
 
     name: str
     sources: list[Path]
@@ -64,7 +64,7 @@ def run_tokenize(context: StageContext) -> StageResult:
 
 
 def run_recall(context: StageContext) -> StageResult:
-    """Recall episodes of one context length, the stage's variant; trainings of that length read the first of them."""
+    """Write recall episodes of one context length, the stage's variant. Training stages of that length share them."""
     recipe, folder = context.recipe, context.folder / RECALL_STORE
     if folder.exists():  # an earlier attempt was killed after writing it
         store = TokenStore.open(folder)
@@ -84,7 +84,7 @@ def run_recall(context: StageContext) -> StageResult:
 
 
 def _written_text_stores(context: StageContext) -> dict[str, TokenStore]:
-    """Every text store by name. Stores that a killed attempt finished are kept."""
+    """Write the missing text stores and return all by name. Keeps stores that a killed attempt finished."""
     tokenizer, share = context.recipe.tokenizer_folder, context.recipe.corpus.held_out_share
     wanted = _text_stores(context.recipe)
     missing = [store for store in wanted if not (context.folder / store.name).exists()]
@@ -107,7 +107,7 @@ def _written_text_stores(context: StageContext) -> dict[str, TokenStore]:
 
 
 def _encoded_by_workers(context: StageContext, stores: list[_TextStore]) -> dict[str, list[Path]]:
-    """By store name, the encoded parts of its files in order. The workers of the `fan_out` section encode them."""
+    """Encode every file with the workers of the `fan_out` section. Returns the parts by store name, in file order."""
     tasks = {
         store.name: [
             Task(f"{store.name}.{number}", {"file": str(file.resolve()), "split": store.split})
@@ -123,13 +123,13 @@ def _encoded_by_workers(context: StageContext, stores: list[_TextStore]) -> dict
 
 
 def make_tokenizing_worker(setup: Any) -> WorkerFunction:
-    """A worker whose task is to encode one file's documents of one split; the result is the name of the part."""
+    """A worker that encodes one file's documents of one split per task. The result is the name of the part."""
     work = StageWork.from_json(setup)
     tokenizer, share = work.recipe.tokenizer_folder, work.recipe.corpus.held_out_share
     folder = work.folder / PARTS
 
     def run(arguments: dict[str, Any]) -> str:
-        # A worker that was given up may still be writing, so each try has a name of its own.
+        # A worker that counts as lost may still be writing, so each try has its own name.
         part = f"part-{uuid.uuid4().hex}"
         files = [Path(arguments["file"])]
         write_encoded(folder / part, encoded_documents(files, tokenizer, arguments["split"], share))

@@ -1,4 +1,4 @@
-"""export: the finished model as a Hugging Face folder that transformers loads."""
+"""export: writes the finished model as a Hugging Face folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ CORPUS_FACTS = "corpus.json"
 
 
 def _data_sources(context: StageContext) -> list[DataSource]:
-    """One entry per source of the corpus, or per package where the source has a corpus.json."""
+    """One entry per source of the corpus, or per package if the source has a corpus.json."""
     tokens = context.store(TRAIN_STORE).num_tokens
     sources = []
     for source in context.recipe.corpus.train:
         facts_file = resolve_path(source) / CORPUS_FACTS
         if facts_file.is_file():
             facts = read_json(facts_file)
-            per_character = tokens / facts["characters"]  # divides the tokens among the packages
+            per_character = tokens / facts["characters"]  # to divide the tokens among the packages
             sources += [
                 DataSource(
                     name,
@@ -52,12 +52,12 @@ def _data_sources(context: StageContext) -> list[DataSource]:
 
 
 def run_export(context: StageContext) -> StageResult:
-    """The finished model of the recipe as a Hugging Face folder."""
+    """Write the recipe's finished model as a Hugging Face folder."""
     return _export_hybrid(context) if isinstance(context.recipe, ConversionRecipe) else _export_teacher(context)
 
 
 def _export_hybrid(context: StageContext) -> StageResult:
-    """The main hybrid in the layout of HypeNet releases, with logits scaling and the modelling code."""
+    """Write the main hybrid in the layout of HypeNet releases, with logits scaling and modelling code."""
     recipe = context.conversion
     attention_layers = Selection.read(context.before("select")).attention_layers
     base = logits_scaling_base_of(context.before("calibrate", MAIN_VARIANT))
@@ -78,7 +78,7 @@ def _export_hybrid(context: StageContext) -> StageResult:
 
 
 def _export_teacher(context: StageContext) -> StageResult:
-    """A teacher trained from scratch, as a plain Qwen3 folder."""
+    """Write a teacher trained from scratch as a plain Qwen3 folder."""
     return _export(
         context,
         TEACHER_FOLDER,
@@ -100,7 +100,7 @@ def _export(
     max_shard_bytes: int = SHARD_BYTES,
     **card: Any,
 ) -> StageResult:
-    """Write `weights` to the folder `name`. `card` has the arguments of `model_card` that depend on the model."""
+    """Write `weights` to the folder `name`. `card` has those arguments of `model_card` that depend on the model."""
     recipe, shape = context.recipe, context.builder().shape
     tensors, dtype = read_weights(weights), DTYPES[recipe.precision]
     dtype_name = str(dtype).removeprefix("torch.")

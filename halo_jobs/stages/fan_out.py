@@ -1,4 +1,4 @@
-"""Runs the tasks of a stage where the recipe's `fan_out` section says, and sets up its workers."""
+"""Runs the tasks of a stage on the backend of the recipe's `fan_out` section, and sets up its workers."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _for_the_process = ExitStack()
 
 
 def has_workers(recipe: Recipe) -> bool:
-    """Whether tasks run in other processes than the stage's own."""
+    """Whether tasks run in processes other than the stage's own."""
     return recipe.fan_out.backend != "local" or recipe.fan_out.workers > 1
 
 
 def backend_of(recipe: Recipe, run: Path) -> Backend:
-    """The backend of `recipe`. Ray's dashboards show the metrics of the run folder `run`."""
+    """The fan-out backend of `recipe`. Ray's dashboards show the metrics of the run folder `run`."""
     section = recipe.fan_out
     if section.backend == "ray":
         return RayActors(
@@ -58,9 +58,9 @@ def backend_of(recipe: Recipe, run: Path) -> Backend:
 
 
 def run_tasks(context: StageContext, folder: Path, worker: str, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Results by task name, each kept as a file of `folder`.
+    """Run `tasks` and return their results by task name. Each result is also kept as a file in `folder`.
 
-    `worker` is the import path of a function that makes a worker from the setup; `worker_context` reads the setup.
+    `worker` is the import path of a function that makes a worker from the setup, which `worker_context` reads.
     """
     setup = {**context.to_json(), "attempt": str(context.attempt.folder.resolve())}
     plan = Plan(worker, setup, tuple(tasks))
@@ -76,7 +76,7 @@ def run_tasks(context: StageContext, folder: Path, worker: str, tasks: Sequence[
 
 
 def _device(seed: int) -> torch.device:
-    """Device of this process. A worker sets up its process groups once, for all of its tasks."""
+    """The device of this process. A worker sets up process groups once for all of its tasks."""
     if not parallel_state.model_parallel_is_initialized():
         return _for_the_process.enter_context(model_parallel(seed=seed))
     index = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -84,7 +84,7 @@ def _device(seed: int) -> torch.device:
 
 
 def worker_context(setup: Any) -> StageContext:
-    """The context of the stage in a worker of `run_tasks`."""
+    """The stage's context in a worker of `run_tasks`."""
     work = StageWork.from_json(setup)
     joined = JoinedAttempt(StageRecord(work.folder), Path(setup["attempt"]), 0)
     device = _device(work.recipe.seed)

@@ -1,4 +1,4 @@
-"""init (HALO stage 0): the Hugging Face teacher and its student mixers as Megatron weights."""
+"""init (HALO stage 0): writes the Hugging Face teacher and its student mixers as weights folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_init(context: StageContext) -> StageResult:
     save_tensors(
         outputs[0], teacher.megatron_view(), model=teacher.description, dtype=dtype, provenance=[origin]
     )
-    weights = read_weights(outputs[0])  # in the recipe's precision, as the students start from it
+    weights = read_weights(outputs[0])  # in the recipe's precision, which the students start from
     students = [origin, {"step": "students", "mixer": recipe.student, "seed": recipe.seed}]
     mixers = students_of(weights, teacher.description.shape, recipe.student, recipe.seed)
     save_tensors(outputs[1], mixers, provenance=students)

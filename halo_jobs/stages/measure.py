@@ -1,4 +1,4 @@
-"""calibrate and evaluate: the logits scaling of a finished hybrid, and its scores."""
+"""calibrate and evaluate: choose the logits scaling of a finished hybrid, and score a model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NGRAM_TOKENS = 40_000_000
 
 @torch.no_grad()
 def _mean_loss(model: DecoderModel, windows: list[torch.Tensor]) -> float:
-    """Next-token loss in nats per token over windows [context_length + 1]."""
+    """Mean next-token loss in nats per token over windows [context_length + 1]."""
     model.eval()
     losses = []
     for window in windows:
@@ -48,7 +48,7 @@ def _mean_loss(model: DecoderModel, windows: list[torch.Tensor]) -> float:
 
 
 def run_calibrate(context: StageContext) -> StageResult:
-    """Choose `a` by the loss on long held-out windows. The loss without scaling (base None) is recorded only."""
+    """Choose `a` by the loss on long held-out windows. The loss without scaling is recorded for comparison."""
     section = context.conversion.calibrate
     sampler = WindowSampler(context.store(HELD_OUT_STORE), section.context_length, context.recipe.seed)
     count = min(section.windows, sampler.num_windows)
@@ -86,15 +86,15 @@ def _training_context(recipe: Recipe) -> int:
 
 
 def _suite(context: StageContext, held_out: HeldOut) -> list[EvaluationTask]:
-    """The proxy suite at the training context."""
+    """The task suite at the training context."""
     recipe = context.recipe
     return task_suite(held_out, "evaluation", _training_context(recipe), recipe.evaluate.suite_items, recipe.seed)
 
 
 def make_evaluation_worker(setup: Any) -> WorkerFunction:
-    """A worker that loads the model under test once.
+    """A worker that loads the model under test once for all of its tasks.
 
-    A task is one of the suite, or the needles of one context length and depth.
+    A fan-out task is one task of the suite, or the needles of one context length and depth.
     """
     context = worker_context(setup)
     scorer = partial(score_batch, _model_under_test(context), context.device)
@@ -119,7 +119,7 @@ def make_evaluation_worker(setup: Any) -> WorkerFunction:
 
 
 def _measure(context: StageContext) -> tuple[TaskMetrics, tuple[NeedleCell, ...]]:
-    """Metrics of the suite, and cells of the needle grid. Each result is kept in a file, so a killed stage resumes."""
+    """Metrics of the suite, and cells of the needle grid. Results are kept in files, so a killed stage resumes."""
     section = context.recipe.evaluate
     own_suite = _suite(context, held_out_material(context))
     suite = {task.name: Task(task.name, {"task": task.name}) for task in own_suite}
@@ -135,7 +135,7 @@ def _measure(context: StageContext) -> tuple[TaskMetrics, tuple[NeedleCell, ...]
         "halo_jobs.stages.measure:make_evaluation_worker",
         [*longest_first, *suite.values()],
     )
-    # A task has a cell for every variant.
+    # The result of a needle task has one cell per variant.
     cells = tuple(
         NeedleCell(**found[needles[length, depth].name][variant])
         for length in section.contexts
@@ -146,7 +146,7 @@ def _measure(context: StageContext) -> tuple[TaskMetrics, tuple[NeedleCell, ...]
 
 
 def run_evaluate(context: StageContext) -> StageResult:
-    """Local proxy tasks for one model: needle grid, key-value recall, last word, next sentence, perplexity."""
+    """Evaluate one model on local proxy tasks: needle grid, key-value recall, last word, next sentence, perplexity."""
     tasks, grid = _measure(context)
     perplexity = next((m["perplexity"] for m in tasks.values() if "perplexity" in m), None)
     result = Evaluation(
@@ -162,7 +162,7 @@ def run_evaluate(context: StageContext) -> StageResult:
 
 
 def _ngram_perplexity(context: StageContext) -> float:
-    """Held-out perplexity of a trigram model of the same training text, as a baseline."""
+    """Held-out perplexity of a trigram model of the training text, as a baseline."""
     train, held_out = context.store(TRAIN_STORE), context.store(HELD_OUT_STORE)
     tokens = train.read(0, min(train.num_tokens, NGRAM_TOKENS))
     baseline = NGramBaseline.fit(tokens, order=3, vocab_size=train.tokenizer.vocab_size)

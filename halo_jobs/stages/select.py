@@ -1,4 +1,4 @@
-"""select: scores every layer by a sweep over M(i), and chooses the layers that stay attention."""
+"""select: scores every layer in a sweep over M(i), and chooses the layers that stay attention."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TASKS_PER_WORKER = 8
 
 
 def held_out_material(context: StageContext) -> HeldOut:
-    """Documents and key words that no training stage uses."""
+    """Documents and keywords that no training stage uses."""
     store, tokenizer = context.store(HELD_OUT_STORE), context.recipe.tokenizer_folder / "tokenizer.json"
     words = load_words(WORDS_FILE).held_out
     return HeldOut(store, Materials(store, tokenizer, store.tokenizer.eos_id, words))
@@ -53,7 +53,7 @@ def _suite(context: StageContext) -> list[EvaluationTask]:
 
 
 def _divergence_windows(context: StageContext) -> torch.Tensor:
-    """Held-out prose [windows, context_length] for KL(teacher || M(i))."""
+    """Windows of held-out prose [windows, context_length] for KL(teacher || M(i))."""
     length = context.conversion.select.context_length
     sampler = WindowSampler(context.store(HELD_OUT_STORE), length, context.recipe.seed)
     count = min(DIVERGENCE_WINDOWS, sampler.num_windows)
@@ -62,9 +62,9 @@ def _divergence_windows(context: StageContext) -> torch.Tensor:
 
 
 def make_sweep_worker(setup: Any) -> WorkerFunction:
-    """A worker that loads the aligned model once.
+    """A worker that loads the aligned model once for all of its tasks.
 
-    A task is one evaluation task, or the divergence (task None), for a group of layers.
+    A fan-out task is one evaluation task, or the divergence (task None), for a group of layers.
     """
     context = worker_context(setup)
     aligned = context.builder().aligned(
@@ -87,10 +87,10 @@ def make_sweep_worker(setup: Any) -> WorkerFunction:
 
 
 def _groups_of_layers(context: StageContext, folder: Path, num_layers: int, evaluations: int) -> list[range]:
-    """The groups of layers that one task sweeps.
+    """Divide the layers into groups; each task sweeps one group.
 
-    The first attempt decides by its number of workers and writes the decision down, so that later attempts with other
-    workers have the same tasks. A single worker gets all layers at once, which shares the most computation.
+    The first attempt chooses the number of groups for its number of workers and stores it, so that later attempts with
+    other workers have the same tasks. A single worker gets all layers in one group, which shares the most computation.
     """
     workers = context.recipe.fan_out.workers
     wanted = 1 if workers == 1 else math.ceil(TASKS_PER_WORKER * workers / evaluations)
@@ -99,7 +99,7 @@ def _groups_of_layers(context: StageContext, folder: Path, num_layers: int, eval
 
 
 def _measure(context: StageContext, num_layers: int) -> tuple[LayerSweep, list[TaskMetrics]]:
-    """All scores. Each result is kept in a file, so a killed sweep resumes with the tasks that are left."""
+    """Measure all scores. Results are kept in files, so a killed sweep resumes with the remaining tasks."""
     suite, folder = _suite(context), context.folder / "sweep"
     groups = _groups_of_layers(context, folder, num_layers, len(suite) + 1)
     of_group = {}

@@ -1,4 +1,4 @@
-"""The function of every kind of stage, and how a process runs one."""
+"""The functions of all kinds of stages, and the entry point of a process that runs one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STAGES: Mapping[str, Callable[[StageContext], StageResult]] = {
 
 
 def run_stage(work: StageWork, attempt: AttemptInProgress, console: Console) -> StageResult:
-    """Do this process's part of `work`, in the world that its environment names, or alone."""
+    """Run this process's part of `work`: in the world that its environment describes, or alone."""
     section = work.recipe.training_sections.get(work.id.kind)
     layout = layout_of(work.recipe) if section else ONE_PROCESS
     timeout = section.watchdog_seconds if section else RENDEZVOUS_SECONDS

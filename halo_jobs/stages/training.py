@@ -37,7 +37,7 @@ def _train_and_publish(
 ) -> StageResult:
     """Train to the last step, publish the weights, and remove the checkpoints.
 
-    `began_from` is the weights folder that training began from; the new folder continues its provenance.
+    `began_from` is the weights folder that training starts from. The new folder continues its provenance.
     """
     summary: dict[str, Any] = context.train(section, objective, keep_keys).run()
     folder = context.folder / weights
