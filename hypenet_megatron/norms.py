@@ -46,8 +46,8 @@ class RMSNorm(nn.Module):
 class HeadsWeight(MegatronModule):
     """A weight of `local_size` entries per tensor-parallel rank, sharded by heads and initialised to ones.
 
-    The module has no forward; the mixer that owns it reads `weight_in_use`. Lightning Attention's output norm is a
-    HeadsWeight, because one kernel applies the norm and the output gate.
+    The module has no forward; the mixer that owns it reads `weight_in_use`. An output norm over the channels of all
+    heads is a HeadsWeight, because one kernel applies the norm and the output gate.
     """
 
     def __init__(self, config: DecoderConfig, local_size: int, tp_group: dist.ProcessGroup):
