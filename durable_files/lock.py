@@ -71,8 +71,12 @@ def refuse_while_held(folder: Path, name: str = "lock") -> None:
     """Raise HeldError, a ValueError that names the process, if a process holds `folder`."""
     locks = _locks(folder, name)
     if locks:
-        with suppress(FileNotFoundError):  # the next holder removed it in the meantime
-            _refuse_while_held(folder, locks[max(locks)])
+        newest = locks[max(locks)]
+        try:
+            _refuse_while_held(folder, newest)
+        except ValueError:
+            if newest.exists():  # otherwise the next holder removed it in the meantime
+                raise
 
 
 @contextmanager

@@ -130,8 +130,8 @@ def publish_text_once(path: Path, text: str) -> bool:
     `path` becomes a hard link to a flushed temporary file, so it appears complete or not at all. Linking fails if the
     name exists, also over NFS. If the file system refuses hard links, the winner is the process that creates the name
     (O_CREAT | O_EXCL); it then renames its temporary file over it. Exactly one process wins there too, and no reader
-    sees part of the content. But the file is empty for a moment, and a kill at that moment leaves it empty.
-    `read_json` then reports the file, which has to be removed by hand.
+    sees part of the content. The file is empty for a moment, which `read_json` waits for. A kill at that moment leaves
+    it empty; it then has to be removed by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)

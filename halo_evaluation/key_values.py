@@ -32,9 +32,7 @@ def key_value_task(
     ValueError if there are too few words, or if the pairs do not fit.
     """
     if pairs > len(materials.words):
-        raise ValueError(
-            f"{NAME}: {pairs} pairs need as many words, but the list has {len(materials.words)}"
-        )
+        raise ValueError(f"{NAME}: {pairs} pairs need as many words, but the list has {len(materials.words)}")
     rows = [
         _row(materials, Random(f"{seed}/key_value/{pairs}/{context_length}/{index}"), pairs, context_length)
         for index in range(items)

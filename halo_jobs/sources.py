@@ -1,7 +1,7 @@
 """What a run reads from outside: the teacher, the tokenizer and the text, each identified by the content of its files.
 
 A file is read once for its checksum, when a run first meets it, and remembered in `sources.json` of the run folder.
-Later it is recognised by size, time of change and inode, so looking at 10 TB of text costs stat calls. What another
+Later it is recognised by size, modification time and inode, so looking at 10 TB of text costs stat calls. What another
 run of the same runs folder has read counts too.
 """
 
@@ -60,7 +60,7 @@ class Source:
         return f"{self.contents} of {self.path.absolute()}"
 
 
-# Source, file in it, size in bytes, time of change in ns, inode. Whatever has the same key has the same content.
+# Source, file in it, size in bytes, modification time in ns, inode. Whatever has the same key has the same content.
 _Key = tuple[str, str, int, int, int]
 
 
@@ -78,7 +78,7 @@ class SourceChecksums:
 
     def __init__(self, run_folder: Path) -> None:
         self._file = run_folder / SOURCES_FILE
-        # By source and file: size, time of change, inode and checksum.
+        # By source and file: size, modification time, inode and checksum.
         self._remembered: dict[str, dict[str, list[Any]]] = read_json(self._file) if self._file.exists() else {}
         self._checksums: dict[_Key, str] = {}
         for path in run_folder.parent.glob(f"*/{SOURCES_FILE}"):

@@ -22,9 +22,7 @@ def _group() -> None:
 def warmup(
     models: Annotated[
         list[str] | None,
-        typer.Option(
-            "--model", help="A Qwen3 size, such as qwen3-1.7b; repeat for more. Default: all."
-        ),
+        typer.Option("--model", help="A Qwen3 size, such as qwen3-1.7b; repeat for more. Default: all."),
     ] = None,
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Ranks that share a layer. Kernels depend on the heads per rank.")

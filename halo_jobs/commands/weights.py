@@ -160,9 +160,7 @@ def export(
     ] = None,
     logits_scaling: Annotated[
         float | None,
-        typer.Option(
-            "--logits-scaling", help="The a of log(t + a) / log(a), if SOURCE is a hybrid without one."
-        ),
+        typer.Option("--logits-scaling", help="The a of log(t + a) / log(a); replaces that of the hybrid."),
     ] = None,
     workers: WorkersOption = None,
     part: PartOption = "0/1",

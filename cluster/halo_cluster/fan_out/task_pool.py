@@ -179,9 +179,7 @@ class TaskPool:
             match = _TRY.fullmatch(name)
             if match and match["what"] in ("failed", "refused", "lost"):
                 with suppress(FileNotFoundError):  # a second driver did
-                    os.rename(
-                        self.tries / name, self._try_path(match["task"], int(match["number"]), "reset")
-                    )
+                    os.rename(self.tries / name, self._try_path(match["task"], int(match["number"]), "reset"))
         for path in self.workers.glob("*.failed.json"):
             path.unlink(missing_ok=True)
 
