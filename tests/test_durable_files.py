@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_read_json_names_the_file_and_the_mend(tmp_path: Path, content: bytes, m
     with pytest.raises(ValueError, match=mend) as error:
         read_json(path)
     assert str(path) in str(error.value)
+
+
+def test_read_json_waits_for_a_file_that_is_being_published_without_hard_links(tmp_path: Path) -> None:
+    (tmp_path / "x.json").touch()
+    publisher = threading.Timer(0.1, (tmp_path / "x.json").write_text, ['{"a": 1}'])
+    publisher.start()
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    publisher.join()
 
 
 def test_read_json_of_a_missing_file(tmp_path: Path) -> None:

@@ -55,6 +55,28 @@ def test_of_two_failures_the_first_is_the_cause():
     assert cause([late, early]) is early
 
 
+@pytest.mark.parametrize("state", ["done", "failed"])
+def test_a_rank_that_crashes_after_its_report_has_ended_as_it_reported(tmp_path, state):
+    rank = f"""
+        import os, sys, time
+        from pathlib import Path
+        from halo_cluster import ExitReport, end_with_parent
+        end_with_parent()
+        number = int(os.environ["RANK"])
+        state = {state!r} if number == 1 else "done"
+        ExitReport(state, "loss is nan", rank=number).publish(Path(sys.argv[1]) / f"rank-{{number}}.json")
+        while not all((Path(sys.argv[1]) / f"rank-{{other}}.json").exists() for other in (0, 1)):
+            time.sleep(0.05)
+        os._exit(number)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(rank), str(tmp_path)]
+    if state == "done":
+        run_ranks(command, 2, tmp_path)
+        return
+    with pytest.raises(RankFailed, match="loss is nan"):
+        run_ranks(command, 2, tmp_path)
+
+
 def test_a_rank_that_is_ended_with_the_others_is_not_the_cause(tmp_path):
     """It is sent SIGTERM, and would report a request to stop."""
     rank = """

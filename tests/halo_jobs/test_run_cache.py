@@ -125,16 +125,19 @@ def test_gc_lists_and_removes_what_the_latest_recipe_does_not_refer_to(finished,
     listed = checked_halo("gc", run)
     assert all(folder.name in listed for folder in old)
     assert old <= _done(run).keys(), "without --yes nothing goes"
-    held, *others = sorted(old)
-    began = next((run / held).glob("attempt.1"))
+    began = next((run / min(old)).glob("attempt.1"))
+    ended = (began / "exit.json").read_bytes()
     (began / "exit.json").unlink()
     process = read_json(began / "started.json") | {"host": "another"}
     (began / "started.json").write_text(json.dumps(process))
+    with pytest.raises(ValueError, match=f"{min(old)} of an earlier recipe is still in use"):
+        gc(run, yes=True)
+    assert old <= _done(run).keys(), "what a running stage may still read stays"
+    (began / "exit.json").write_bytes(ended)
     checked_halo("gc", run, "--yes")
-    assert held in _done(run), "a stage in which a process may work stays"
-    assert not set(others) & _done(run).keys()
+    assert not old & _done(run).keys()
     checked_halo("run", finished[0], "--runs", run.parent, "--set", CHANGE)
-    assert _done(run).keys() == _done(changed).keys() - set(others)
+    assert _done(run).keys() == _done(changed).keys() - old
 
 
 def test_gc_refuses_a_run_of_which_it_cannot_know_what_is_in_use(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from halo_jobs.sources import Source, SourceChecksums
+from halo_jobs import sources
+from halo_jobs.sources import SOURCES_FILE, Source, SourceChecksums
 
 QUIET = Console(file=io.StringIO())
 MEGABYTE = 1 << 20
@@ -121,6 +123,33 @@ def test_files_that_no_stage_reads_change_nothing(run, corpus, teacher) -> None:
         (source.path / ".cache" / "download.metadata").write_text("etag")
     checksums = SourceChecksums(run)
     assert [checksums.digest(source) for source in (corpus, teacher)] == before
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "LICENSE", "README.md"])
+def test_a_file_that_only_the_export_copies_changes_only_the_exports_source(run, teacher, name) -> None:
+    files = Source("tokenizer", teacher.path, "export files")
+    (teacher.path / name).write_text("before")
+    weights, export = read(run, teacher, files)
+    (teacher.path / name).write_text("afterwards")
+    assert read(run, teacher) == [weights]
+    assert read(run, files) != [export]
+
+
+def test_a_file_that_cannot_be_read_is_named_not_the_run_folder(run, corpus, monkeypatch) -> None:
+    def fail(*_: object) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sources, "_sha256", fail)
+    with pytest.raises(ValueError, match=r"corpus/\S+ cannot be read \(Input/output error\)"):
+        SourceChecksums(run).read([corpus], QUIET)
+
+
+def test_another_runs_damaged_memory_is_ignored(run, corpus) -> None:
+    before = read(run, corpus)
+    other = run.parent / "other"
+    other.mkdir()
+    (other / SOURCES_FILE).write_text("{")
+    assert read(run, corpus) == before
 
 
 @pytest.mark.parametrize("megabytes", [1, 65])
