@@ -35,9 +35,9 @@ test: lint
 test-grid: bootstrap
 	$(BIN)/pytest -m grid -rP tests/halo_jobs/test_parallel_training.py tests/halo_jobs/test_resume_layouts.py
 
-# `make test` kills processes three times, and one process of a whole run on Slurm (test_slurm_runs.py).
+# `make test` kills processes three times; here also a rank, a driver and a job of a whole run on Slurm.
 test-faults: bootstrap
-	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py tests/halo_jobs/test_worker.py
+	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py tests/halo_jobs/test_worker.py tests/halo_jobs/test_slurm_runs.py
 	HALO_CONVERT_KILLS=20 $(BIN)/pytest -rP tests/tools/test_conversion_faults.py -k kill_9
 
 # `make test` runs a few of these.

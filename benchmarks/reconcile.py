@@ -71,7 +71,7 @@ class Calls:
 def look(reconciler: Reconciler, calls: Calls) -> dict[str, Any]:
     calls.made.clear()
     begun = time.monotonic()
-    assert not reconciler.look()
+    assert not reconciler.step()
     return {"seconds": round(time.monotonic() - begun, 3), "calls": dict(calls.made)}
 
 

@@ -30,6 +30,7 @@ def undisturbed(recipe, tmp_path_factory) -> Path:
     return runs
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_a_run_survives_a_killed_rank_a_killed_driver_and_a_requeue(slurm, recipe, undisturbed, tmp_path):
     run = SlurmRun(slurm, recipe, tmp_path / "runs", (*SETTINGS, *ON_SLURM))
