@@ -14,7 +14,12 @@ from durable_files import write_json, write_text
 from halo_cluster import RunFolder, StageRecord, input_hash
 from halo_cluster.run_folder import INPUTS_FILE, RECIPE_FILE
 from halo_cluster.stage_id import StageId
-from halo_jobs.recipe import ConversionRecipe, Recipe, recipe_class, recipe_yaml
+from halo_jobs.recipe import EMBEDDED, ConversionRecipe, Recipe, recipe_class, recipe_yaml, resolve_path
+
+
+def _absolute(source: str) -> str:
+    """A source of the corpus, whatever the working folder; an embedded one keeps the name that model cards show."""
+    return source if source.startswith(EMBEDDED) else str(resolve_path(source).absolute())
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class StageWork:
         """JSON for `from_json`, with absolute paths, so that the working folder does not matter."""
         recipe = self.recipe.model_dump(mode="json")
         key = "teacher" if isinstance(self.recipe, ConversionRecipe) else "tokenizer"
-        recipe[key] = str(self.recipe.tokenizer_folder.resolve())
+        recipe[key] = str(self.recipe.tokenizer_folder.absolute())
+        for sources in (recipe["corpus"]["train"], recipe["corpus"]["held_out"]):
+            sources[:] = [_absolute(source) for source in sources]
         return {
             "stage": self.inputs.stage,
             "recipe": recipe,

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from durable_files import write_json
 from halo_cluster import StageRecord, StopRequested
+from halo_cluster.record import CHECKPOINTS
 from halo_training.batches import BatchCursor
 from halo_training.checkpointing import BackgroundSaver, TrainingCheckpoints
 from halo_training.checkpointing.code_version import code_version
@@ -65,7 +66,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.model = self.objective.model
         self.checkpoints = TrainingCheckpoints(
-            self.folder / "checkpoints", self.section.keep_checkpoints, self.section.keep_checkpoint_every
+            self.folder / CHECKPOINTS, self.section.keep_checkpoints, self.section.keep_checkpoint_every
         )
         self.saver = BackgroundSaver(self.checkpoints, self.keep_keys)
         self.stop = StopRequests(self.folder)

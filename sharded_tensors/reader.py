@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,10 @@ class StoredTensors(TensorView):
         self._require_files()
         self.infos = {name: i for name, i in self.index.tensors.items() if keep is None or keep(name)}
         self._bands = {name: self._cut(name) for name in self.infos}
+        self._content: dict[str, list[tuple[str, Rectangle]]] = defaultdict(list)  # by file
+        for name in self.infos:
+            for stored in self.index.rectangles[name]:
+                self._content[stored.file].append((name, stored.rectangle))
         self._handles: dict[str, Any] = {}
 
     def _require_files(self) -> None:
@@ -121,14 +126,12 @@ class StoredTensors(TensorView):
 
     def _open_checked(self, file: str) -> Any:
         found = read_header(self.folder / file)
-        for name, info in self.infos.items():
-            for stored in self.index.rectangles[name]:
-                entry = (DTYPE_CODES[info.dtype], stored.rectangle.shape)
-                if stored.file == file and found.get(stored_name(name, stored.rectangle, info)) != entry:
-                    raise ValueError(
-                        f"{self.folder / file} and {INDEX_FILE} disagree about the tensor {name}; copy the folder "
-                        "again"
-                    )
+        for name, rectangle in self._content[file]:
+            info = self.infos[name]
+            if found.get(stored_name(name, rectangle, info)) != (DTYPE_CODES[info.dtype], rectangle.shape):
+                raise ValueError(
+                    f"{self.folder / file} and {INDEX_FILE} disagree about the tensor {name}; copy the folder again"
+                )
         return open_mapped(self.folder / file)
 
     def require_intact(self, part: int = 0, parts: int = 1) -> None:

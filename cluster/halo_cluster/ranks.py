@@ -25,6 +25,8 @@ _POLL_SECONDS = 0.1
 _POLL_OTHER_NODES_SECONDS = 1.0
 # Ranks notice by themselves that another node's rank is gone, and say where in their work; but not before all have met.
 _NOTICE_SECONDS = 5.0
+# Ranks that stop together end within moments of each other, unless one was not yet training.
+_STOP_NOTICE_SECONDS = 30.0
 _ERROR_PROPAGATION_SECONDS = 2.0
 
 
@@ -123,25 +125,38 @@ class _RankGroup:
                 return False
             if now - looked >= _POLL_OTHER_NODES_SECONDS:
                 looked = now
-                if deadline == math.inf and self._failed_elsewhere():
-                    deadline = now + _NOTICE_SECONDS
+                deadline = min(deadline, now + self._seconds_left())
             time.sleep(_POLL_SECONDS)
 
-    def _failed_elsewhere(self) -> bool:
-        reports = rank_reports(self.attempt, self._others)
-        return any(report.state in ("lost", "failed", "affected") for report in reports)
+    def _seconds_left(self) -> float:
+        """How long these ranks may still run, as the ends of other nodes' ranks tell: infinite if none has failed."""
+        states = {report.state for report in rank_reports(self.attempt, self._others)} - {"done"}
+        if not states:
+            return math.inf
+        return _STOP_NOTICE_SECONDS if states == {"interrupted"} else _NOTICE_SECONDS
 
     def report_silent(self) -> None:
-        """Report the end of those that could not; a report that a rank has published stands."""
+        """Report the end of those that could not; a report that a rank has published stands.
+
+        A rank that still runs may be about to report the cause, so it gets a moment.
+        """
+        deadline = time.monotonic() + _ERROR_PROPAGATION_SECONDS
+        self._report_ended()
+        while None in [child.poll() for child in self.children] and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        self._report_ended()
+        for rank in self.own:
+            report = ExitReport("affected", "was ended with the other ranks", rank=rank)
+            report.publish(rank_report_path(self.attempt, rank))
+
+    def _report_ended(self) -> None:
         host = socket.gethostname()
         where = f" on {host}" if self._others else ""
         for rank, child in zip(self.own, self.children, strict=True):
             code = child.poll()
-            if code is None:
-                report = ExitReport("affected", "was ended with the other ranks", rank=rank)
-            elif code == 0:
+            if not code:
                 continue
-            elif -code in STOP_SIGNALS and stop_requested():
+            if -code in STOP_SIGNALS and stop_requested():
                 reason = f"stopped by {signal.Signals(-code).name} while rank {rank} was starting"
                 report = ExitReport("interrupted", reason, rank=rank)
             else:

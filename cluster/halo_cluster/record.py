@@ -37,6 +37,7 @@ from halo_cluster.heartbeat import Heartbeat
 from halo_cluster.storage import storage_errors
 
 DONE_FILE = "DONE.json"
+CHECKPOINTS = "checkpoints"  # the folder of a stage that only unfinished attempts need
 _DONE_KEYS = (
     "stage",
     "input_hash",
@@ -103,8 +104,9 @@ class StageRecord:
         return self.folder / f"attempt.{label}"
 
     def cleanup(self) -> None:
-        """Record that attempts without an end were killed, and remove temporary files of killed writers. The caller
-        knows that none of these attempts is alive.
+        """Record that attempts without an end were killed, and remove what nobody needs any more: temporary files of
+        killed writers, and the checkpoints of a stage that is done. The caller knows that none of these attempts is
+        alive.
 
         Workers of a sweep can outlive the attempt that started them. So files deeper in the stage's folder stay until
         the stage is done, when nobody needs what these workers write.
@@ -114,9 +116,14 @@ class StageRecord:
             for folder in attempts:
                 close_abandoned(folder)
             done = (self.folder / DONE_FILE).exists()
+            if done:
+                self.remove_checkpoints()
             folders = [path for path, _, _ in self.folder.walk()] if done else [self.folder, *attempts]
             for folder in folders:
                 discard_leftovers(folder)
+
+    def remove_checkpoints(self) -> None:
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
 
     def begin_attempt(self, label: str | None = None) -> Attempt:
         """Start an attempt, with the next free number or with the `label` that a scheduler gave.
@@ -203,6 +210,7 @@ class Attempt:
                 self.end("done")
             else:
                 self.end("interrupted", "another attempt published this stage first")
+            self.record.remove_checkpoints()  # not before: a kill would have cost the whole training
         published = self.record.done()
         assert published is not None
         return published

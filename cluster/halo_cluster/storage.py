@@ -27,7 +27,7 @@ def storage_sentence(folder: Path, error: OSError) -> str:
     cause = error.strerror or str(error)
     place = f"{folder} cannot be written: {cause}" + (f" ({error.filename})" if error.filename else "")
     fix = _FIXES.get(error.errno or 0, "check the disk")
-    return f"{place}; {fix}, then run the same command again: finished stages are kept"
+    return f"{place}; {fix}, then run the same command again: finished stages and checkpoints are kept"
 
 
 @contextmanager

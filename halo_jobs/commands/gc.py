@@ -31,6 +31,8 @@ def gc(
     if yes:
         with run.opened():
             _list(unreferenced := _unreferenced(run), "removed")
+            for stage in {record.folder.parent for record in run.records()}:
+                discard_leftovers(stage)
             for record in unreferenced:
                 _remove(record)
     else:
@@ -53,7 +55,6 @@ def _unreferenced(run: RunFolder) -> list[StageRecord]:
 
 def _remove(record: StageRecord) -> None:
     """Under another name first, so that a killed removal leaves no damaged stage behind."""
-    discard_leftovers(record.folder.parent)
     doomed = temporary_sibling(record.folder)
     record.folder.rename(doomed)
     shutil.rmtree(doomed)

@@ -47,7 +47,7 @@ def _data_sources(context: StageContext) -> list[DataSource]:
                 for name, entry in facts["sources"].items()
             ]
         else:
-            sources.append(DataSource(source, "see source", tokens))
+            sources.append(DataSource(Path(source).name, "see source", tokens))
     return sources
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from halo_cluster import StageResult
 from halo_jobs.recipe import TrainingSection
@@ -35,7 +32,7 @@ def _train_and_publish(
     began_from: Path | None = None,
     keep_keys: NameFilter | None = None,
 ) -> StageResult:
-    """Train to the last step, publish the weights, and remove the checkpoints.
+    """Train to the last step and write the weights. The checkpoints stay until the stage is published.
 
     `began_from` is the weights folder that training starts from. The new folder continues its provenance.
     """
@@ -44,8 +41,6 @@ def _train_and_publish(
     earlier = open_model(began_from).metadata.provenance if began_from else []
     step = {"step": context.name, "run": context.recipe.name, "inputs": context.folder.name}
     save_weights(folder, objective.model, keep_keys, provenance=[*earlier, step])
-    if dist.get_rank() == 0:
-        shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
     return StageResult([folder, context.folder / "metrics.jsonl"], summary)
 
 

@@ -24,6 +24,7 @@ import yaml
 from durable_files import read_json
 from halo_cluster import AttemptState, RunFolder, StageRecord, StageStatus
 from halo_cluster.attempts import attempt_folders
+from halo_cluster.record import CHECKPOINTS
 from halo_cluster.run_folder import RECIPE_FILE
 from halo_cluster.stage_id import StageId
 from halo_training.files import METRICS_FILE, PROGRESS_FILE
@@ -246,11 +247,11 @@ def _seconds_left(metrics: dict[str, Any], steps: int | None, tasks: dict[str, A
 
 def newest_checkpoint(stage_folder: Path) -> tuple[int | None, float | None]:
     """Step and time of the newest published checkpoint; a stage that is done keeps none."""
-    names = (path.name.removeprefix("step-") for path in (stage_folder / "checkpoints").glob("step-????????"))
+    names = (path.name.removeprefix("step-") for path in (stage_folder / CHECKPOINTS).glob("step-????????"))
     step = max((int(name) for name in names if name.isdecimal()), default=None)
     if step is None:
         return None, None
-    return step, _modified(stage_folder / "checkpoints" / f"step-{step:08d}")
+    return step, _modified(stage_folder / CHECKPOINTS / f"step-{step:08d}")
 
 
 def _modified(path: Path) -> float | None:

@@ -100,6 +100,35 @@ def test_a_rank_that_is_ended_with_the_others_is_not_the_cause(tmp_path):
         run_ranks([sys.executable, "-c", textwrap.dedent(rank), str(tmp_path)], 2, tmp_path)
 
 
+def test_a_rank_about_to_report_the_cause_is_not_spoken_for(tmp_path):
+    """Rank 1 notices at once that rank 0 has closed its connections. Rank 0 reports its own error a moment later."""
+    rank = """
+        import os, sys, time
+        from pathlib import Path
+        from halo_cluster import ExitReport, end_with_parent
+        end_with_parent()
+        number = int(os.environ["RANK"])
+        report = ExitReport("affected", "connection reset", rank=1)
+        if number == 0:
+            while not (Path(sys.argv[1]) / "rank-1.json").exists():
+                time.sleep(0.01)
+            time.sleep(0.8)
+            report = ExitReport("failed", "the disk is full", rank=0)
+        report.publish(Path(sys.argv[1]) / f"rank-{number}.json")
+        sys.exit(1)
+    """
+    with pytest.raises(RankFailed, match="the disk is full"):
+        run_ranks([sys.executable, "-c", textwrap.dedent(rank), str(tmp_path)], 2, tmp_path)
+
+
+def test_ranks_that_load_when_those_of_another_node_stop_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("halo_cluster.ranks._STOP_NOTICE_SECONDS", 0.5)
+    ExitReport("interrupted", "stopped by SIGUSR2", rank=1).publish(tmp_path / "rank-1.json")
+    with pytest.raises(RankFailed, match="SIGUSR2") as failure:
+        run_ranks(["sleep", "200"], 2, tmp_path, Nodes(2, 0))
+    assert failure.value.report.state == "interrupted"
+
+
 def test_a_request_to_stop_while_ranks_are_starting_is_no_failure(tmp_path):
     """A rank that has no handler yet is killed by the signal that its parent passes on."""
     parent = """

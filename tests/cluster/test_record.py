@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
+import halo_cluster.record
 from durable_files import read_json, sha256_file
 from halo_cluster import Attempt, StageRecord, StorageError, input_hash
 
 
 def begin(record: StageRecord, content: str = "weights") -> tuple[Attempt, Path]:
     attempt = record.begin_attempt()
-    output = record.folder / "checkpoints" / "model.bin"
+    output = record.folder / "weights" / "model.bin"
     output.parent.mkdir(exist_ok=True)
     output.write_text(content)
     return attempt, output
@@ -53,8 +54,8 @@ def test_published_stage_reads_back_with_checksums_of_files_and_folders(record: 
     assert published["stage"] == "distill.uniform"
     assert published["input_hash"] == record.input_hash
     assert published["attempt"] == "1"
-    assert set(published["outputs"]) == {"checkpoints/model.bin", "metrics.jsonl"}
-    assert published["bytes"]["checkpoints/model.bin"] == len("weights")
+    assert set(published["outputs"]) == {"weights/model.bin", "metrics.jsonl"}
+    assert published["bytes"]["weights/model.bin"] == len("weights")
     assert published["summary"] == {"loss": 0.5}
     assert published["outputs"] == checksums(record, published)
     (status,) = record.attempts()
@@ -183,6 +184,31 @@ def test_what_a_worker_may_be_writing_is_removed_when_the_stage_is_done(record: 
     record.cleanup()
     assert not deep.exists() and deep.parent.exists()
     assert published["outputs"] == checksums(record, published)
+
+
+def test_checkpoints_stay_until_the_stage_is_published(record: StageRecord, monkeypatch) -> None:
+    attempt, output = begin(record)
+    checkpoint = record.folder / "checkpoints" / "step-00000008"
+    checkpoint.mkdir(parents=True)
+    publish_once = halo_cluster.record.publish_once
+
+    def publish(path: Path, content: Any) -> bool:
+        assert checkpoint.is_dir()
+        return publish_once(path, content)
+
+    monkeypatch.setattr("halo_cluster.record.publish_once", publish)
+    attempt.publish([output], {})
+    assert not checkpoint.parent.exists()
+
+
+def test_checkpoints_of_a_stage_that_was_killed_after_its_publication_are_removed(
+    record: StageRecord,
+) -> None:
+    attempt, output = begin(record)
+    attempt.publish([output], {})
+    (record.folder / "checkpoints" / "step-00000008").mkdir(parents=True)
+    record.cleanup()
+    assert not (record.folder / "checkpoints").exists()
 
 
 def test_the_end_can_be_recorded_on_a_full_disk(mounted_disk) -> None:

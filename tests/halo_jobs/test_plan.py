@@ -16,7 +16,7 @@ from halo_jobs.dry_run import stage_states
 from halo_jobs.plan import Plan, make_plan
 from halo_jobs.recipe import ConversionRecipe, PretrainRecipe, Recipe, load_recipe
 from halo_jobs.sources import Source
-from halo_jobs.work import StageWork
+from halo_jobs.work import StageInputs, StageWork
 from halo_training.settings import Mark, TrainingSection
 
 ALIGN_ON = {"align", "select"}
@@ -196,6 +196,18 @@ def test_work_survives_json(tiny_recipe_file, tmp_path, monkeypatch) -> None:
     stage = plan.stages[StageId("finetune", "uniform")]
     work = plan.work(stage, RunFolder(tmp_path / "run"))
     assert StageWork.from_json(json.loads(json.dumps(work.to_json()))) == work
+
+
+def test_work_names_its_sources_whatever_the_working_folder(tiny_recipe_file, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("teacher-of-today")
+    settings = ("teacher=link", "corpus.train=[text.jsonl, 'embedded:sotu']", "corpus.held_out=[held]")
+    recipe = load_recipe(tiny_recipe_file, settings)
+    inputs = StageInputs("init", {}, {}, {})
+    work = StageWork(recipe, tmp_path, {}, inputs).to_json()["recipe"]
+    assert work["corpus"]["train"] == [str(tmp_path / "text.jsonl"), "embedded:sotu"]
+    assert work["corpus"]["held_out"] == [str(tmp_path / "held")]
+    assert work["teacher"] == str(tmp_path / "link")
 
 
 def _finish(plan: Plan, run: RunFolder, stages: list[str]) -> None:

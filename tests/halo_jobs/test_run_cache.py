@@ -134,7 +134,10 @@ def test_gc_lists_and_removes_what_the_latest_recipe_does_not_refer_to(finished,
         gc(run, yes=True)
     assert old <= _done(run).keys(), "what a running stage may still read stays"
     (began / "exit.json").write_bytes(ended)
+    killed = run / "align" / "0123456789ab.unfinished-0a1b2c3d"  # by a `halo gc` that was killed
+    killed.mkdir()
     checked_halo("gc", run, "--yes")
+    assert not killed.exists()
     assert not old & _done(run).keys()
     checked_halo("run", finished[0], "--runs", run.parent, "--set", CHANGE)
     assert _done(run).keys() == _done(changed).keys() - old

@@ -104,13 +104,14 @@ class FolderJob:
         self.require_free(part)  # two different jobs may have begun at the same moment
 
     def sums(self) -> dict[str, tuple[int, str]]:
-        """Size and SHA-256 of the finished files, as recorded."""
+        """Size and SHA-256 of the finished files, as recorded. A file of another size is not finished."""
         found = {}
         for file in self.tensor_files:
-            path = _sum_file(self.unfinished, file)
-            if path.is_file():
+            path, written = _sum_file(self.unfinished, file), self.files_folder / file.name
+            if path.is_file() and written.is_file():
                 entry = read_json(path)
-                found[file.name] = (int(entry["bytes"]), str(entry["sha256"]))
+                if written.stat().st_size == entry["bytes"]:
+                    found[file.name] = (int(entry["bytes"]), str(entry["sha256"]))
         return found
 
 
