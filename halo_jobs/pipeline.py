@@ -9,14 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from halo_cluster import (
-    Attempt,
-    PlannedStage,
-    RunFolder,
-    StageResult,
-    run_stages,
-    storage_errors,
-)
+from halo_cluster import Attempt, PlannedStage, RunFolder, StageResult, run_stages, storage_errors
 from halo_cluster.jobs import StageJob
 from halo_cluster.reconcile import Reconciler, RetryPolicy, submit_chain
 from halo_cluster.slurm import Slurm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from typing import TextIO
+from typing import Any
 
 # Stopped on request with everything saved: EX_TEMPFAIL of sysexits.h, "try again later".
 STOPPED_EXIT_CODE = 75
@@ -21,18 +21,11 @@ def quieten_libraries() -> None:
     log = logging.getLogger("halo_jobs.warnings")
     log.addHandler(logging.NullHandler())  # otherwise logging writes to stderr itself while no stage runs
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
         if _CHATTY_WARNINGS.search(filename):
             log.warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
         else:
-            to_terminal(message, category, filename, lineno, file, line)
+            to_terminal(message, category, filename, lineno, *rest)
 
     warnings.showwarning = show
     for name in _CHATTY_LOGGERS:

@@ -39,15 +39,7 @@ from halo_cluster.storage import storage_errors
 DONE_FILE = "DONE.json"
 CHECKPOINTS = "checkpoints"  # the folder of a stage that only unfinished attempts need
 _DONE_KEYS = (
-    "stage",
-    "input_hash",
-    "attempt",
-    "started",
-    "finished",
-    "seconds",
-    "outputs",
-    "bytes",
-    "summary",
+    "stage", "input_hash", "attempt", "started", "finished", "seconds", "outputs", "bytes", "summary"
 )
 
 

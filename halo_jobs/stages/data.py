@@ -15,12 +15,7 @@ from halo_cluster.fan_out import Task
 from halo_cluster.fan_out.plan import WorkerFunction
 from halo_evaluation.recall import load_words, write_recall_store
 from halo_jobs.recipe import ASSETS, Recipe, resolve_path
-from halo_jobs.stages.context import (
-    HELD_OUT_STORE,
-    RECALL_STORE,
-    TRAIN_STORE,
-    StageContext,
-)
+from halo_jobs.stages.context import HELD_OUT_STORE, RECALL_STORE, TRAIN_STORE, StageContext
 from halo_jobs.stages.fan_out import has_workers, run_tasks
 from halo_jobs.work import StageWork
 from tokenized_data import (

@@ -9,12 +9,7 @@ from halo_cluster import StageResult
 from halo_jobs.recipe import TrainingSection
 from halo_jobs.stages.context import TRAIN_STORE, StageContext
 from halo_training.models import is_student_key, write_shape
-from halo_training.objectives import (
-    AlignmentObjective,
-    DistillationObjective,
-    NextTokenObjective,
-    Objective,
-)
+from halo_training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective, Objective
 from hypenet_megatron.presets import ModelShape
 from hypenet_tools.model_weights import save_weights
 from hypenet_tools.open_model import open_model

@@ -22,13 +22,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from hypenet_kernels import (
-    decay_slopes,
-    gated_norm,
-    heads_sum_of_squares,
-    lightning_attention,
-    norm_rope,
-)
+from hypenet_kernels import decay_slopes, gated_norm, heads_sum_of_squares, lightning_attention, norm_rope
 from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.norms import HeadsWeight, weight_in_use
 
