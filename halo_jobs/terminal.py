@@ -21,11 +21,11 @@ def quieten_libraries() -> None:
     log = logging.getLogger("halo_jobs.warnings")
     log.addHandler(logging.NullHandler())  # otherwise logging writes to stderr itself while no stage runs
 
-    def show(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    def show(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any, **named: Any) -> None:
         if _CHATTY_WARNINGS.search(filename):
             log.warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
         else:
-            to_terminal(message, category, filename, lineno, *rest)
+            to_terminal(message, category, filename, lineno, *rest, **named)
 
     warnings.showwarning = show
     for name in _CHATTY_LOGGERS:
