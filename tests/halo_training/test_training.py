@@ -4,19 +4,23 @@ import io
 import json
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from durable_files import read_json
+from halo_cluster import StopRequested
 from halo_jobs.recipe import TrainingSection
 from halo_training.batches import BatchCursor
 from halo_training.checkpointing import TrainingCheckpoints
 from halo_training.guard import DivergenceGuard, TrainingDiverged
 from halo_training.models import is_student_key
 from halo_training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
+from halo_training.schedule import learning_rate
 from halo_training.trainer import Trainer
 from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import DecoderModel
@@ -164,6 +168,78 @@ def test_checkpoint_and_summary_count_the_data_that_was_consumed(world, tmp_path
     assert state["consumed_tokens"] == newest * SECTION.global_batch * 16
 
 
+def _lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_say_what_each_step_did_and_time_goes_on_after_a_resume(world, tmp_path):
+    section = SECTION.model_copy(update={"checkpoint_every": 4})
+    stopped = _trainer(tmp_path, "finetune", section=section)
+    stopped.objective.accumulate = _stop_after(stopped.objective.accumulate, 6)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    resumed = _trainer(tmp_path, "finetune", section=section)
+    summary = resumed.run()
+    lines = _lines(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["learning_rate"] for line in lines] == [learning_rate(section, step) for step in range(8)]
+    assert [line["consumed_samples"] for line in lines] == [8 * step for step in range(1, 9)]
+    assert [line["consumed_tokens"] for line in lines] == [128 * step for step in range(1, 9)]
+    assert all(line["gradient_norm"] > 0 and line["host_memory_bytes"] > 2**20 for line in lines)
+    assert all(line["gpu_memory_bytes"] in (None, 0) or torch.cuda.is_available() for line in lines)
+    for first, part in ((0, lines[:4]), (4, lines[4:])):
+        before = lines[first - 1]["elapsed_seconds"] if first else 0.0
+        for line in part:
+            elapsed = line["elapsed_seconds"] - before
+            assert line["tokens_per_second"] * elapsed == pytest.approx(128 * (line["step"] - first))
+    assert summary["final_loss"] == lines[-1]["loss"]
+    assert lines[-1]["elapsed_seconds"] <= summary["train_seconds"] < lines[-1]["elapsed_seconds"] + 60
+
+
+def test_a_stop_by_file_is_saved_and_does_not_stop_the_next_attempt(world, tmp_path):
+    (tmp_path / "stop").touch()
+    with pytest.raises(StopRequested, match=r"stopped by the file \S+stop after step 1 of 8, which is saved") as stop:
+        _trainer(tmp_path, "finetune").run()
+    assert stop.value.by_user
+    assert TrainingCheckpoints(tmp_path / "checkpoints").newest_valid() == (1, [])
+    assert _trainer(tmp_path, "finetune").run()["steps"] == 8
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 9))
+
+
+@dataclass
+class _Attempt:
+    """An attempt at the stage whose inputs have this hash."""
+
+    folder: Path
+    input_hash: str
+
+    @property
+    def record(self) -> SimpleNamespace:
+        return SimpleNamespace(input_hash=self.input_hash)
+
+    def fail(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+
+def test_a_checkpoint_of_other_inputs_is_refused(world, tmp_path):
+    def trainer(input_hash: str | None, **settings) -> Trainer:
+        trainer = _trainer(tmp_path, "finetune", section=SECTION.model_copy(update=settings))
+        trainer.attempt = _Attempt(tmp_path, input_hash) if input_hash else None
+        return trainer
+
+    (tmp_path / "stop").touch()
+    with pytest.raises(StopRequested):
+        trainer("aaaaaaaaaaaa").run()
+    with pytest.raises(ValueError, match="saved for the inputs aaaaaaaaaaaa, but these are bbbbbbbbbbbb"):
+        trainer("bbbbbbbbbbbb").run()
+    with pytest.raises(ValueError, match="saved with steps 8, but the recipe says 9"):
+        trainer("aaaaaaaaaaaa", steps=9).run()
+    (tmp_path / "stop").touch()
+    with pytest.raises(StopRequested, match="after step 2 of 8"):
+        trainer("aaaaaaaaaaaa", checkpoint_every=5).run()
+    assert trainer(None).run()["steps"] == 8
+
+
 def test_saves_begin_twice_in_an_interval_and_at_what_is_kept(world, tmp_path):
     begun = []
     section = SECTION.model_copy(update={"checkpoint_every": 6, "keep_checkpoint_every": 7})
@@ -211,8 +287,11 @@ def test_spike_stops():
     guard = DivergenceGuard(spike_factor=5.0)
     for step in range(50):
         guard.check_loss(1.0 + 0.01 * step, step=step, samples=(step,))
-    with pytest.raises(TrainingDiverged, match="times the median"):
-        guard.check_loss(9.0, step=50, samples=(50,))
+    guard.check_loss(5.0 * 1.245, step=50, samples=(50,))  # not above the factor
+    with pytest.raises(TrainingDiverged, match=r"loss 9 is 7\.2 times the median of recent steps at step 52 ") as stop:
+        guard.check_loss(9.0, step=51, samples=(51, 52))
+    assert (stop.value.step, stop.value.samples) == (51, (51, 52))
+    assert len(guard.recent) == 50, "the oldest goes, and the spike is not counted"
 
 
 def test_weights_folder_round_trip(world, tmp_path):
