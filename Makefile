@@ -35,9 +35,10 @@ test: lint
 test-grid: bootstrap
 	$(BIN)/pytest -m grid -rP tests/halo_jobs/test_parallel_training.py tests/halo_jobs/test_resume_layouts.py
 
-# `make test` kills processes three times; here also a rank, a driver and a job of a whole run on Slurm.
+# `make test` kills processes three times; here also a rank, a driver and a job of a whole run on Slurm, and a sweep on Ray.
 test-faults: bootstrap
-	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py tests/halo_jobs/test_worker.py tests/halo_jobs/test_slurm_runs.py
+	$(BIN)/pytest -m faults -rP tests/halo_jobs/test_faults.py tests/halo_jobs/test_worker.py tests/halo_jobs/test_slurm_runs.py \
+		tests/halo_jobs/test_sweep_backends.py
 	HALO_CONVERT_KILLS=20 $(BIN)/pytest -rP tests/tools/test_conversion_faults.py -k kill_9
 
 # `make test` runs a few of these.

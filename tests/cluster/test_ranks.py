@@ -22,8 +22,9 @@ def report_of_the_other_node(attempt: Path) -> None:
     ExitReport("failed", "the disk of n2 is full", "n2", rank=1).publish(attempt / "rank-1.json")
 
 
-def test_ranks_that_wait_for_a_node_that_failed_are_ended(tmp_path):
+def test_ranks_that_wait_for_a_node_that_failed_are_ended(tmp_path, monkeypatch):
     """Before all ranks have met, those here could not know that another will never come."""
+    monkeypatch.setattr("halo_cluster.ranks._NOTICE_SECONDS", 0.5)
     report_of_the_other_node(tmp_path)
     command = [sys.executable, "-c", "import time; time.sleep(200)"]
     with pytest.raises(RankFailed, match="the disk of n2 is full") as failure:
