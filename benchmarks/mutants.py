@@ -31,7 +31,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {  # modules that are changed
     "selection": (["halo_evaluation/selection/*.py"], ["tests/halo_evaluation/test_selection_*.py"]),
     "halo_training": (
         [f"halo_training/{name}.py" for name in ("trainer", "schedule", "guard", "batches", "objectives")],
-        ["tests/halo_training", "tests/halo_jobs/test_recipe.py"],
+        ["tests/halo_training", "tests/halo_jobs/test_recipe.py", "tests/halo_jobs/test_parallel_training.py"],
     ),
     "tokenized_data": (["tokenized_data/*.py"], ["tests/tokenized_data"]),
 }

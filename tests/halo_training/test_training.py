@@ -19,8 +19,15 @@ from halo_training.batches import BatchCursor
 from halo_training.checkpointing import TrainingCheckpoints
 from halo_training.guard import DivergenceGuard, TrainingDiverged
 from halo_training.models import is_student_key
-from halo_training.objectives import AlignmentObjective, DistillationObjective, NextTokenObjective
+from halo_training.objectives import (
+    AlignmentObjective,
+    DistillationObjective,
+    NextTokenObjective,
+    wrap_for_gradients,
+)
+from halo_training.optimizer import build_optimizer
 from halo_training.schedule import learning_rate
+from halo_training.supervision import Watchdog
 from halo_training.trainer import Trainer
 from hypenet_megatron.config import DecoderConfig
 from hypenet_megatron.model import DecoderModel
@@ -194,6 +201,39 @@ def test_metrics_say_what_each_step_did_and_time_goes_on_after_a_resume(world, t
             assert line["tokens_per_second"] * elapsed == pytest.approx(128 * (line["step"] - first))
     assert summary["final_loss"] == lines[-1]["loss"]
     assert lines[-1]["elapsed_seconds"] <= summary["train_seconds"] < lines[-1]["elapsed_seconds"] + 60
+
+
+def test_every_update_waits_for_the_copies_of_a_save_and_every_step_is_reported(world, tmp_path, monkeypatch):
+    reported = []
+    progress = Watchdog.progress
+    monkeypatch.setattr(Watchdog, "progress", lambda self, *done: reported.append(done) or progress(self, *done))
+    trainer = _trainer(tmp_path, "finetune", section=SECTION.model_copy(update={"checkpoint_every": 100}))
+    steps = []
+    trainer.saver.before_update = lambda: steps.append("copies are done")
+    monkeypatch.setattr(
+        "halo_training.trainer.build_optimizer",
+        lambda *arguments: _recording_steps(build_optimizer(*arguments), steps),
+    )
+    trainer.run()
+    assert steps == ["copies are done", "update"] * 8
+    assert [done for (done,) in filter(None, reported)] == list(range(9)), "first that training begins"
+
+
+def _recording_steps(optimizer, steps: list[str]):
+    step = optimizer.step
+    optimizer.step = lambda: steps.append("update") or step()
+    return optimizer
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_only_a_distributed_optimizer_gathers_weights_while_computing(world, distributed_optimizer, overlap):
+    model = _objective("finetune", torch.float32).model
+    (chunk,) = wrap_for_gradients(model, distributed_optimizer=distributed_optimizer, overlap=overlap)
+    config = chunk.ddp_config
+    assert config.use_distributed_optimizer == distributed_optimizer
+    assert config.overlap_grad_reduce == overlap
+    assert config.overlap_param_gather == (distributed_optimizer and overlap)
 
 
 def test_a_stop_by_file_is_saved_and_does_not_stop_the_next_attempt(world, tmp_path):
