@@ -1,4 +1,5 @@
-"""Every stage under every layout gives the numbers of one process: losses and gradient norms of five steps.
+"""Every stage under every layout gives the numbers of one process: losses and gradient norms of five steps, and the
+trained weights.
 
 `make test` runs every layout of the grid with every kind of training, tied and untied heads taking turns; `make
 test-grid` the whole, and more layouts.
@@ -21,6 +22,7 @@ from tests.support.training_grid import (
     MORE_LAYOUTS,
     SECTION,
     SINGLE,
+    TRAINED,
     Cell,
     numbers,
     save_whole_weights,
@@ -28,7 +30,7 @@ from tests.support.training_grid import (
     train_in_ranks,
 )
 
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5  # relative
+LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE = 1e-6, 1e-5, 1e-5  # relative
 GRID = [Cell(kind, tied, SINGLE) for kind in KINDS for tied in (True, False)]
 
 pytestmark = pytest.mark.skipif(
@@ -80,6 +82,7 @@ def _assert_equal_to_single(ranks: int, cells: list[Cell], weights: Path, single
     for cell in cells:
         if cell.kind == "pretrain":
             _assert_same_start(cell, folder, single)
+        _assert_same_end(cell, folder, single)
 
 
 def _assert_same_start(cell: Cell, folder: Path, single: Path):
@@ -88,6 +91,15 @@ def _assert_same_start(cell: Cell, folder: Path, single: Path):
     expected = read_weights(single / Cell("pretrain", cell.tied, SINGLE).name / FRESH)
     assert here.keys() == expected.keys()
     assert [name for name in expected if not here[name].equal(expected[name])] == [], cell.name
+
+
+def _assert_same_end(cell: Cell, folder: Path, single: Path):
+    here = read_weights(folder / cell.name / TRAINED)
+    expected = read_weights(single / Cell(cell.kind, cell.tied, SINGLE).name / TRAINED)
+    assert here.keys() == expected.keys()
+    apart = {name: float((here[name] - x).norm() / x.norm()) for name, x in expected.items()}
+    print(f"{cell.name:75s} weights {max(apart.values()):.1e}")
+    assert {name: far for name, far in apart.items() if not far <= WEIGHT_TOLERANCE} == {}, cell.name
 
 
 def test_fresh_weights_are_drawn_as_megatron_draws_them(single):

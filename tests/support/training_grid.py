@@ -78,7 +78,7 @@ MORE_LAYOUTS = {  # what the ones above leave untouched, and what they do not me
 KINDS = ("align", "distill", "finetune", "pretrain")
 SINGLE = ONE_PROCESS
 CONTEXT_LENGTH = 24
-FRESH = "fresh"
+FRESH, TRAINED = "fresh", "trained"
 SECTION = TrainingSection(
     steps=5,
     context_length=CONTEXT_LENGTH,
@@ -157,8 +157,8 @@ def objective_of(cell: Cell, weights: Path) -> Objective:
 
 
 def train(cell: Cell, weights: Path, folder: Path) -> None:
-    """Train one cell in this rank's part of the world, which has the cell's layout; the numbers lie in `folder`. For
-    pretraining, the weights that a stage would begin from are left there too."""
+    """Train one cell in this rank's part of the world, which has the cell's layout; the numbers and the trained weights
+    lie in `folder`. For pretraining, the weights that a stage would begin from are left there too."""
     if cell.kind == "pretrain":
         device = torch.device("cpu")
         builder = ModelBuilder(shape(cell.tied), torch.float32, device, cell.layout, student="lightning")
@@ -168,6 +168,7 @@ def train(cell: Cell, weights: Path, folder: Path) -> None:
     cursor = cursor_of_this_rank(WINDOWS, SECTION)
     objective = objective_of(cell, weights)
     Trainer(cell.name, SECTION, objective, cursor, folder / cell.name, Console(quiet=True)).run()
+    save_weights(folder / cell.name / TRAINED, objective.model)
 
 
 def numbers(cell: Cell, folder: Path) -> np.ndarray:
