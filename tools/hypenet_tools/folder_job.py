@@ -104,15 +104,9 @@ class FolderJob:
         self.require_free(part)  # two different jobs may have begun at the same moment
 
     def sums(self) -> dict[str, tuple[int, str]]:
-        """Size and SHA-256 of the finished files, as recorded. A file of another size is not finished."""
-        found = {}
-        for file in self.tensor_files:
-            path, written = _sum_file(self.unfinished, file), self.files_folder / file.name
-            if path.is_file() and written.is_file():
-                entry = read_json(path)
-                if written.stat().st_size == entry["bytes"]:
-                    found[file.name] = (int(entry["bytes"]), str(entry["sha256"]))
-        return found
+        """Size and SHA-256 of the finished files, as recorded."""
+        recorded = {file.name: _recorded_sum(self.unfinished, file) for file in self.tensor_files}
+        return {name: sums for name, sums in recorded.items() if sums}
 
 
 def require_no_job(folder: Path) -> None:
@@ -129,16 +123,23 @@ def _sum_file(unfinished: Path, file: TensorFile) -> Path:
     return unfinished / "sums" / f"{file.name}.json"
 
 
+def _recorded_sum(unfinished: Path, file: TensorFile) -> tuple[int, str] | None:
+    """Size and SHA-256 of a finished file, as recorded. A file of another size is not finished."""
+    path, written = _sum_file(unfinished, file), unfinished / "files" / file.name
+    if not (path.is_file() and written.is_file()):
+        return None
+    entry = read_json(path)
+    return (entry["bytes"], entry["sha256"]) if written.stat().st_size == entry["bytes"] else None
+
+
 def keep_or_write(unfinished: Path, file: TensorFile, advance: Advance) -> None:
     """Keep a file whose recorded sum still matches; otherwise write it (again)."""
     folder, sum_file = unfinished / "files", _sum_file(unfinished, file)
-    path = folder / file.name
-    if sum_file.is_file() and path.is_file():
-        entry = read_json(sum_file)
-        if path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]:
-            advance(file.nbytes)
-            return
-        sum_file.unlink()
+    recorded = _recorded_sum(unfinished, file)
+    if recorded and sha256_file(folder / file.name) == recorded[1]:
+        advance(file.nbytes)
+        return
+    sum_file.unlink(missing_ok=True)
     size, digest = file.write(folder, advance)
     write_json(sum_file, {"bytes": size, "sha256": digest})
 
