@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from hypenet_megatron.runtime import model_parallel
 from hypenet_tools.model_weights import read_weights
@@ -85,18 +86,23 @@ def _assert_equal_to_single(ranks: int, cells: list[Cell], weights: Path, single
         _assert_same_end(cell, folder, single)
 
 
+def _both(cell: Cell, which: str, folder: Path, single: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a cell, and those of one process."""
+    here = read_weights(folder / cell.name / which)
+    expected = read_weights(single / Cell(cell.kind, cell.tied, SINGLE).name / which)
+    assert here.keys() == expected.keys()
+    return here, expected
+
+
 def _assert_same_start(cell: Cell, folder: Path, single: Path):
     """Fresh weights are those of one process, bit for bit."""
-    here = read_weights(folder / cell.name / FRESH)
-    expected = read_weights(single / Cell("pretrain", cell.tied, SINGLE).name / FRESH)
-    assert here.keys() == expected.keys()
+    here, expected = _both(cell, FRESH, folder, single)
     assert [name for name in expected if not here[name].equal(expected[name])] == [], cell.name
 
 
 def _assert_same_end(cell: Cell, folder: Path, single: Path):
-    here = read_weights(folder / cell.name / TRAINED)
-    expected = read_weights(single / Cell(cell.kind, cell.tied, SINGLE).name / TRAINED)
-    assert here.keys() == expected.keys()
+    """Trained weights are those of one process, within float noise."""
+    here, expected = _both(cell, TRAINED, folder, single)
     apart = {name: float((here[name] - x).norm() / x.norm()) for name, x in expected.items()}
     print(f"{cell.name:75s} weights {max(apart.values()):.1e}")
     assert {name: far for name, far in apart.items() if not far <= WEIGHT_TOLERANCE} == {}, cell.name
